@@ -1,0 +1,191 @@
+"""Every key that the stage adds to a training YAML, once: type, default, help, range and the paper's equation.
+
+Equation numbers are those of "Self-Evolution Knowledge Distillation for LLM-based Machine Translation" (arXiv
+2412.15303). The host shows the help in ``llamafactory-cli train -h``; the web UI and the docs read it from here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .errors import ArgumentError
+
+
+STAGE = "sekd"
+
+# Objective -> (what a token's loss is, which keys it reads). `(7)` and `(8)` are the hard and the easy loss.
+KD_LOSSES: dict[str, tuple[str, frozenset[str]]] = {
+    "self_evolution": ("(7) where d > Γ, else (8)", frozenset({"kd_lambda", "kd_beta", "kd_gamma"})),
+    "self_evolution_topk": ("(7) for the kd_topk share with the largest d", frozenset({"kd_lambda", "kd_beta", "kd_topk"})),
+    "no_evolution": ("(8) for all tokens", frozenset({"kd_lambda"})),
+    "skew": ("(7) for all tokens", frozenset({"kd_lambda", "kd_beta"})),
+    "skew_teacher": ("(1-λ)(-log q_y) + λ KL(p ‖ βq + (1-β)p), equation 10", frozenset({"kd_lambda", "kd_beta"})),
+    "forward_kl": ("(1-λ)(-log q_y) + λ KL(p ‖ q), equation 3", frozenset({"kd_lambda"})),
+    "reverse_kl": ("(1-λ)(-log q_y) + λ KL(q ‖ p)", frozenset({"kd_lambda"})),
+}
+
+
+@dataclass
+class DistillationArguments:
+    """The keys of ``stage: sekd``; the host's FinetuningArguments gains them by inheritance."""
+
+    teacher_model: str | None = field(
+        default=None,
+        metadata={"help": "Path or hub id of the teacher, any causal language model. Required for the sekd stage."},
+    )
+    teacher_model_adapters: str | None = field(
+        default=None,
+        metadata={"help": "Path to the adapters of the teacher. Use commas to separate several."},
+    )
+    teacher_model_quantization_bit: int | None = field(
+        default=None,
+        metadata={"help": "The number of bits to quantize the teacher to with bitsandbytes: 4 or 8 (CUDA only)."},
+    )
+    kd_loss: str = field(
+        default="self_evolution",
+        metadata={"help": "The distillation objective: " + "; ".join(f"{k}: {v[0]}" for k, v in KD_LOSSES.items()) + "."},
+    )
+    kd_lambda: float = field(
+        default=0.5,
+        metadata={"help": "λ, the teacher's share of the target y~ = (1-λ)y + λp (equation 4), from 0 to 1."},
+    )
+    kd_beta: float = field(
+        default=0.5,
+        metadata={"help": "β, the student's share of the proxy q^ = βq + (1-β)y~ (equation 6), from 0 to 1."},
+    )
+    kd_beta_end: float | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Where β ends: it moves there from kd_beta linearly over the training steps (Figure 3). The paper's "
+                "'0.5 to 0.0' is the share of the target, 1-β: kd_beta 0.5, kd_beta_end 1.0."
+            )
+        },
+    )
+    kd_gamma: float = field(
+        default=0.4,
+        metadata={"help": "Γ, the difficulty d = KL(y~ ‖ q) (equation 5) above which a token is hard."},
+    )
+    kd_topk: float | None = field(
+        default=None,
+        metadata={"help": "The share of tokens of a batch that are hard, above 0 up to 1 (self_evolution_topk only)."},
+    )
+    kd_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": (
+                "T, above 0: p and q of every KL term are taken at temperature T and the term is multiplied by T². "
+                "The paper uses 1."
+            )
+        },
+    )
+    kd_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Response tokens per chunk of the objective inside the LM head. Default: chosen from the vocabulary "
+                "size and a memory budget; smaller saves memory, larger saves a little time."
+            )
+        },
+    )
+
+    def objective_keywords(self) -> dict[str, Any]:
+        """The keyword arguments of ``objectives.distillation_loss`` (β as at the start of training)."""
+        return {
+            "kd_loss": self.kd_loss,
+            "kd_lambda": self.kd_lambda,
+            "kd_beta": self.kd_beta,
+            "kd_gamma": self.kd_gamma,
+            "kd_topk": self.kd_topk,
+            "kd_temperature": self.kd_temperature,
+        }
+
+
+KEYS: tuple[str, ...] = tuple(item.name for item in fields(DistillationArguments))
+
+
+def check_distillation_arguments(args: DistillationArguments) -> None:
+    """Check the keys of a run with ``stage: sekd``.
+
+    Raises:
+        ArgumentError: a key is missing, out of range, or set where it has no effect.
+    """
+    if not args.teacher_model:
+        raise ArgumentError("`teacher_model` is missing: name the teacher's path or hub id, as `stage: sekd` needs one.")
+
+    if args.teacher_model_quantization_bit not in (None, 4, 8):
+        _refuse(args, "teacher_model_quantization_bit", "use 4 or 8, or leave it out")
+
+    if args.kd_loss not in KD_LOSSES:
+        _refuse(args, "kd_loss", f"choose one of {', '.join(KD_LOSSES)}")
+
+    _check_range(args, "kd_lambda", 0, 1)
+    _check_range(args, "kd_beta", 0, 1)
+    if args.kd_beta_end is not None:
+        _check_range(args, "kd_beta_end", 0, 1)
+        if "kd_beta" not in KD_LOSSES[args.kd_loss][1]:
+            with_beta = ", ".join(name for name, (_, keys) in KD_LOSSES.items() if "kd_beta" in keys)
+            _refuse(args, "kd_beta_end", f"`kd_loss: {args.kd_loss}` has no β; leave it out or use one of {with_beta}")
+
+    if not _is_number(args.kd_gamma) or math.isnan(args.kd_gamma):
+        _refuse(args, "kd_gamma", "use a number, for example 0.4")
+
+    _check_topk(args)
+    if not _is_number(args.kd_temperature) or not 0 < args.kd_temperature < math.inf:
+        _refuse(args, "kd_temperature", "use a number above 0; the paper uses 1.0")
+
+    if args.kd_chunk_size is not None and (not isinstance(args.kd_chunk_size, int) or args.kd_chunk_size < 1):
+        _refuse(args, "kd_chunk_size", "use a whole number of tokens from 1, or leave it out")
+
+
+def check_no_distillation_arguments(args: DistillationArguments, stage: str, given: Iterable[str] = ()) -> None:
+    """Check that a run of another stage sets none of our keys.
+
+    Args:
+        args: the parsed arguments.
+        stage: the stage of the run.
+        given: the names that the user set, where known; without it a key that was set to its default passes.
+
+    Raises:
+        ArgumentError: a key of ours is set.
+    """
+    named = set(given)
+    for item in fields(DistillationArguments):
+        value = getattr(args, item.name)
+        if value != item.default or item.name in named:
+            raise ArgumentError(
+                f"`{item.name}: {value}` belongs to the distillation stage and has no effect with `stage: {stage}`: "
+                f"remove it, or set `stage: {STAGE}`."
+            )
+
+
+def _check_topk(args: DistillationArguments) -> None:
+    wants_topk = args.kd_loss == "self_evolution_topk"
+    if wants_topk and args.kd_topk is None:
+        raise ArgumentError("`kd_topk` is missing: `kd_loss: self_evolution_topk` needs the share of hard tokens, e.g. 0.5.")
+
+    if args.kd_topk is None:
+        return
+
+    if not wants_topk:
+        _refuse(args, "kd_topk", f"`kd_loss: {args.kd_loss}` does not use it; leave it out or use self_evolution_topk")
+
+    if not _is_number(args.kd_topk) or not 0 < args.kd_topk <= 1:
+        _refuse(args, "kd_topk", "use a share above 0 and up to 1, for example 0.5 for half of the tokens")
+
+
+def _check_range(args: DistillationArguments, key: str, low: float, high: float) -> None:
+    value = getattr(args, key)
+    if not _is_number(value) or not low <= value <= high:
+        _refuse(args, key, f"use a number from {low} to {high}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _refuse(args: DistillationArguments, key: str, remedy: str) -> None:
+    raise ArgumentError(f"`{key}: {getattr(args, key)}` cannot be used: {remedy}.")

@@ -1,0 +1,95 @@
+"""The way in: called by ``import torch``, registers post-import hooks for a few modules of LLaMA-Factory.
+
+torch calls :func:`register` at its end through the entry-point group ``torch.backends``, in every process of the
+environment. So this module uses the standard library alone, :func:`register` never raises, and a process that does not
+import LLaMA-Factory pays for one function call. All that can fail happens in the hooks, which run when LLaMA-Factory
+itself is imported and may raise.
+
+Environment variables: ``LLAMAFACTORY_SEKD=0`` switches the plug-in off; ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` switches
+torch's mechanism off, and ``python -m llamafactory_sekd`` then applies the same hooks explicitly.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+
+# The modules whose import is followed by a patch. `host/patches.py` holds the patches; a test holds the two equal.
+TARGETS: tuple[str, ...] = (
+    "llamafactory.extras.constants",
+    "llamafactory.hparams.finetuning_args",
+    "llamafactory.hparams.parser",
+    "llamafactory.data.template",
+    "llamafactory.data.loader",
+    "llamafactory.train.sft",
+    "llamafactory.launcher",
+    "llamafactory.v1.launcher",
+)
+
+
+class PostImportFinder(importlib.abc.MetaPathFinder):
+    """Finds the target modules as usual and calls ``callback(module)`` once each has been executed."""
+
+    def __init__(self, targets: Sequence[str], callback: Callable[[ModuleType], None]) -> None:
+        self.pending = set(targets)
+        self.callback = callback
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Return the module's own spec with a loader that runs the callback, or None for every other module."""
+        if fullname not in self.pending:
+            return None
+
+        self.pending.discard(fullname)  # first, so that the look-up below does not come back here
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _CallbackLoader(spec.loader, self.callback)
+
+        return spec
+
+
+class _CallbackLoader(importlib.abc.Loader):
+    def __init__(self, loader: importlib.abc.Loader, callback: Callable[[ModuleType], None]) -> None:
+        self.loader = loader
+        self.callback = callback
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # The module's own loader goes back to its place: `inspect` and `pkgutil` look for it there.
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+
+        self.loader.exec_module(module)
+        self.callback(module)
+
+
+# Targets that were imported before the hooks; the first hook that runs reports them (the entry point may not raise).
+too_late: tuple[str, ...] = ()
+
+
+def _apply(module: ModuleType) -> None:
+    importlib.import_module("llamafactory_sekd.host.ledger").apply(module, too_late)
+
+
+def registered() -> bool:
+    """Whether the hooks stand in this process."""
+    return any(isinstance(finder, PostImportFinder) for finder in sys.meta_path)
+
+
+def register() -> None:
+    """Register the hooks, once; never raises. The entry point in the group ``torch.backends``."""
+    global too_late
+    if os.environ.get("LLAMAFACTORY_SEKD", "1") == "0" or registered():
+        return
+
+    too_late = tuple(name for name in TARGETS if name in sys.modules)
+    sys.meta_path.insert(0, PostImportFinder(TARGETS, _apply))
