@@ -1,0 +1,122 @@
+"""What can be wrong with a pair of sentences, and what is done about it.
+
+A pair that cannot be learned from is left out; one that is merely suspicious is kept; harmless white space is mended.
+All three are counted and reported with file and line.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+
+
+class Outcome(StrEnum):
+    LEFT_OUT = "left out"
+    KEPT = "kept"
+    MENDED = "mended"
+
+
+class Problem(Enum):
+    """A finding about one pair: its key in the manifest, what became of the pair, and words for people."""
+
+    def __init__(self, key: str, outcome: Outcome, words: str) -> None:
+        self.key = key
+        self.outcome = outcome
+        self.words = words
+
+    WRONG_ENCODING = ("wrong_encoding", Outcome.LEFT_OUT, "not valid UTF-8")
+    BLANK = ("blank", Outcome.LEFT_OUT, "both sides are empty")
+    EMPTY_SOURCE = ("empty_source", Outcome.LEFT_OUT, "the source side is empty")
+    EMPTY_TARGET = ("empty_target", Outcome.LEFT_OUT, "the target side is empty")
+    IDENTICAL = ("identical_sides", Outcome.KEPT, "the two sides are the same")
+    REPLACEMENT = ("replacement_character", Outcome.KEPT, "contains U+FFFD, the trace of a wrong decoding")
+    LINE_BREAK = ("line_break", Outcome.MENDED, "a line break inside a sentence became a space")
+    OUTER_SPACE = ("outer_space", Outcome.MENDED, "white space around a sentence was removed")
+
+
+# Bytes that are not UTF-8 arrive as lone surrogates ("surrogateescape"), as do broken escapes in JSON.
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+# Everything that some tool takes for the end of a line (str.splitlines): a sentence must stay on one.
+_LINE_BREAK = re.compile("\r\n|[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A source sentence, its translation, and where they were read (``line`` counts from 1)."""
+
+    source: str
+    target: str
+    file: str
+    line: int
+
+
+@dataclass
+class Findings:
+    """The findings of one corpus, in order, as (problem, file, line)."""
+
+    items: list[tuple[Problem, str, int]] = field(default_factory=list)
+
+    def add(self, problem: Problem, pair: Pair) -> None:
+        self.items.append((problem, pair.file, pair.line))
+
+    def counts(self) -> dict[Problem, int]:
+        """Return how often each problem was found, in the order of :class:`Problem`."""
+        found = Counter(problem for problem, _, _ in self.items)
+        return {problem: found[problem] for problem in Problem if found[problem]}
+
+    def as_json(self) -> list[dict[str, object]]:
+        """Return one entry per problem and file with all its line numbers, for the manifest."""
+        lines: dict[tuple[Problem, str], list[int]] = {}
+        for problem, file, line in self.items:
+            lines.setdefault((problem, file), []).append(line)
+        return [
+            {"problem": p.key, "outcome": p.outcome.value, "file": file, "count": len(numbers), "lines": numbers}
+            for (p, file), numbers in lines.items()
+        ]
+
+
+def is_empty(text: str) -> bool:
+    """Tell whether ``text`` shows nothing: white space, control and zero-width characters only."""
+    return all(character.isspace() or unicodedata.category(character) in ("Cc", "Cf") for character in text)
+
+
+def clean_pairs(pairs: Iterable[Pair], findings: Findings) -> list[Pair]:
+    """Return the usable pairs, mended; whatever was found goes to ``findings``."""
+    return [cleaned for pair in pairs if (cleaned := _clean(pair, findings)) is not None]
+
+
+def _clean(pair: Pair, findings: Findings) -> Pair | None:
+    unusable = _unusable(pair)
+    if unusable is not None:
+        findings.add(unusable, pair)
+        return None
+
+    trimmed = Pair(pair.source.strip(), pair.target.strip(), pair.file, pair.line)
+    if trimmed != pair:
+        findings.add(Problem.OUTER_SPACE, pair)
+
+    source, target = _LINE_BREAK.sub(" ", trimmed.source), _LINE_BREAK.sub(" ", trimmed.target)
+    if (source, target) != (trimmed.source, trimmed.target):
+        findings.add(Problem.LINE_BREAK, pair)
+    if source == target:
+        findings.add(Problem.IDENTICAL, pair)
+    if "\ufffd" in source + target:
+        findings.add(Problem.REPLACEMENT, pair)
+    return Pair(source, target, pair.file, pair.line)
+
+
+def _unusable(pair: Pair) -> Problem | None:
+    if _SURROGATE.search(pair.source) or _SURROGATE.search(pair.target):
+        return Problem.WRONG_ENCODING
+    empty_source, empty_target = is_empty(pair.source), is_empty(pair.target)
+    if empty_source and empty_target:
+        return Problem.BLANK
+    if empty_source:
+        return Problem.EMPTY_SOURCE
+    if empty_target:
+        return Problem.EMPTY_TARGET
+    return None
