@@ -1,0 +1,91 @@
+"""The objectives of the paper and its baselines, as equations: one value per token, differentiable by autograd.
+
+The hard tokens' loss lives in `skewed_kl`, the easy tokens' in `easy_kl`; an objective chooses between them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llamafactory_sekd.objectives.divergences import kl_divergence
+from llamafactory_sekd.objectives.settings import Settings
+from llamafactory_sekd.objectives.targets import log_mixture
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What the objectives are made of.
+
+    Attributes:
+        log_q: the student at temperature T, `[tokens, vocab]`, carries the gradient.
+        log_p: the teacher at temperature T, `[tokens, vocab]`, detached.
+        log_target: `log y~`, equation 4, `[tokens, vocab]`, detached.
+        ce: `-log q_y` at T = 1, `[tokens]`, carries the gradient.
+        difficulty: equation 5, `d = KL(y~ ‖ q)`, `[tokens]`, detached.
+        hard: bool `[tokens]`.
+        settings: λ, β and T.
+    """
+
+    log_q: torch.Tensor
+    log_p: torch.Tensor
+    log_target: torch.Tensor
+    ce: torch.Tensor
+    difficulty: torch.Tensor
+    hard: torch.Tensor
+    settings: Settings
+
+
+def easy_kl(terms: Terms) -> torch.Tensor:
+    """Equation 8: `T² KL(y~ ‖ q)`."""
+    return terms.settings.kd_temperature**2 * kl_divergence(terms.log_target, terms.log_q)
+
+
+def skewed_kl(terms: Terms, log_target: torch.Tensor) -> torch.Tensor:
+    """Equations 6 and 7: `T² KL(t ‖ β q + (1-β) t)` for a target `t`; the student also learns through the proxy."""
+    log_proxy = log_mixture(terms.log_q, log_target, terms.settings.kd_beta)
+    return terms.settings.kd_temperature**2 * kl_divergence(log_target, log_proxy)
+
+
+def with_cross_entropy(terms: Terms, divergence: torch.Tensor) -> torch.Tensor:
+    """Equation 3: `(1-λ) (-log q_y) + λ D`."""
+    kd_lambda = terms.settings.kd_lambda
+    # A weight of zero switches its term off even where the term is infinite.
+    if kd_lambda >= 1.0:
+        return divergence
+    if kd_lambda <= 0.0:
+        return terms.ce
+    return (1.0 - kd_lambda) * terms.ce + kd_lambda * divergence
+
+
+def self_evolution(terms: Terms) -> torch.Tensor:
+    """Equation 7 for hard tokens, equation 8 for easy ones (Self-Evolution KD, and its top-K ablation)."""
+    return torch.where(terms.hard, skewed_kl(terms, terms.log_target), easy_kl(terms))
+
+
+def no_evolution(terms: Terms) -> torch.Tensor:
+    """Equation 8 for all tokens (NoEvo KD)."""
+    return easy_kl(terms)
+
+
+def skew(terms: Terms) -> torch.Tensor:
+    """Equation 7 for all tokens (SKEW KD)."""
+    return skewed_kl(terms, terms.log_target)
+
+
+def skew_teacher(terms: Terms) -> torch.Tensor:
+    """Equation 10: `(1-λ) (-log q_y) + λ T² KL(p ‖ β q + (1-β) p)` (SKEW KD (Teacher))."""
+    return with_cross_entropy(terms, skewed_kl(terms, terms.log_p))
+
+
+def forward_kl(terms: Terms) -> torch.Tensor:
+    """Equation 3: `(1-λ) (-log q_y) + λ T² KL(p ‖ q)` (Forward KD)."""
+    divergence = kl_divergence(terms.log_p, terms.log_q)
+    return with_cross_entropy(terms, terms.settings.kd_temperature**2 * divergence)
+
+
+def reverse_kl(terms: Terms) -> torch.Tensor:
+    """`(1-λ) (-log q_y) + λ T² KL(q ‖ p)` (Reverse KD): the student's own distribution weights the sum."""
+    divergence = kl_divergence(terms.log_q, terms.log_p)
+    return with_cross_entropy(terms, terms.settings.kd_temperature**2 * divergence)

@@ -1,0 +1,104 @@
+"""The objectives on logits, by autograd: the reference for the fused path, and its fallback."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llamafactory_sekd.objectives.divergences import cross_entropy, kl_divergence
+from llamafactory_sekd.objectives.losses import OBJECTIVES, check_objective
+from llamafactory_sekd.objectives.losses.equations import Terms
+from llamafactory_sekd.objectives.selection import select_hard
+from llamafactory_sekd.objectives.settings import Settings, check_same_vocabulary, check_tokens
+from llamafactory_sekd.objectives.statistics import TokenStatistics, token_statistics
+from llamafactory_sekd.objectives.targets import log_target
+
+
+@dataclass(frozen=True, slots=True)
+class DistillationOutput:
+    """The objective of every token.
+
+    Attributes:
+        loss: `[tokens]`, float32 (float64 for float64 logits), differentiable in the student's logits. Its reduction
+            is the caller's: the sum over the tokens divided by the number of response tokens in the global batch.
+        hard: bool `[tokens]`: `d > Γ`, or the `kd_topk` most difficult tokens for `self_evolution_topk`. Objectives
+            that treat all tokens alike report it without using it.
+        statistics: what training logs.
+    """
+
+    loss: torch.Tensor
+    hard: torch.Tensor
+    statistics: TokenStatistics
+
+    @property
+    def difficulty(self) -> torch.Tensor:
+        """Equation 5, `d = KL(y~ ‖ q)`, `[tokens]`, detached."""
+        return self.statistics.difficulty
+
+
+def distillation_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    kd_loss: str = "self_evolution",
+    kd_lambda: float = 0.5,
+    kd_beta: float = 0.5,
+    kd_gamma: float = 0.4,
+    kd_topk: float | None = None,
+    kd_temperature: float = 1.0,
+) -> DistillationOutput:
+    """The distillation objective of every response token.
+
+    The mathematics is done in log space, in float32 for float32, bfloat16 and float16 logits and in float64 where one
+    of the two is float64. Logits may be `-inf`; terms whose weight is zero contribute exactly nothing. No tokens give
+    an empty loss whose sum is a zero with a gradient.
+
+    Args:
+        student_logits: `[tokens, vocab]`, floating.
+        teacher_logits: `[tokens, vocab]`, floating; no gradient flows into them.
+        labels: the ground truth's class ids `[tokens]`, integers in `[0, vocab)`: response tokens only, no padding.
+        kd_loss: the objective, a key of `OBJECTIVES`.
+        kd_lambda: λ of equations 3, 4 and 10, the teacher's share, in `[0, 1]`.
+        kd_beta: β of equations 6 and 10, the student's share of the proxy, in `[0, 1]`.
+        kd_gamma: Γ, the difficulty above which a token is hard.
+        kd_topk: for `self_evolution_topk`, the share of hard tokens in this batch, in `(0, 1]`.
+        kd_temperature: T > 0. The KL terms take both distributions at T and are multiplied by T²; `-log q_y` and the
+            statistics stay at T = 1, except `difficulty`, which is at T and carries no factor.
+
+    Raises:
+        ArgumentError: shapes that do not fit, different vocabularies, an unknown `kd_loss`, a missing `kd_topk`.
+    """
+    check_objective(kd_loss)
+    check_tokens(student_logits, teacher_logits, labels, ("student_logits", "teacher_logits"))
+    check_same_vocabulary(
+        student_logits.shape[-1], teacher_logits.shape[-1], "cut both logits to the common vocabulary first."
+    )
+    settings = Settings(kd_loss, kd_lambda, kd_beta, kd_gamma, kd_topk, kd_temperature)
+    precision = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
+    student_logits, teacher_logits = student_logits.to(precision), teacher_logits.detach().to(precision)
+
+    terms = _terms(student_logits, teacher_logits, labels, settings)
+    statistics = token_statistics(student_logits.detach(), teacher_logits, labels, terms.difficulty, terms.hard)
+    return DistillationOutput(loss=OBJECTIVES[kd_loss](terms), hard=terms.hard, statistics=statistics)
+
+
+def _terms(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor, settings: Settings
+) -> Terms:
+    temperature = settings.kd_temperature
+    log_q = (student_logits / temperature).log_softmax(-1)
+    log_q_untempered = log_q if temperature == 1.0 else student_logits.log_softmax(-1)
+    log_p = (teacher_logits / temperature).log_softmax(-1)
+    target = log_target(log_p, labels, settings.kd_lambda)
+    difficulty = kl_divergence(target, log_q.detach())
+    return Terms(
+        log_q=log_q,
+        log_p=log_p,
+        log_target=target,
+        ce=cross_entropy(log_q_untempered, labels),
+        difficulty=difficulty,
+        hard=select_hard(difficulty, settings),
+        settings=settings,
+    )

@@ -1,0 +1,57 @@
+"""What training reports about every token, whatever the objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llamafactory_sekd.objectives.divergences import cross_entropy, kl_divergence
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStatistics:
+    """One value per response token, `[tokens]`, float32 (float64 for float64 inputs), detached.
+
+    Attributes:
+        difficulty: equation 5, `d = KL(y~ ‖ q)`, at the temperature of the objective and without its factor T².
+        hard: 1 for hard tokens (see `DistillationOutput.hard`), 0 for easy ones.
+        ce: `-log q_y`, the student's cross-entropy of the ground truth, at T = 1.
+        teacher_kl: `KL(p ‖ q)` at T = 1.
+        teacher_ce: `-log p_y`, the teacher's cross-entropy of the ground truth, at T = 1.
+        agreement: 1 where the teacher's most probable entry is one of the student's most probable ones (they are one
+            unless there is a tie), else 0.
+    """
+
+    difficulty: torch.Tensor
+    hard: torch.Tensor
+    ce: torch.Tensor
+    teacher_kl: torch.Tensor
+    teacher_ce: torch.Tensor
+    agreement: torch.Tensor
+
+
+def same_prediction(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """bool `[tokens]`: no entry has a higher student logit than the teacher's most probable entry."""
+    best = teacher_logits.argmax(-1, keepdim=True)
+    return student_logits.gather(-1, best).squeeze(-1) == student_logits.amax(-1)
+
+
+@torch.no_grad()
+def token_statistics(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    difficulty: torch.Tensor,
+    hard: torch.Tensor,
+) -> TokenStatistics:
+    """The statistics from logits `[tokens, vocab]` (float32 or float64) and labels, difficulty and hard `[tokens]`."""
+    log_q, log_p = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    return TokenStatistics(
+        difficulty=difficulty,
+        hard=hard.to(difficulty.dtype),
+        ce=cross_entropy(log_q, labels),
+        teacher_kl=kl_divergence(log_p, log_q),
+        teacher_ce=cross_entropy(log_p, labels),
+        agreement=same_prediction(student_logits, teacher_logits).to(difficulty.dtype),
+    )
