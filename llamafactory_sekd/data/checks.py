@@ -30,8 +30,7 @@ class Problem(Enum):
 
     WRONG_ENCODING = ("wrong_encoding", Outcome.LEFT_OUT, "not valid UTF-8")
     BLANK = ("blank", Outcome.LEFT_OUT, "both sides are empty")
-    EMPTY_SOURCE = ("empty_source", Outcome.LEFT_OUT, "the source side is empty")
-    EMPTY_TARGET = ("empty_target", Outcome.LEFT_OUT, "the target side is empty")
+    EMPTY_SIDE = ("empty_side", Outcome.LEFT_OUT, "one side is empty")
     IDENTICAL = ("identical_sides", Outcome.KEPT, "the two sides are the same")
     REPLACEMENT = ("replacement_character", Outcome.KEPT, "contains U+FFFD, the trace of a wrong decoding")
     LINE_BREAK = ("line_break", Outcome.MENDED, "a line break inside a sentence became a space")
@@ -53,6 +52,10 @@ class Pair:
     file: str
     line: int
 
+    @property
+    def reversed(self) -> Pair:
+        return Pair(self.target, self.source, self.file, self.line)
+
 
 @dataclass
 class Findings:
@@ -63,10 +66,10 @@ class Findings:
     def add(self, problem: Problem, pair: Pair) -> None:
         self.items.append((problem, pair.file, pair.line))
 
-    def counts(self) -> dict[Problem, int]:
-        """Return how often each problem was found, in the order of :class:`Problem`."""
+    def summary(self) -> str:
+        """Return the number of pairs with each problem, as one line."""
         found = Counter(problem for problem, _, _ in self.items)
-        return {problem: found[problem] for problem in Problem if found[problem]}
+        return ", ".join(f"{found[problem]} times: {problem.words}" for problem in Problem if found[problem])
 
     def as_json(self) -> list[dict[str, object]]:
         """Return one entry per problem and file with all its line numbers, for the manifest."""
@@ -74,8 +77,15 @@ class Findings:
         for problem, file, line in self.items:
             lines.setdefault((problem, file), []).append(line)
         return [
-            {"problem": p.key, "outcome": p.outcome.value, "file": file, "count": len(numbers), "lines": numbers}
-            for (p, file), numbers in lines.items()
+            {
+                "problem": problem.key,
+                "words": problem.words,
+                "outcome": problem.outcome.value,
+                "file": file,
+                "count": len(numbers),
+                "lines": numbers,
+            }
+            for (problem, file), numbers in lines.items()
         ]
 
 
@@ -112,11 +122,9 @@ def _clean(pair: Pair, findings: Findings) -> Pair | None:
 def _unusable(pair: Pair) -> Problem | None:
     if _SURROGATE.search(pair.source) or _SURROGATE.search(pair.target):
         return Problem.WRONG_ENCODING
-    empty_source, empty_target = is_empty(pair.source), is_empty(pair.target)
-    if empty_source and empty_target:
-        return Problem.BLANK
-    if empty_source:
-        return Problem.EMPTY_SOURCE
-    if empty_target:
-        return Problem.EMPTY_TARGET
+    match is_empty(pair.source) + is_empty(pair.target):
+        case 2:
+            return Problem.BLANK
+        case 1:
+            return Problem.EMPTY_SIDE
     return None

@@ -26,8 +26,24 @@ def read_json_pairs(path: Path, direction: Direction, name: str | None = None) -
     """
     name = name or str(path)
     text = _read_text(path)
-    pairs = [_json_pair(record, direction, name, number) for number, record in _json_records(text, name)]
+    pairs = [
+        pair_from_record(record, "translation", direction, name, number)
+        for number, record in _json_records(text, name)
+    ]
     return _not_empty(pairs, path)
+
+
+def pair_from_record(record: Any, key: str, direction: Direction, name: str, number: int) -> Pair:
+    """Take the two sides out of ``{key: {"de": …, "en": …}}``; :class:`DataError` when it is anything else."""
+    sides = record.get(key) if isinstance(record, dict) else None
+    if isinstance(sides, dict):
+        source, target = sides.get(direction.source), sides.get(direction.target)
+        if isinstance(source, str) and isinstance(target, str):
+            return Pair(source, target, name, number)
+    raise DataError(
+        f'{name}:{number}: expected {{"{key}": {{"{direction.source}": text, "{direction.target}": text}}}}, '
+        f"got {record!r:.80}."
+    )
 
 
 def read_text_pairs(source: Path, target: Path, names: tuple[str, str] | None = None) -> list[Pair]:
@@ -91,18 +107,6 @@ def _parse(text: str, name: str, number: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{name}:{number + error.lineno - 1}: not valid JSON ({error.msg}).") from error
-
-
-def _json_pair(record: Any, direction: Direction, name: str, number: int) -> Pair:
-    match record:
-        case {"translation": dict(translation)}:
-            source, target = translation.get(direction.source), translation.get(direction.target)
-            if isinstance(source, str) and isinstance(target, str):
-                return Pair(source, target, name, number)
-    raise DataError(
-        f'{name}:{number}: expected {{"translation": {{"{direction.source}": text, "{direction.target}": text}}}}, '
-        f"got {record!r:.80}."
-    )
 
 
 def _not_empty(pairs: list[Pair], path: Path) -> list[Pair]:

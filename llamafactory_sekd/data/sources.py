@@ -1,0 +1,126 @@
+"""Where ALMA's data comes from: a clone of its repository, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any, Protocol
+
+from llamafactory_sekd.data.checks import Pair
+from llamafactory_sekd.data.files import sha256_of
+from llamafactory_sekd.data.languages import Direction
+from llamafactory_sekd.data.layout import alma_files, alma_root, alma_stem, read_alma
+from llamafactory_sekd.data.readers import pair_from_record
+from llamafactory_sekd.errors import DataError
+
+
+LICENCE = (
+    "Collected by ALMA (https://github.com/fe1ixxu/ALMA, MIT licence). The sentences come from the test sets of the "
+    "WMT shared tasks and from FLORES-200 (CC BY-SA 4.0), whose own terms apply to them."
+)
+
+
+class Source(Protocol):
+    """Gives ALMA's splits (``train``, ``valid``, ``test``) in a direction."""
+
+    def read(self, direction: Direction, split: str) -> list[Pair]:
+        """Return the pairs; raises :class:`DataError` when they cannot be had."""
+        ...
+
+    def request(self, wanted: list[tuple[Direction, str]]) -> dict[str, Any]:
+        """Return what identifies the source before it is read; for local files, their hashes."""
+        ...
+
+    def revision(self) -> dict[str, Any]:
+        """Return the revision that was read, for the manifest; to be called after reading."""
+        ...
+
+
+class DirectorySource:
+    """A clone of ALMA's repository, or a folder with its ``deen``, ``csen``, …"""
+
+    def __init__(self, directory: Path) -> None:
+        if not directory.is_dir():
+            raise DataError(f"--source {directory} is not a directory: give a clone of ALMA's repository, or `hub`.")
+        self.directory = directory
+        self.root = alma_root(directory)
+
+    def read(self, direction: Direction, split: str) -> list[Pair]:
+        return read_alma(self.root, direction, split)
+
+    def request(self, wanted: list[tuple[Direction, str]]) -> dict[str, Any]:
+        files: list[Path] = []
+        for direction, split in wanted:
+            found = alma_files(self.root, direction, split)
+            if not found:
+                raise DataError(f"{self.root / alma_stem(direction, split)}.json not found: is it a clone of ALMA?")
+            files += found
+        return {
+            "kind": "directory",
+            "files": {path.relative_to(self.root).as_posix(): sha256_of(path) for path in files},
+        }
+
+    def revision(self) -> dict[str, Any]:
+        return {"kind": "directory", "revision": _git_revision(self.directory)}
+
+
+class HubSource:
+    """The two data sets of ALMA's author on the Hugging Face hub, through ``datasets.load_dataset``."""
+
+    def __init__(self, train: str = "haoranxu/ALMA-Human-Parallel", test: str = "haoranxu/WMT22-Test") -> None:
+        self.train = train
+        self.test = test
+        self.revisions: dict[str, str | None] = {train: None, test: None}
+
+    def read(self, direction: Direction, split: str) -> list[Pair]:
+        other = direction.source if direction.target == "en" else direction.target
+        if split == "test":
+            # The test sets keep the pair in a column named like the configuration.
+            return self._load(self.test, str(direction), "test", str(direction), direction)
+        hub_split = {"train": "train", "valid": "validation"}[split]
+        return self._load(self.train, f"{other}-en", hub_split, "translation", direction)
+
+    def request(self, wanted: list[tuple[Direction, str]]) -> dict[str, Any]:
+        return {"kind": "hub", "repositories": [self.train, self.test]}
+
+    def revision(self) -> dict[str, Any]:
+        return {"kind": "hub", "revision": self.revisions}
+
+    def _load(self, repository: str, config: str, split: str, column: str, direction: Direction) -> list[Pair]:
+        from datasets import load_dataset
+
+        name = f"{repository}/{config}/{split}"
+        try:
+            dataset = load_dataset(repository, config, split=split)
+        except Exception as error:  # the hub client raises whatever its transport raises
+            reason = str(error).strip().split("\n")[0]
+            raise DataError(
+                f"Cannot load {name} from the Hugging Face hub ({type(error).__name__}: {reason}); with a clone of "
+                "https://github.com/fe1ixxu/ALMA, use --source DIR."
+            ) from error
+        self.revisions[repository] = _hub_revision(dataset.info.download_checksums) or self.revisions[repository]
+        return [pair_from_record(row, column, direction, name, number) for number, row in enumerate(dataset, start=1)]
+
+
+def _hub_revision(checksums: dict[str, Any] | None) -> str | None:
+    """Take the commit out of the addresses that ``datasets`` loaded: ``hf://datasets/owner/name@commit/file``."""
+    for address in checksums or ():
+        if match := re.search(r"@([0-9a-f]{40})(?:/|$)", address):
+            return match[1]
+    return None
+
+
+def _git_revision(directory: Path) -> str | None:
+    """Return the commit of the clone that ``directory`` is, or whose data folder it is; None when it is neither."""
+    command = ["git", "-C", str(directory), "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = answer.stdout.splitlines()
+    if answer.returncode != 0 or len(lines) != 2:
+        return None
+    # A copy that lies somewhere in another repository has no revision of its own.
+    resolved = directory.resolve()
+    return lines[1] if Path(lines[0]) in (resolved, resolved.parent) else None
