@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,6 @@ VALIDATION: dict[str, Direction] = {
     "zh": Direction("en", "zh"),
 }
 VALIDATION_NAME = "wmt21_valid"
-
-_NAME = re.compile(r"(?:alma|wmt21|wmt22)_([a-z_]+)")
 
 
 def alma_name(direction: Direction) -> str:
@@ -61,19 +58,28 @@ def shipped_entries() -> dict[str, dict[str, str]]:
 
 def command_for(name: str, directory: Path | str = DEFAULT_OUT) -> str | None:
     """Return the command that makes the data set ``name`` in ``directory``, or None when it is not one of ours."""
-    match = _NAME.fullmatch(name)
-    if match is None:
+    languages = _languages_for(name)
+    if languages is None:
         return None
-    languages = [] if name == VALIDATION_NAME else [code for code in match[1].split("_") if code != "en"]
-    if not set(languages) <= set(ALMA_LANGUAGES) or (not languages and name != VALIDATION_NAME):
-        return None
-
     command = "sekd data alma"
-    if not set(languages) <= set(DEFAULT_LANGUAGES):
+    if languages != DEFAULT_LANGUAGES:
         command += " --pairs " + ",".join(f"{code}-en" for code in languages)
     if Path(directory) != Path(DEFAULT_OUT):
         command += f" --out {directory}"
     return command
+
+
+def _languages_for(name: str) -> tuple[str, ...] | None:
+    """Return the pairs to ask for: exactly those of a joint set, else the usual ones and the one that is missing."""
+    if name == VALIDATION_NAME:
+        return DEFAULT_LANGUAGES
+    for code in ALMA_LANGUAGES:
+        for direction in (Direction("en", code), Direction(code, "en")):
+            if name in (alma_name(direction), wmt21_name(direction), wmt22_name(direction)):
+                return tuple(one for one in ALMA_LANGUAGES if one == code or one in DEFAULT_LANGUAGES)
+    joint = tuple(name.removeprefix("alma_en_").split("_"))
+    in_order = tuple(code for code in ALMA_LANGUAGES if code in joint)
+    return joint if name.startswith("alma_en_") and len(joint) > 1 and joint == in_order else None
 
 
 def merge_entries(path: Path, entries: Mapping[str, Mapping[str, str]], overwrite: bool = False) -> bool:

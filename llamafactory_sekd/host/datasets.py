@@ -1,0 +1,56 @@
+"""Where the host does not find one of our data sets, say which command makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..data.dataset_info import DEFAULT_OUT, command_for
+from ..errors import DataError
+
+
+def explain_missing_dataset(module: ModuleType) -> None:
+    """Wrap both functions of ``llamafactory.data.loader`` that raise for a data set that is not there."""
+    module.get_dataset_list = explain_undefined(module.get_dataset_list)  # type: ignore[attr-defined]
+    module._load_single_dataset = explain_missing_file(module._load_single_dataset)  # type: ignore[attr-defined]
+
+
+def explain_undefined(get_dataset_list: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the host's look-up in ``dataset_info.json``: our names get a :class:`DataError`, others what they got."""
+
+    @wraps(get_dataset_list)
+    def look_up(dataset_names: list[str] | None, dataset_dir: Any) -> Any:
+        try:
+            return get_dataset_list(dataset_names, dataset_dir)
+        except ValueError as error:
+            ours = [name for name in dataset_names or [] if command_for(name)]
+            unreadable = str(error).startswith("Cannot open")
+            for name in ours:
+                if unreadable or f"Undefined dataset {name} in" in str(error):
+                    raise DataError(
+                        f"Data set {name!r} is not declared in `dataset_dir: {dataset_dir}`: "
+                        f"run `{command_for(name)}` and set `dataset_dir: {DEFAULT_OUT}`."
+                    ) from error
+            raise
+
+    return look_up
+
+
+def explain_missing_file(load_single_dataset: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the host's loader of one data set: a missing file of ours gets a :class:`DataError`, others what they got."""
+
+    @wraps(load_single_dataset)
+    def load(dataset_attr: Any, model_args: Any, data_args: Any, training_args: Any) -> Any:
+        if dataset_attr.load_from == "file":
+            path = Path(data_args.dataset_dir, dataset_attr.dataset_name)
+            command = command_for(path.stem, path.parent)
+            if command is not None and path.suffix == ".json" and not path.exists():
+                raise DataError(
+                    f"The file {path} of data set {path.stem!r} is not there yet: run `{command}` to make it."
+                )
+        return load_single_dataset(dataset_attr, model_args, data_args, training_args)
+
+    return load
