@@ -26,6 +26,7 @@ TARGETS: tuple[str, ...] = (
     "llamafactory.hparams.parser",
     "llamafactory.data.template",
     "llamafactory.data.loader",
+    "llamafactory.train.callbacks",
     "llamafactory.train.sft",
     "llamafactory.launcher",
     "llamafactory.v1.launcher",

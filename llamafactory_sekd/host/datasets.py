@@ -40,7 +40,7 @@ def explain_undefined(get_dataset_list: Callable[..., Any]) -> Callable[..., Any
 
 
 def explain_missing_file(load_single_dataset: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the host's loader of one data set: a missing file of ours gets a :class:`DataError`, others what they got."""
+    """Wrap the host's loader of one data set: for a missing file of ours it raises a :class:`DataError`."""
 
     @wraps(load_single_dataset)
     def load(dataset_attr: Any, model_args: Any, data_args: Any, training_args: Any) -> Any:

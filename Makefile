@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh machine with Python 3.11, pip and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench docs
+
+help:
+	@echo "make demo   install, then distil a tiny translator and report its scores (under 15 minutes on two cores)"
+	@echo "make test   install with the test extras, then run the whole suite"
+	@echo "make lint   ruff and mypy"
+	@echo "make bench  the benchmarks; they print and write their tables to benchmarks/results"
+
+# torch first: with it in place the rest finds its version satisfied and nothing large is fetched twice.
+$(VENV)/demo.done: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
+	@echo "Installing into $(VENV) (a few minutes on the first run) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) torch torchvision torchaudio
+	@$(PIP) -e ".[metrics]"
+	@touch $@
+
+$(VENV)/dev.done: $(VENV)/demo.done
+	@echo "Installing the test extras ..."
+	@$(PIP) -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/demo.done
+	@$(BIN)/sekd demo $(DEMO_ARGS)
+
+test: $(VENV)/dev.done
+	@$(BIN)/python -m pytest -q --durations=15 $(TEST_ARGS)
+
+lint: $(VENV)/dev.done
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(VENV)/dev.done
+	@mkdir -p benchmarks/results
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -1,0 +1,133 @@
+"""The host's argument classes with our keys, and the checks that need more than one of them."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, Literal, get_args
+
+import torch
+
+from ..arguments import (
+    STAGE,
+    DistillationArguments,
+    check_distillation_arguments,
+    check_no_distillation_arguments,
+)
+from ..errors import ArgumentError
+
+
+def extend_finetuning_arguments(host_class: type) -> type:
+    """Return a subclass of the host's FinetuningArguments that knows our keys and ``stage: sekd``.
+
+    Distillation is supervised fine-tuning with a teacher: after the checks such arguments present themselves as
+    ``stage: sft`` with the flag ``use_sekd``, so that all of the host's own rules for SFT apply.
+    """
+    host_stages = get_args(host_class.__dataclass_fields__["stage"].type)  # type: ignore[attr-defined]
+
+    @dataclass
+    class FinetuningArguments(DistillationArguments, host_class):  # type: ignore[misc, valid-type]
+        __doc__ = host_class.__doc__
+
+        stage: Literal[(*host_stages, STAGE)] = field(  # type: ignore[valid-type]
+            default="sft",
+            metadata={"help": "Which stage will be performed in training."},
+        )
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> "FinetuningArguments":
+            instance = super().__new__(cls)
+            instance.given_keys = frozenset(kwargs)  # tells a key that was set to its default from one that was not
+            return instance
+
+        def __post_init__(self) -> None:
+            self.use_sekd: bool = self.stage == STAGE
+            if self.use_sekd:
+                check_distillation_arguments(self)
+                _check_other_finetuning_arguments(self)
+                self.stage = "sft"
+            else:
+                check_no_distillation_arguments(self, self.stage, self._named_by_user())
+
+            super().__post_init__()
+
+        def to_dict(self) -> dict[str, Any]:
+            # What trackers record: our stage by its name, and nothing of ours in a run of another stage.
+            record = super().to_dict()
+            if self.use_sekd:
+                return {**record, "stage": STAGE}
+
+            return {key: value for key, value in record.items() if key not in DistillationArguments.__dataclass_fields__}
+
+        def _named_by_user(self) -> frozenset[str]:
+            # The command line hands over every field, a YAML file only what it holds.
+            everything = self.given_keys >= set(DistillationArguments.__dataclass_fields__)
+            return frozenset() if everything else self.given_keys
+
+    FinetuningArguments.__module__ = host_class.__module__  # pickle finds it where the host's stood
+    FinetuningArguments.__qualname__ = host_class.__qualname__
+    return FinetuningArguments
+
+
+def _check_other_finetuning_arguments(args: Any) -> None:
+    for key in ("use_dft_loss", "use_eaft_loss", "use_asft_loss"):
+        if getattr(args, key, False):
+            raise ArgumentError(f"`{key}: true` replaces the loss that `stage: {STAGE}` computes: remove one of the two.")
+
+    if getattr(args, "use_hyper_parallel", False):
+        raise ArgumentError(f"`use_hyper_parallel: true` has a trainer of its own: remove it for `stage: {STAGE}`.")
+
+    if os.getenv("USE_MCA", "0").lower() in ("true", "y", "1"):
+        raise ArgumentError(f"USE_MCA=1 selects the Megatron trainer, which has no teacher: unset it for `stage: {STAGE}`.")
+
+
+def check_together(host_parse: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Wrap the host's parser of training arguments with the checks that span several argument classes.
+
+    They run before the host's own checks, which would name a package to install for a feature that cannot work.
+    """
+
+    @wraps(host_parse)
+    def parse(args: Any = None) -> tuple[Any, ...]:
+        parsed = host_parse(args)
+        model_args, _, training_args, finetuning_args, _ = parsed
+        if finetuning_args.use_sekd:
+            _check_model_arguments(model_args)
+            _check_training_arguments(training_args)
+            _check_quantization(finetuning_args)
+
+        return parsed
+
+    return parse
+
+
+def _check_model_arguments(model_args: Any) -> None:
+    remedies = {
+        "use_kt": "KTransformers has no second model in training",
+        "use_unsloth": "unsloth's fused loss swallows the logits that the teacher is compared with",
+        "mixture_of_depths": "its models route tokens differently from the teacher",
+    }
+    for key, reason in remedies.items():
+        if getattr(model_args, key, None):
+            raise ArgumentError(
+                f"`{key}: {getattr(model_args, key)}` cannot be used with `stage: {STAGE}` ({reason}): remove it."
+            )
+
+
+def _check_training_arguments(training_args: Any) -> None:
+    if training_args.label_smoothing_factor:
+        raise ArgumentError(
+            f"`label_smoothing_factor: {training_args.label_smoothing_factor}` has no effect with `stage: {STAGE}`, whose "
+            "target is smoothed by the teacher: remove it and set `kd_lambda`."
+        )
+
+
+def _check_quantization(finetuning_args: Any) -> None:
+    bits = finetuning_args.teacher_model_quantization_bit
+    if bits is None:
+        return
+
+    if not torch.cuda.is_available():
+        raise ArgumentError(
+            f"`teacher_model_quantization_bit: {bits}` needs a CUDA device, and none is here: remove the key to load the "
+            "teacher unquantized."
+        )

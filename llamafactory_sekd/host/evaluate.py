@@ -1,0 +1,233 @@
+"""``llamafactory-cli eval``: the host's loaders handed to the evaluation, and the host's way of starting several ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llamafactory_sekd.errors import EvaluationError, SekdError
+from llamafactory_sekd.evaluation.settings import Settings, System, parse_settings
+from llamafactory_sekd.evaluation.translator import Description, Host, ModelSource, Translator
+
+
+USAGE = "usage: llamafactory-cli eval CONFIG.yaml [KEY=VALUE …]   (keys: docs/evaluation.md)"
+
+
+def run_eval(argv: list[str]) -> None:
+    """Run the evaluation that ``argv`` asks for: a YAML (or JSON) file and ``key=value`` overrides, dotted ones too.
+
+    Where the host would train on several devices, torchrun starts as many ranks. Errors that the user can mend are
+    printed as one line, with exit status 2.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        sys.exit(0 if argv else 2)
+    try:
+        settings = parse_settings(read_config(argv), argv[0])
+        if _wants_torchrun(settings):
+            from llamafactory_sekd.evaluation.run import prepare
+
+            # Whatever is wrong is said here, once, and not by every rank.
+            prepare(settings, build_host(settings))
+            sys.exit(_torchrun(argv))
+        evaluate_settings(settings)
+    except SekdError as error:
+        print(f"llamafactory-cli eval: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def evaluate_settings(settings: Settings) -> dict[str, Any] | None:
+    """Run an evaluation in this process (or rank) and return the contents of ``results.json`` on the first rank."""
+    import transformers
+
+    from llamafactory_sekd.evaluation.run import evaluate
+
+    transformers.set_seed(settings.seed)
+    return evaluate(settings, build_host(settings))
+
+
+def read_config(argv: list[str]) -> dict[str, Any]:
+    """Return the keys of the file ``argv[0]`` with the overrides ``argv[1:]``, read as the host reads its arguments."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    path = Path(argv[0])
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        raise EvaluationError(f"{argv[0]} is not a YAML file. {USAGE}")
+    malformed = next((text for text in argv[1:] if "=" not in text), None)
+    if malformed is not None:
+        raise EvaluationError(f"{malformed!r} is not an override: write key=value.")
+    try:
+        loaded = OmegaConf.create(json.loads(path.read_text())) if path.suffix == ".json" else OmegaConf.load(path)
+        config = OmegaConf.to_container(OmegaConf.merge(loaded, OmegaConf.from_cli(argv[1:])), resolve=True)
+    except OSError as error:
+        raise EvaluationError(f"{argv[0]} cannot be read: {error.strerror}.") from None
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise EvaluationError(f"{argv[0]} cannot be parsed: {' '.join(str(error).split())}") from None
+    if not isinstance(config, Mapping):
+        raise EvaluationError(f"{argv[0]} must hold keys and values, not a {type(config).__name__}.")
+    return dict(config)  # type: ignore[arg-type]
+
+
+def _is_vllm(settings: Settings) -> bool:
+    return settings.decoding.backend == "vllm"
+
+
+def _wants_torchrun(settings: Settings) -> bool:
+    from llamafactory.extras.misc import get_device_count, is_env_enabled
+
+    if "LOCAL_RANK" in os.environ:
+        return False
+    if _is_vllm(settings) or all(system.model is None for system in settings.systems):
+        return False
+    return is_env_enabled("FORCE_TORCHRUN") or get_device_count() > 1
+
+
+def _torchrun(argv: list[str]) -> int:
+    """Start this evaluation on every device, with the variables that the host takes for its training."""
+    from llamafactory.extras.misc import find_available_port, get_device_count
+
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--nnodes", os.getenv("NNODES", "1")),
+        *("--node-rank", os.getenv("NODE_RANK", "0")),
+        *("--nproc-per-node", os.getenv("NPROC_PER_NODE", str(max(1, get_device_count())))),
+        *("--master-addr", os.getenv("MASTER_ADDR", "127.0.0.1")),
+        *("--master-port", os.getenv("MASTER_PORT", str(find_available_port()))),
+        *("-m", "llamafactory_sekd", "eval", *argv),
+    ]
+    return subprocess.run(command, check=False).returncode
+
+
+def build_host(settings: Settings) -> Host:
+    """Return the host's side of the evaluation: argument checks, templates, loaders."""
+    import torch
+    import transformers
+    from llamafactory.extras.env import VERSION
+
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "llamafactory": VERSION}
+    if _is_vllm(settings):
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            versions["vllm"] = version("vllm")
+        except PackageNotFoundError:
+            raise EvaluationError(
+                "`backend: vllm` needs vLLM (pip install 'llamafactory-sekd[vllm]'); `backend: hf` does without."
+            ) from None
+    return Host(
+        describe=lambda system: _describe(settings, system),
+        load=lambda system: _load_vllm(settings, system) if _is_vllm(settings) else _load_hf(settings, system),
+        versions=versions,
+    )
+
+
+def _host_arguments(settings: Settings, system: System) -> tuple[Any, Any, Any, Any]:
+    """Let the host parse and check a system's arguments."""
+    import transformers
+    from llamafactory.data.template import TEMPLATES
+    from llamafactory.hparams import get_infer_args
+    from llamafactory.model.loader import try_download_model_from_other_hub
+
+    given = {"template": settings.template, **(system.model or {})}
+    if given["template"] not in TEMPLATES:
+        raise EvaluationError(f"`template`: LLaMA-Factory has no template {given['template']!r}.")
+    if _is_vllm(settings):
+        given["infer_backend"] = "vllm"
+    try:
+        arguments = get_infer_args(given)
+    except (ValueError, ImportError, TypeError) as error:
+        raise EvaluationError(f"`systems.{system.name}`: {' '.join(str(error).split())}") from None
+    # The host turns on the libraries' chatter for a user at a console; here it would drown the progress and the tables.
+    transformers.utils.logging.set_verbosity_warning()
+    arguments[0].model_name_or_path = try_download_model_from_other_hub(arguments[0])
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from llamafactory.extras.misc import get_current_device
+
+        arguments[0].device_map = {"": get_current_device()}
+    return arguments
+
+
+def _describe(settings: Settings, system: System) -> Description:
+    from llamafactory.data.template import TEMPLATES
+
+    model_args, data_args, _, _ = _host_arguments(settings, system)
+    adapters = model_args.adapter_name_or_path or []
+    return Description(
+        sources=(
+            ModelSource(model_args.model_name_or_path, model_args.model_revision),
+            *(ModelSource(adapter, config="adapter_config.json") for adapter in adapters),
+        ),
+        template=repr(TEMPLATES[data_args.template]),
+    )
+
+
+def _encoder(tokenizer: Any, template: Any) -> Any:
+    """Return the function that turns a user's message into prompt ids, exactly as the host's chat engine does."""
+
+    def encode(message: str) -> list[int]:
+        turns = [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
+        prompt_ids, _ = template.encode_oneturn(tokenizer, turns)
+        return prompt_ids
+
+    return encode
+
+
+def _load_hf(settings: Settings, system: System) -> Translator:
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.model import load_model, load_tokenizer
+
+    from llamafactory_sekd.evaluation.decoding import hf_translate
+
+    model_args, data_args, finetuning_args, _ = _host_arguments(settings, system)
+    tokenizer = load_tokenizer(model_args)["tokenizer"]
+    template = get_template_and_fix_tokenizer(tokenizer, data_args)
+    model = load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
+    translate = hf_translate(
+        model,
+        decode=lambda rows: tokenizer.batch_decode(rows, skip_special_tokens=True),
+        stop_ids=template.get_stop_token_ids(tokenizer),
+        pad_id=tokenizer.pad_token_id,
+        decoding=settings.decoding,
+    )
+    return Translator(_encoder(tokenizer, template), translate)
+
+
+def _load_vllm(settings: Settings, system: System) -> Translator:
+    """Build vLLM's engine with the options that the host's chat engine takes."""
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.extras.misc import get_device_count
+    from llamafactory.model import load_tokenizer
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
+    from llamafactory_sekd.evaluation.vllm_backend import VLLM_BATCH_TOKENS, VllmTranslate
+
+    model_args, data_args, _, _ = _host_arguments(settings, system)
+    tokenizer = load_tokenizer(model_args)["tokenizer"]
+    template = get_template_and_fix_tokenizer(tokenizer, data_args)
+    adapters = model_args.adapter_name_or_path
+    options = {
+        "model": model_args.model_name_or_path,
+        "trust_remote_code": model_args.trust_remote_code,
+        "download_dir": model_args.cache_dir,
+        "dtype": model_args.infer_dtype,
+        "max_model_len": model_args.vllm_maxlen,
+        "tensor_parallel_size": get_device_count() or 1,
+        "gpu_memory_utilization": model_args.vllm_gpu_util,
+        "enforce_eager": model_args.vllm_enforce_eager,
+        "enable_lora": adapters is not None,
+        "max_lora_rank": model_args.vllm_max_lora_rank,
+    }
+    if isinstance(model_args.vllm_config, dict):
+        options.update(model_args.vllm_config)
+    request = LoRARequest("default", 1, adapters[0]) if adapters else None
+    stop_ids = template.get_stop_token_ids(tokenizer)
+    translate = VllmTranslate(LLM(**options), stop_ids, settings.decoding, request)
+    return Translator(_encoder(tokenizer, template), translate, batch_tokens=VLLM_BATCH_TOKENS)

@@ -1,0 +1,78 @@
+"""The host's command line with `eval`, our lines in `help` and `env`, and the refusal of launchers without a teacher."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+
+from .. import __version__
+from ..arguments import STAGE
+from ..errors import HostError
+from . import ledger, versions
+
+
+_EVAL_HELP = "|   llamafactory-cli eval -h: evaluate translations (llamafactory_sekd) |"
+
+
+def extend_launch(host_launch: Callable[[], None]) -> Callable[[], None]:
+    """Wrap the host's ``launch``: `eval` is ours, `help` and `env` gain our lines, the rest is the host's."""
+
+    @wraps(host_launch)
+    def launch() -> None:
+        command = sys.argv[1] if len(sys.argv) > 1 else "help"
+        if command == "eval":
+            from .evaluate import run_eval
+
+            run_eval(sys.argv[2:])
+            return
+
+        host_launch()
+        if command == "help":
+            print(_EVAL_HELP)
+        elif command == "env":
+            print(describe())
+
+    return launch
+
+
+def describe() -> str:
+    """The plug-in's part of ``llamafactory-cli env``: its version and its patches."""
+    from .patches import PATCHES
+
+    lines = [f"- `llamafactory_sekd` version: {__version__} (supports LLaMA-Factory {versions.SUPPORTED})"]
+    applied = set(ledger.applied())
+    for patch in PATCHES:
+        state = "applied" if patch.name in applied else "waits for the module's import"
+        lines.append(f"  - {patch.name}: {patch.what} ({state})")
+
+    return "\n".join(lines) + "\n"
+
+
+def refuse_v1(host_launch: Callable[[], None]) -> Callable[[], None]:
+    """Wrap the launcher that USE_V1=1 selects: it refuses our stage and passes everything else through."""
+
+    @wraps(host_launch)
+    def launch() -> None:
+        if versions.sekd_requested(sys.argv[1:]):
+            raise HostError(f"USE_V1=1 selects trainers without a teacher: unset USE_V1 for `stage: {STAGE}`.")
+
+        host_launch()
+
+    return launch
+
+
+def launch_explicitly() -> None:
+    """Run the host's command line with the plug-in applied by us rather than by ``import torch``.
+
+    Child processes of the host's launcher (torchrun) start the file that the launcher calls its own; that file is ours
+    here, so that they apply the plug-in explicitly as well.
+    """
+    from llamafactory import launcher
+    from llamafactory.cli import main
+
+    from . import worker
+
+    launcher.__file__ = str(Path(worker.__file__))
+    main()

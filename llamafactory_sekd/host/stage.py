@@ -1,0 +1,159 @@
+"""The stage: the host's own SFT workflow with our trainer in place of the host's."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from ..arguments import DistillationArguments
+from ..errors import TeacherError
+
+
+def dispatch(host_run_sft: Callable[..., None]) -> Callable[..., None]:
+    """Wrap the host's ``run_sft``: runs that were asked for with ``stage: sekd`` get the distillation trainer."""
+
+    @wraps(host_run_sft)
+    def run_sft(
+        model_args: Any,
+        data_args: Any,
+        training_args: Any,
+        finetuning_args: Any,
+        generating_args: Any,
+        callbacks: Any = None,
+    ) -> None:
+        arguments = (model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
+        if getattr(finetuning_args, "use_sekd", False):
+            _run_sekd(host_run_sft, *arguments)
+        else:
+            host_run_sft(*arguments)
+
+    return run_sft
+
+
+def _run_sekd(
+    host_run_sft: Callable[..., None],
+    model_args: Any,
+    data_args: Any,
+    training_args: Any,
+    finetuning_args: Any,
+    generating_args: Any,
+    callbacks: Any,
+) -> None:
+    needs_teacher = training_args.do_train or training_args.do_eval
+    if not needs_teacher:  # prediction alone is the host's
+        host_run_sft(model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
+        return
+
+    check_fit(model_args, finetuning_args)
+    with _our_trainer(model_args, finetuning_args):
+        host_run_sft(model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
+
+    if training_args.do_train and training_args.should_save and finetuning_args.plot_loss:
+        from ..trainer import plot_distillation
+
+        figure = plot_distillation(training_args.output_dir)
+        if figure is not None:
+            print("Figure saved at:", figure)
+
+
+def check_fit(model_args: Any, finetuning_args: DistillationArguments) -> None:
+    """Check, before any weight is read, that the teacher exists, is a causal LM and has the student's tokenizer.
+
+    Raises:
+        TeacherError: it does not fit.
+    """
+    from llamafactory.model import load_config, load_tokenizer
+
+    from ..teacher.files import check_is_causal, check_teacher_files
+    from ..teacher.vocabulary import check_tokenizers
+
+    name = str(finetuning_args.teacher_model)
+    check_teacher_files(name)
+    teacher_args = teacher_model_arguments(model_args, finetuning_args)
+    try:
+        config = load_config(teacher_args)
+        teacher_tokenizer = load_tokenizer(teacher_args)["tokenizer"]
+    except OSError as error:
+        cause = error.__cause__ or error
+        raise TeacherError(f"`teacher_model: {name}` cannot be loaded ({_first_line(cause)}): check the path or hub id.") from error
+
+    check_is_causal(name, config)
+    check_tokenizers(load_tokenizer(model_args)["tokenizer"], teacher_tokenizer)
+
+
+def teacher_model_arguments(model_args: Any, finetuning_args: DistillationArguments) -> Any:
+    """The host's model arguments for the teacher: the student's, as for a reference model, with our keys."""
+    from llamafactory.hparams import ModelArguments
+
+    return ModelArguments.copyfrom(
+        model_args,
+        model_name_or_path=finetuning_args.teacher_model,
+        adapter_name_or_path=finetuning_args.teacher_model_adapters,
+        quantization_bit=finetuning_args.teacher_model_quantization_bit,
+        train_from_scratch=False,
+    )
+
+
+def load_teacher(model_args: Any, finetuning_args: DistillationArguments) -> Any:
+    """Load the teacher as the host loads a reference model: adapters merged, quantised, frozen, in eval mode."""
+    from llamafactory.hparams import FinetuningArguments
+    from llamafactory.model import load_model, load_tokenizer
+
+    teacher_args = teacher_model_arguments(model_args, finetuning_args)
+    tokenizer = load_tokenizer(teacher_args)["tokenizer"]
+    with _whole_weights_on_every_rank():
+        return load_model(tokenizer, teacher_args, FinetuningArguments(), is_trainable=False)
+
+
+@contextmanager
+def _our_trainer(model_args: Any, finetuning_args: DistillationArguments) -> Iterator[None]:
+    """For the duration, the host's SFT workflow builds our trainer where it names its own."""
+    from transformers.utils import logging
+
+    from ..teacher import common_vocabulary
+    from ..trainer import DistillationTrainer
+
+    workflow = sys.modules["llamafactory.train.sft.workflow"]
+    host_trainer = workflow.CustomSeq2SeqTrainer
+
+    class SekdTrainer(DistillationTrainer, host_trainer):  # type: ignore[misc, valid-type]
+        pass
+
+    def build(**kwargs: Any) -> Any:
+        teacher = load_teacher(model_args, finetuning_args)
+        rows = [model.get_output_embeddings().weight for model in (kwargs["model"], teacher)]
+        student_rows, teacher_rows = (int(getattr(weight, "ds_shape", weight.shape)[0]) for weight in rows)
+        vocab_size, explanation = common_vocabulary(kwargs["tokenizer"], student_rows, teacher_rows)
+        if explanation:
+            logging.get_logger(__name__).warning(explanation)
+
+        return SekdTrainer(teacher_model=teacher, distillation=finetuning_args, vocab_size=vocab_size, **kwargs)
+
+    workflow.CustomSeq2SeqTrainer = build
+    try:
+        yield
+    finally:
+        workflow.CustomSeq2SeqTrainer = host_trainer
+
+
+@contextmanager
+def _whole_weights_on_every_rank() -> Iterator[None]:
+    """FSDP's RAM-efficient loading leaves a second model empty on every rank but the first; switch it off meanwhile."""
+    key = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.get(key)
+    if before is not None:
+        os.environ[key] = "false"
+
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[key] = before
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

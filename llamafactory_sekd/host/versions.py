@@ -1,0 +1,53 @@
+"""Which LLaMA-Factory this is, whether we support it, and whether a command line asks for our stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
+
+from ..arguments import STAGE
+
+
+SUPPORTED = SpecifierSet(">=0.9.4,<0.10", prereleases=True)
+REMEDY = '`pip install "llamafactory>=0.9.4,<0.10"`'
+
+
+def host_version() -> str:
+    """The installed version of LLaMA-Factory, or "unknown" where it runs from a plain folder."""
+    try:
+        return metadata.version("llamafactory")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def is_supported() -> bool:
+    """Whether the installed host is in the supported range (a host without metadata counts as not supported)."""
+    version = host_version()
+    return version != "unknown" and version in SUPPORTED
+
+
+def sekd_requested(argv: Sequence[str]) -> bool:
+    """Whether a command line (without the program's name) asks for ``stage: sekd``.
+
+    It looks at ``--stage sekd``, ``stage=sekd`` and the ``stage`` of a YAML or JSON file, and it never raises: it serves
+    only to word the refusal of a host that we do not support.
+    """
+    words = [word for argument in argv for word in argument.removeprefix("--").split("=", 1)]
+    if any(key == "stage" for key in words):
+        return any(pair == ("stage", STAGE) for pair in zip(words, words[1:], strict=False))
+
+    return any(_file_requests_sekd(Path(word)) for word in argv if word.endswith((".yaml", ".yml", ".json")))
+
+
+def _file_requests_sekd(path: Path) -> bool:
+    import yaml
+
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+
+    return isinstance(config, dict) and config.get("stage") == STAGE

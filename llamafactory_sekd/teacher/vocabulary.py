@@ -1,0 +1,106 @@
+"""Do student and teacher mean the same by a token id, and which ids do both really use?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import TeacherError
+
+
+# Text in the scripts that machine translation meets: merges and normalisation differ where vocabularies agree.
+SAMPLES: tuple[str, ...] = (
+    "Translate the following sentences from English to German.",
+    "### Instruction:\n\n### Input:\n\n### Response:",
+    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich.",
+    "Příliš žluťoučký kůň úpěl ďábelské ódy.",
+    "Kæmi ný öxi hér, ykist þjófum nú bæði víl og ádrepa.",
+    "Съешь же ещё этих мягких французских булок, да выпей чаю.",
+    "敏捷的棕色狐狸跳过了懒狗。",
+    "いろはにほへと ちりぬるを",
+    "키스의 고유조건은 입술끼리 만나야 하고",
+    "نص حكيم له سر قاطع وذو شأن عظيم",
+    "ऋषियों को सताने वाले दुष्ट राक्षसों",
+    "  two  spaces,\ttabs and 1,234.56 € — “quotes” 🙂\r\n",
+)
+
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def check_tokenizers(student: Any, teacher: Any) -> None:
+    """Check that two tokenizers give the same ids to the same text.
+
+    The teacher may know tokens beyond the student's (an added padding token, say); the student may not.
+
+    Args:
+        student: the student's tokenizer.
+        teacher: the teacher's tokenizer.
+
+    Raises:
+        TeacherError: they differ; the message shows the first difference.
+    """
+    teacher_vocabulary = teacher.get_vocab()
+    for token, token_id in sorted(student.get_vocab().items(), key=lambda item: item[1]):
+        if teacher_vocabulary.get(token) != token_id:
+            there = teacher_vocabulary.get(token)
+            found = "does not know it" if there is None else f"gives it the id {there}"
+            raise _mismatch(f"the student's token {token!r} has the id {token_id}, and the teacher {found}")
+
+    for text in SAMPLES:
+        ours = student.encode(text, add_special_tokens=False)
+        theirs = teacher.encode(text, add_special_tokens=False)
+        if ours != theirs:
+            raise _mismatch(f"{text!r} is {_show(student, ours, theirs)} for the student and {_show(teacher, theirs, ours)} for the teacher")
+
+    for name in _SPECIAL:
+        ours, theirs = getattr(student, name, None), getattr(teacher, name, None)
+        if ours is not None and theirs is not None and ours != theirs and name != "pad_token":
+            raise _mismatch(f"the student's {name} is {ours!r} and the teacher's is {theirs!r}")
+
+
+def _show(tokenizer: Any, ids: list[int], others: list[int]) -> str:
+    """The ids around the first difference, with their tokens."""
+    first = next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others)))
+    part = ids[first : first + 4]
+    return f"{part} ({' '.join(map(repr, tokenizer.convert_ids_to_tokens(part)))}) from token {first}"
+
+
+def _mismatch(difference: str) -> TeacherError:
+    return TeacherError(
+        f"the teacher's tokenizer is not the student's: {difference}. Distillation compares probabilities id by id: choose "
+        "a teacher and a student of one model family."
+    )
+
+
+def common_vocabulary(student_tokenizer: Any, student_rows: int, teacher_rows: int) -> tuple[int | None, str]:
+    """Decide how many rows of the two heads the objective reads.
+
+    Model families pad their vocabulary differently (Qwen 2.5: 151,936 and 152,064 rows for 151,665 tokens). Where the
+    heads differ, both are cut to the ids that the tokenizer really uses, and the probabilities are renormalised there.
+
+    Args:
+        student_tokenizer: the student's tokenizer; every one of its tokens is known to the teacher.
+        student_rows: rows of the student's head.
+        teacher_rows: rows of the teacher's head.
+
+    Returns:
+        The number of rows to read, None where both heads are read whole; and a line for the log, empty where both are.
+
+    Raises:
+        TeacherError: a head is smaller than the tokenizer.
+    """
+    if student_rows == teacher_rows:
+        return None, ""
+
+    used = max(student_tokenizer.get_vocab().values()) + 1
+    for who, rows in (("student", student_rows), ("teacher", teacher_rows)):
+        if rows < used:
+            raise TeacherError(
+                f"the {who}'s head has {rows:,} rows and the tokenizer uses {used:,} ids: set `resize_vocab: true` when that "
+                "model is fine-tuned, or choose another one."
+            )
+
+    return used, (
+        f"The student's head has {student_rows:,} rows and the teacher's {teacher_rows:,}, of which the tokenizer uses "
+        f"{used:,}: the objective reads the first {used:,} of both and renormalises; the rest is padding that no token "
+        "stands for."
+    )

@@ -1,0 +1,184 @@
+"""The distillation trainer, as a mixin over Hugging Face's: it computes the loss and its metrics, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Seq2SeqTrainer
+from transformers.utils import logging
+
+from ..arguments import DistillationArguments
+from ..heads import (
+    hands_out_what_the_head_returns,
+    is_plain_product,
+    replaced_forward,
+    response_positions,
+    selected_rows,
+)
+from ..objectives import TokenStatistics, default_chunk_size, distillation_loss, fused_linear_distillation
+from ..objectives.schedules import linear
+from ..teacher import Teacher
+from .metrics import TokenMeans
+
+
+logger = logging.get_logger(__name__)
+
+
+class DistillationTrainer(Seq2SeqTrainer):
+    """Trains a student on the ground truth and a frozen teacher's distributions (design: equations 3 to 10).
+
+    The host mixes it in front of its own trainer. The loss is summed over the response tokens of the micro-batch and
+    divided by their number in the global batch: all accumulation steps, all ranks.
+
+    Args:
+        teacher_model: the loaded teacher; it is frozen and placed here.
+        distillation: the stage's keys.
+        vocab_size: how many rows of both heads to read, None for all.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher_model: nn.Module,
+        distillation: DistillationArguments,
+        vocab_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        # Without it the trainer would divide by the number of accumulation steps as well.
+        self.model_accepts_loss_kwargs = True
+        self.distillation = distillation
+        self.vocab_size = vocab_size
+        self.teacher = Teacher(teacher_model, self.accelerator)
+        self.student_head: nn.Module = self.accelerator.unwrap_model(self.model).get_output_embeddings()
+        self.train_means = TokenMeans()
+        self.eval_means = TokenMeans()
+        self._fused: bool | None = None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss of a micro-batch, a scalar; with ``return_outputs`` also a dict for the prediction loop."""
+        rows, targets = response_positions(inputs["labels"])
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        num_items = targets.numel() if num_items_in_batch is None else num_items_in_batch
+        num_items = torch.as_tensor(num_items, device=targets.device).clamp(min=1)
+
+        outputs: dict[str, torch.Tensor] = {}
+        if return_outputs and self.compute_metrics is not None:
+            logits = model(**inputs).logits  # the host's accuracy reads logits of every position
+            outputs["logits"] = logits
+            loss, statistics = self._loss_of_logits(logits[rows], self.teacher.logits(inputs, rows), targets, num_items)
+        elif self._use_fused_path(model, inputs):
+            loss, statistics = self._fused_loss(model, inputs, rows, targets, num_items)
+        else:
+            with selected_rows(self.student_head, rows):
+                student_logits = model(**inputs, use_cache=False).logits[0]
+            loss, statistics = self._loss_of_logits(
+                student_logits, self.teacher.logits(inputs, rows), targets, num_items
+            )
+
+        means = self.train_means if model.training else self.eval_means
+        means.add(statistics, loss.detach() * num_items)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks, `num_items` counts all
+
+        return (loss, {"loss": loss, **outputs}) if return_outputs else loss
+
+    def _use_fused_path(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
+        """Decide once, from the architecture alone, so that all ranks decide alike."""
+        if self._fused is None:
+            probe = {name: value[:1] if torch.is_tensor(value) else value for name, value in inputs.items()}
+            student_fits = is_plain_product(self.student_head) and hands_out_what_the_head_returns(
+                model, self.student_head, probe
+            )
+            self._fused = student_fits and self.teacher.can_hand_out_hidden_states(probe)
+            if not self._fused:
+                who = "teacher" if student_fits else "student"
+                logger.warning_once(
+                    f"The {who}'s logits are more than a product of its LM head (adapter, quantisation, soft-capping, "
+                    "scaling or FSDP1): the objective is computed on the logits of all response tokens at once."
+                )
+
+        return self._fused
+
+    def _fused_loss(
+        self, model: nn.Module, inputs: dict[str, Any], rows: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor
+    ) -> tuple[torch.Tensor, TokenStatistics]:
+        """Compute the objective inside of the student's head, where every wrapper has its weight whole."""
+        teacher_hidden = self.teacher.hidden_states(inputs, rows)
+        caught: list[TokenStatistics] = []
+
+        def objective(hidden: torch.Tensor) -> torch.Tensor:
+            weight, bias = self.student_head.weight, self.student_head.bias
+            with self.teacher.head_parameters() as (teacher_weight, teacher_bias):
+                output = fused_linear_distillation(
+                    hidden[rows.to(hidden.device)],
+                    weight,
+                    teacher_hidden,
+                    teacher_weight,
+                    targets,
+                    student_bias=bias,
+                    teacher_bias=teacher_bias,
+                    vocab_size=self.vocab_size,
+                    num_items=num_items,
+                    chunk_size=self._chunk_size(weight.shape[0]),
+                    **self._objective_keywords(),
+                )
+            caught.append(output.statistics)
+            return output.loss.reshape(1, 1, 1)
+
+        with replaced_forward(self.student_head, objective):
+            loss = model(**inputs, use_cache=False).logits
+
+        return loss.reshape(()), caught[0]
+
+    def _loss_of_logits(
+        self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor
+    ) -> tuple[torch.Tensor, TokenStatistics]:
+        """The same objective on logits ``[tokens, vocab]``."""
+        output = distillation_loss(
+            student_logits[:, : self.vocab_size],
+            teacher_logits[:, : self.vocab_size].to(student_logits.device),
+            targets,
+            **self._objective_keywords(),
+        )
+        return output.loss.sum() / num_items, output.statistics
+
+    def _objective_keywords(self) -> dict[str, Any]:
+        return {**self.distillation.objective_keywords(), "kd_beta": self._beta()}
+
+    def _beta(self) -> float:
+        keys = self.distillation
+        return linear(keys.kd_beta, keys.kd_beta_end, self.state.global_step, self.state.max_steps)
+
+    def _chunk_size(self, vocab_size: int) -> int:
+        return self.distillation.kd_chunk_size or default_chunk_size(vocab_size)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics of the logging window to a training log; other logs pass through."""
+        if "loss" in logs:
+            _, metrics = self.train_means.read(self.accelerator)
+            logs = {**logs, **{name: round(value, 6) for name, value in metrics.items()}}
+            if self.distillation.kd_beta_end is not None:
+                logs["kd/beta"] = round(self._beta(), 6)
+
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate, with the loss and the metrics as means over all response tokens, whatever the batches were."""
+        self.eval_means = TokenMeans()
+        output = super().evaluation_loop(*args, **kwargs)
+        loss, metrics = self.eval_means.read(self.accelerator)
+        if loss is not None:
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics[f"{prefix}_loss"] = loss
+            output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
+
+        return output
