@@ -5,17 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from ..data.dataset_info import DEFAULT_OUT, command_for
 from ..errors import DataError
-
-
-def explain_missing_dataset(module: ModuleType) -> None:
-    """Wrap both functions of ``llamafactory.data.loader`` that raise for a data set that is not there."""
-    module.get_dataset_list = explain_undefined(module.get_dataset_list)  # type: ignore[attr-defined]
-    module._load_single_dataset = explain_missing_file(module._load_single_dataset)  # type: ignore[attr-defined]
 
 
 def explain_undefined(get_dataset_list: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,9 +11,9 @@ from llamafactory_sekd.errors import DataError
 
 # Written out from the design, not put together from the code's own pieces.
 EXPECTED = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
-    "that appropriately completes the request.\n\n### Instruction:\nTranslate the following sentences from English to "
-    "German.\n\n### Input:\nGood morning!\n\n### Response:"
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\nTranslate the following sentences from "
+    "English to German.\n\n### Input:\nGood morning!\n\n### Response:"
 )
 
 
