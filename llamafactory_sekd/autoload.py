@@ -28,6 +28,10 @@ TARGETS: tuple[str, ...] = (
     "llamafactory.data.loader",
     "llamafactory.train.callbacks",
     "llamafactory.train.sft",
+    "llamafactory.extras.ploting",
+    "llamafactory.webui.locales",
+    "llamafactory.webui.runner",
+    "llamafactory.webui.components.train",
     "llamafactory.launcher",
     "llamafactory.v1.launcher",
 )

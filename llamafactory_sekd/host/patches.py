@@ -14,6 +14,7 @@ from .ledger import Patch
 
 STAGE_LABEL = "Self-Evolution KD"
 _WHEN_STAGES_ARE_PLUGGABLE = "the host lets a package register a training stage"
+_WHEN_THE_PAGE_IS_PLUGGABLE = "the host's web UI lets a package add fields"
 
 
 def _training_stages(stages: dict[str, str]) -> dict[str, str]:
@@ -72,6 +73,30 @@ def _launch_v1(host_launch: Any) -> Any:
     from .launcher import refuse_v1
 
     return refuse_v1(host_launch)
+
+
+def _locales(host_locales: dict[str, Any]) -> dict[str, Any]:
+    from .webui import extend_locales
+
+    return extend_locales(host_locales)
+
+
+def _gen_loss_plot(host_plot: Any) -> Any:
+    from .webui import extend_loss_plot
+
+    return extend_loss_plot(host_plot)
+
+
+def _runner(host_class: type) -> type:
+    from .webui import extend_runner
+
+    return extend_runner(host_class)
+
+
+def _create_train_tab(host_create: Any) -> Any:
+    from .webui import extend_create_train_tab
+
+    return extend_create_train_tab(host_create)
 
 
 PATCHES: tuple[Patch, ...] = (
@@ -154,5 +179,37 @@ PATCHES: tuple[Patch, ...] = (
         what=f"refuses `stage: {STAGE}` under USE_V1=1",
         why="that launcher has trainers of its own, which would ignore our keys",
         remove_when="the v1 trainers support a teacher",
+    ),
+    Patch(
+        module="llamafactory.extras.ploting",
+        attribute="gen_loss_plot",
+        replace=_gen_loss_plot,
+        what="draws hard share and difficulty below the web UI's loss curve where the log has them",
+        why="the web UI draws the loss alone",
+        remove_when="the host's web UI plots any logged metric",
+    ),
+    Patch(
+        module="llamafactory.webui.locales",
+        attribute="LOCALES",
+        replace=_locales,
+        what="adds the labels of our fields in the host's five languages",
+        why="the language switch reads this literal",
+        remove_when=_WHEN_THE_PAGE_IS_PLUGGABLE,
+    ),
+    Patch(
+        module="llamafactory.webui.runner",
+        attribute="Runner",
+        replace=_runner,
+        what=f"adds the panel's keys to runs of `stage: {STAGE}` and checks them before the start",
+        why="the runner builds its arguments from a fixed list of fields",
+        remove_when=_WHEN_THE_PAGE_IS_PLUGGABLE,
+    ),
+    Patch(
+        module="llamafactory.webui.components.train",
+        attribute="create_train_tab",
+        replace=_create_train_tab,
+        what=f"adds the panel of {STAGE_LABEL} to the training tab",
+        why="the tab is built by one function",
+        remove_when=_WHEN_THE_PAGE_IS_PLUGGABLE,
     ),
 )

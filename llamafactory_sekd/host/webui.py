@@ -1,0 +1,187 @@
+"""LLaMA Board with our stage: the host's training tab, runner, labels and loss curve, each with our part added."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from types import SimpleNamespace
+from typing import Any
+
+from ..arguments import KEYS, STAGE
+from ..errors import SekdError
+
+
+def extend_create_train_tab(host_create: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """Wrap ``create_train_tab``: our panel stands after the RLHF panel and its fields go where the tab's fields go."""
+
+    @wraps(host_create)
+    def create_train_tab(engine: Any) -> dict[str, Any]:
+        from gradio.context import Context
+
+        from ..webui.panel import build_panel
+        from .patches import STAGE_LABEL
+
+        panel = build_panel()
+        with _base_elements_with(engine.manager, panel.fields.values()):
+            elements = host_create(engine)
+
+        _move_after(Context.block, panel.accordion, elements["rlhf_tab"])
+        panel.show_for(elements["training_stage"], STAGE_LABEL)
+        panel.suggest(_list_teachers, _list_adapters)
+        return {**elements, **panel.elements()}
+
+    return create_train_tab
+
+
+@contextmanager
+def _base_elements_with(manager: Any, fields: Collection[Any]) -> Iterator[None]:
+    """For the duration, the elements that every tab starts from include ours: so they reach the tab's buttons."""
+    host_get = manager.get_base_elems
+    manager.get_base_elems = lambda: host_get() | set(fields)
+    try:
+        yield
+    finally:
+        del manager.get_base_elems
+
+
+def _move_after(parent: Any, element: Any, place: Any) -> None:
+    parent.children.remove(element)
+    parent.children.insert(parent.children.index(place) + 1, element)
+
+
+def extend_runner(host_class: type) -> type:
+    """Return a subclass of the host's Runner whose runs of our stage carry the panel's keys, checked beforehand."""
+
+    class Runner(host_class):
+        __doc__ = host_class.__doc__
+
+        def _initialize(self, data: dict[Any, Any], do_train: bool, from_preview: bool) -> str:
+            error = super()._initialize(data, do_train, from_preview)
+            return error or (self._refusal(data) if do_train and self._is_ours(data) else "")
+
+        def _parse_train_args(self, data: dict[Any, Any]) -> dict[str, Any]:
+            args = super()._parse_train_args(data)
+            if args["stage"] != STAGE:
+                return args
+
+            return {
+                **self._panel_keys(data),
+                **args,
+            }  # what stands in the extra arguments goes first, as the host has it
+
+        def _build_config_dict(self, data: dict[Any, Any]) -> dict[str, Any]:
+            config = super()._build_config_dict(data)
+            if self._is_ours(data):
+                return config
+
+            # A host without the plug-in cannot load a configuration that names our fields.
+            return {name: value for name, value in config.items() if name not in _OUR_IDS}
+
+        def _is_ours(self, data: dict[Any, Any]) -> bool:
+            from llamafactory.extras.constants import TRAINING_STAGES
+
+            stage = data.get(self.manager.get_elem_by_id("train.training_stage"))  # an evaluation has none
+            return TRAINING_STAGES.get(stage) == STAGE
+
+        def _panel_keys(self, data: dict[Any, Any]) -> dict[str, Any]:
+            from ..webui.settings import distillation_keys
+
+            values = {key: data[self.manager.get_elem_by_id(f"train.{key}")] for key in KEYS}
+            teacher = values["teacher_model"]
+            values["teacher_model"] = _model_path(teacher)
+            values["teacher_model_adapters"] = [
+                _adapter_path(teacher, adapter) for adapter in values["teacher_model_adapters"] or []
+            ]
+            return distillation_keys(values)
+
+        def _refusal(self, data: dict[Any, Any]) -> str:
+            from ..teacher import check_teacher_files
+            from ..webui.labels import alert
+            from ..webui.settings import check_keys
+            from .arguments import check_run
+
+            if not data[self.manager.get_elem_by_id("train.teacher_model")]:
+                return alert("no_teacher", data[self.manager.get_elem_by_id("top.lang")])
+
+            args = self._parse_train_args(data)
+            try:
+                check_keys(args)
+                check_run(SimpleNamespace(**args))
+                check_teacher_files(args["teacher_model"])
+            except SekdError as error:
+                return str(error)
+
+            return ""
+
+    Runner.__module__ = host_class.__module__
+    Runner.__qualname__ = host_class.__qualname__
+    return Runner
+
+
+_OUR_IDS = frozenset(f"train.{key}" for key in KEYS)
+
+
+def _model_path(name: str | None) -> str | None:
+    """The host's path of a model in its list; anything else is a path already."""
+    from llamafactory.extras.constants import SUPPORTED_MODELS
+    from llamafactory.webui.common import get_model_path
+
+    return get_model_path(name) if name in SUPPORTED_MODELS else name
+
+
+def _folder_of(model: str | None) -> str:
+    """The name under which the host saves what is trained from a model."""
+    from llamafactory.extras.constants import SUPPORTED_MODELS
+
+    return model if model in SUPPORTED_MODELS else "Custom"  # type: ignore[return-value]
+
+
+def _adapter_path(model: str | None, adapter: str) -> str:
+    from llamafactory.webui.common import get_save_dir
+
+    return str(get_save_dir(_folder_of(model), "lora", adapter))
+
+
+def _checkpoints(folder: str, finetuning_type: str) -> list[str]:
+    from llamafactory.webui.control import list_checkpoints
+
+    return [value for _, value in list_checkpoints(folder, finetuning_type).choices]
+
+
+def _list_teachers() -> list[str]:
+    """Fully fine-tuned checkpoints of any model first: a teacher is usually one of them; then the host's models."""
+    from pathlib import Path
+
+    from llamafactory.extras.constants import SUPPORTED_MODELS
+    from llamafactory.webui.common import DEFAULT_SAVE_DIR
+
+    saves = Path(DEFAULT_SAVE_DIR)
+    folders = sorted(path.name for path in saves.iterdir() if path.is_dir()) if saves.is_dir() else []
+    tuned = [str(saves / name / "full" / checkpoint) for name in folders for checkpoint in _checkpoints(name, "full")]
+    return [*tuned, *SUPPORTED_MODELS]
+
+
+def _list_adapters(teacher: str | None) -> list[str]:
+    return _checkpoints(_folder_of(teacher), "lora")
+
+
+def extend_locales(host_locales: dict[str, Any]) -> dict[str, Any]:
+    """The host's labels with ours."""
+    from ..webui.labels import element_labels
+
+    return {**host_locales, **element_labels()}
+
+
+def extend_loss_plot(host_plot: Callable[[list[dict[str, Any]]], Any]) -> Callable[[list[dict[str, Any]]], Any]:
+    """Wrap ``gen_loss_plot``: where the log has distillation metrics they are drawn below the loss."""
+
+    @wraps(host_plot)
+    def gen_loss_plot(trainer_log: list[dict[str, Any]]) -> Any:
+        from ..webui.curves import add_distillation_axes
+
+        figure = host_plot(trainer_log)
+        add_distillation_axes(figure, trainer_log)
+        return figure
+
+    return gen_loss_plot

@@ -1,0 +1,45 @@
+"""The texts of the page in the host's five languages, one YAML file each."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from ...arguments import DistillationArguments
+
+
+LANGUAGES: tuple[str, ...] = ("en", "ru", "zh", "ko", "ja")
+_OBJECTIVE = "kd_loss"
+
+
+@cache
+def _texts(language: str) -> dict[str, dict[str, Any]]:
+    return yaml.safe_load(files(__name__).joinpath(f"{language}.yaml").read_text(encoding="utf-8"))
+
+
+def element_labels() -> dict[str, dict[str, dict[str, Any]]]:
+    """Return ``{element: {language: properties}}``, as the host keeps its own; the properties are Gradio's."""
+    labels: dict[str, dict[str, dict[str, Any]]] = {}
+    helps = {item.name: item.metadata["help"] for item in fields(DistillationArguments)}
+    for language in LANGUAGES:
+        for name, properties in _texts(language)["elements"].items():
+            properties = {"info": helps[name], **properties} if name in helps else dict(properties)
+            if name == _OBJECTIVE:
+                properties["choices"] = objective_choices(language)
+            labels.setdefault(name, {})[language] = properties
+
+    return labels
+
+
+def objective_choices(language: str) -> list[tuple[str, str]]:
+    """The objectives as a dropdown wants them: (name and one-line explanation, name)."""
+    return [(f"{name}: {text}", name) for name, text in _texts(language)["objectives"].items()]
+
+
+def alert(name: str, language: str | None) -> str:
+    """A message to the user in the language of the page."""
+    return _texts(language if language in LANGUAGES else "en")["alerts"][name]

@@ -1,0 +1,118 @@
+"""The panel of the training tab: one field for every key of the stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+
+from ..arguments import KEYS, DistillationArguments
+from .labels import element_labels, objective_choices
+from .settings import NO_QUANTIZATION, unused_keys
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The accordion and its fields, by the key of the training YAML that each stands for."""
+
+    accordion: gr.Accordion
+    fields: dict[str, Component]
+
+    def elements(self) -> dict[str, Any]:
+        """All of it by name, for the host's manager."""
+        return {"sekd_tab": self.accordion, **self.fields}
+
+    def show_for(self, training_stage: gr.Dropdown, stage_label: str) -> None:
+        """Show the panel where the dropdown names our stage."""
+        training_stage.change(
+            lambda label: gr.Accordion(visible=label == stage_label), [training_stage], [self.accordion], queue=False
+        )
+
+    def suggest(
+        self, list_teachers: Callable[[], Sequence[Any]], list_adapters: Callable[[str | None], Sequence[str]]
+    ) -> None:
+        """Fill the suggestions of both teacher fields when they are opened.
+
+        Args:
+            list_teachers: checkpoints and models to offer as a teacher.
+            list_adapters: from the chosen teacher to the adapters that were trained for it.
+        """
+        teacher, adapters = self.fields["teacher_model"], self.fields["teacher_model_adapters"]
+        teacher.focus(lambda: gr.Dropdown(choices=list(list_teachers())), None, [teacher], queue=False)  # type: ignore[attr-defined]
+        adapters.focus(lambda name: gr.Dropdown(choices=list(list_adapters(name))), [teacher], [adapters], queue=False)
+
+
+def build_panel() -> Panel:
+    """Build the panel where the page stands, hidden."""
+    built: dict[str, Component] = {}
+    with gr.Accordion(open=True, visible=False, elem_id="sekd_tab") as accordion:
+        with gr.Row():
+            built["teacher_model"] = gr.Dropdown(allow_custom_value=True, scale=3, **_texts("teacher_model"))
+            built["teacher_model_adapters"] = gr.Dropdown(
+                multiselect=True, allow_custom_value=True, scale=3, **_texts("teacher_model_adapters")
+            )
+            built["teacher_model_quantization_bit"] = gr.Dropdown(
+                choices=[NO_QUANTIZATION, "8", "4"],
+                value=NO_QUANTIZATION,
+                scale=2,
+                **_texts("teacher_model_quantization_bit"),
+            )
+
+        with gr.Row():
+            built["kd_loss"] = gr.Dropdown(value=_default("kd_loss"), scale=3, **_texts("kd_loss"))
+            built["kd_lambda"] = _share("kd_lambda", scale=2)
+
+        with gr.Row():
+            built["kd_beta"] = _share("kd_beta")
+            built["kd_beta_end"] = _text("kd_beta_end")
+            built["kd_gamma"] = _text("kd_gamma")
+            built["kd_topk"] = _text("kd_topk", value="0.5")
+
+        with gr.Row():
+            for key in KEYS:
+                if key not in built:
+                    built[key] = _text(key)
+
+    panel = Panel(accordion, built)
+    _activate_by_objective(panel)
+    return panel
+
+
+def _activate_by_objective(panel: Panel) -> None:
+    objective = panel.fields["kd_loss"]
+    dependent = [key for key in panel.fields if any(key in unused_keys(name) for _, name in objective_choices("en"))]
+
+    def activity(kd_loss: str) -> list[Component]:
+        unused = unused_keys(kd_loss)
+        return [type(panel.fields[key])(interactive=key not in unused) for key in dependent]
+
+    for key in dependent:
+        panel.fields[key].interactive = key not in unused_keys(_default("kd_loss"))  # type: ignore[attr-defined]
+
+    objective.change(activity, [objective], [panel.fields[key] for key in dependent], queue=False)  # type: ignore[attr-defined]
+
+
+def _default(key: str) -> Any:
+    return DistillationArguments.__dataclass_fields__[key].default
+
+
+def _texts(key: str) -> dict[str, Any]:
+    """Label, help and choices until the page's language is known, and for keys that have no label yet."""
+    labels = element_labels().get(key)
+    if labels is None:
+        return {"label": key, "info": DistillationArguments.__dataclass_fields__[key].metadata["help"]}
+
+    return labels["en"]
+
+
+def _share(key: str, **layout: Any) -> gr.Slider:
+    return gr.Slider(minimum=0, maximum=1, step=0.01, value=_default(key), **_texts(key), **layout)
+
+
+def _text(key: str, value: str | None = None) -> gr.Textbox:
+    """A field for text or for a number: Gradio's own number field shows an empty value as 0."""
+    default = "" if _default(key) is None else str(_default(key))
+    return gr.Textbox(value=default if value is None else value, **_texts(key))

@@ -1,0 +1,62 @@
+"""From the panel's fields to the keys of a training YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from ..arguments import KD_LOSSES, DistillationArguments, check_distillation_arguments
+from ..errors import ArgumentError
+
+
+NO_QUANTIZATION = "none"
+_KEYS_OF_SOME_OBJECTIVE = frozenset().union(*(keys for _, keys in KD_LOSSES.values()))
+
+
+def unused_keys(kd_loss: str) -> frozenset[str]:
+    """The keys that have no effect with this objective."""
+    used = KD_LOSSES[kd_loss][1]
+    follows_beta = frozenset() if "kd_beta" in used else frozenset({"kd_beta_end"})
+    return (_KEYS_OF_SOME_OBJECTIVE - used) | follows_beta
+
+
+def distillation_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of the YAML: those that the objective uses and that were filled in.
+
+    Args:
+        values: what each field of the panel holds, by key; several teacher adapters are a list.
+    """
+    unused = unused_keys(values["kd_loss"])
+    keys = {key: _plain(key, value) for key, value in values.items() if key not in unused}
+    return {key: value for key, value in keys.items() if value not in (None, "")}
+
+
+def _plain(key: str, value: Any) -> Any:
+    if key == "teacher_model_quantization_bit":
+        return None if value == NO_QUANTIZATION else int(value)
+
+    if isinstance(value, list):
+        return ",".join(value)
+
+    if not isinstance(value, str):
+        return value
+
+    text = value.strip()
+    annotation = str(DistillationArguments.__dataclass_fields__[key].type)
+    kind = next((kind for kind in (int, float) if annotation.startswith(kind.__name__)), str)
+    try:
+        return kind(text) if text else None
+    except ValueError:
+        return text  # the checks refuse it, in words that name the key
+
+
+def check_keys(keys: Mapping[str, Any]) -> None:
+    """Check the distillation keys among the keys of a run; :class:`ArgumentError` for the first that cannot work."""
+    known = {item.name for item in fields(DistillationArguments)}
+    try:
+        args = DistillationArguments(**{key: value for key, value in keys.items() if key in known})
+    except TypeError as error:
+        raise ArgumentError(str(error)) from error
+
+    check_distillation_arguments(args)
