@@ -19,7 +19,10 @@ STAGE = "sekd"
 # Objective -> (what a token's loss is, which keys it reads). `(7)` and `(8)` are the hard and the easy loss.
 KD_LOSSES: dict[str, tuple[str, frozenset[str]]] = {
     "self_evolution": ("(7) where d > Γ, else (8)", frozenset({"kd_lambda", "kd_beta", "kd_gamma"})),
-    "self_evolution_topk": ("(7) for the kd_topk share with the largest d", frozenset({"kd_lambda", "kd_beta", "kd_topk"})),
+    "self_evolution_topk": (
+        "(7) for the kd_topk share with the largest d",
+        frozenset({"kd_lambda", "kd_beta", "kd_topk"}),
+    ),
     "no_evolution": ("(8) for all tokens", frozenset({"kd_lambda"})),
     "skew": ("(7) for all tokens", frozenset({"kd_lambda", "kd_beta"})),
     "skew_teacher": ("(1-λ)(-log q_y) + λ KL(p ‖ βq + (1-β)p), equation 10", frozenset({"kd_lambda", "kd_beta"})),
@@ -46,7 +49,9 @@ class DistillationArguments:
     )
     kd_loss: str = field(
         default="self_evolution",
-        metadata={"help": "The distillation objective: " + "; ".join(f"{k}: {v[0]}" for k, v in KD_LOSSES.items()) + "."},
+        metadata={
+            "help": "The distillation objective: " + "; ".join(f"{k}: {v[0]}" for k, v in KD_LOSSES.items()) + "."
+        },
     )
     kd_lambda: float = field(
         default=0.5,
@@ -114,7 +119,9 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
         ArgumentError: a key is missing, out of range, or set where it has no effect.
     """
     if not args.teacher_model:
-        raise ArgumentError("`teacher_model` is missing: name the teacher's path or hub id, as `stage: sekd` needs one.")
+        raise ArgumentError(
+            "`teacher_model` is missing: name the teacher's path or hub id, as `stage: sekd` needs one."
+        )
 
     if args.teacher_model_quantization_bit not in (None, 4, 8):
         _refuse(args, "teacher_model_quantization_bit", "use 4 or 8, or leave it out")
@@ -165,7 +172,9 @@ def check_no_distillation_arguments(args: DistillationArguments, stage: str, giv
 def _check_topk(args: DistillationArguments) -> None:
     wants_topk = args.kd_loss == "self_evolution_topk"
     if wants_topk and args.kd_topk is None:
-        raise ArgumentError("`kd_topk` is missing: `kd_loss: self_evolution_topk` needs the share of hard tokens, e.g. 0.5.")
+        raise ArgumentError(
+            "`kd_topk` is missing: `kd_loss: self_evolution_topk` needs the share of hard tokens, e.g. 0.5."
+        )
 
     if args.kd_topk is None:
         return

@@ -15,7 +15,7 @@ from torch import nn
 
 
 IGNORE_INDEX = -100
-# Far from what a model could leave unchanged by accident: soft-capping at 50 turns it into 50, a logit scale multiplies it.
+# Far from what a model could leave unchanged by accident: soft-capping at 50 turns it into 50, a scale multiplies it.
 _PROBE = 1000.0
 
 
@@ -55,7 +55,7 @@ def replaced_forward(head: nn.Module, forward: Callable[[torch.Tensor], torch.Te
     These hooks are what gathers, shards and reduces the weight under DDP, ZeRO and FSDP. So whatever reads the weight
     inside of ``forward`` reads it whole, and its gradient goes the usual way.
     """
-    head.forward = forward  # type: ignore[method-assign]
+    head.forward = forward
     try:
         yield
     finally:
@@ -90,7 +90,7 @@ def hands_out_what_the_head_returns(model: nn.Module, head: nn.Module, inputs: d
 
 
 @contextmanager
-def whole_parameters(head: nn.Linear) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+def whole_parameters(head: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """Yield the head's weight and bias, gathered where ZeRO-3 or FSDP2 shards them; for reading only."""
     weight, bias = head.weight, head.bias
     if hasattr(weight, "ds_id"):

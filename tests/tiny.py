@@ -11,7 +11,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
-WORDS = {"house": "Haus", "dog": "Hund", "tree": "Baum", "book": "Buch", "city": "Stadt", "water": "Wasser", "light": "Licht"}
+WORDS = {
+    "house": "Haus",
+    "dog": "Hund",
+    "tree": "Baum",
+    "book": "Buch",
+    "city": "Stadt",
+    "water": "Wasser",
+    "light": "Licht",
+}
 SENTENCES = [
     (f"The {a} is near the {b}.", f"{WORDS[a]} steht bei {WORDS[b]}.") for a in WORDS for b in WORDS if a != b
 ]
@@ -34,7 +42,9 @@ def save_tokenizer(directory: Path, vocab_size: int = 384) -> PreTrainedTokenize
     return fast
 
 
-def save_llama(directory: Path, *, seed: int, width: int = 32, layers: int = 2, vocab_size: int = 384, **config: Any) -> Path:
+def save_llama(
+    directory: Path, *, seed: int, width: int = 32, layers: int = 2, vocab_size: int = 384, **config: Any
+) -> Path:
     """Save a random Llama (and its tokenizer) and return its folder."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = save_tokenizer(directory)

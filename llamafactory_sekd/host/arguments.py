@@ -26,7 +26,7 @@ def extend_finetuning_arguments(host_class: type) -> type:
     host_stages = get_args(host_class.__dataclass_fields__["stage"].type)  # type: ignore[attr-defined]
 
     @dataclass
-    class FinetuningArguments(DistillationArguments, host_class):  # type: ignore[misc, valid-type]
+    class FinetuningArguments(DistillationArguments, host_class):
         __doc__ = host_class.__doc__
 
         stage: Literal[(*host_stages, STAGE)] = field(  # type: ignore[valid-type]
@@ -56,7 +56,9 @@ def extend_finetuning_arguments(host_class: type) -> type:
             if self.use_sekd:
                 return {**record, "stage": STAGE}
 
-            return {key: value for key, value in record.items() if key not in DistillationArguments.__dataclass_fields__}
+            return {
+                key: value for key, value in record.items() if key not in DistillationArguments.__dataclass_fields__
+            }
 
         def _named_by_user(self) -> frozenset[str]:
             # The command line hands over every field, a YAML file only what it holds.
@@ -71,13 +73,17 @@ def extend_finetuning_arguments(host_class: type) -> type:
 def _check_other_finetuning_arguments(args: Any) -> None:
     for key in ("use_dft_loss", "use_eaft_loss", "use_asft_loss"):
         if getattr(args, key, False):
-            raise ArgumentError(f"`{key}: true` replaces the loss that `stage: {STAGE}` computes: remove one of the two.")
+            raise ArgumentError(
+                f"`{key}: true` replaces the loss that `stage: {STAGE}` computes: remove one of the two."
+            )
 
     if getattr(args, "use_hyper_parallel", False):
         raise ArgumentError(f"`use_hyper_parallel: true` has a trainer of its own: remove it for `stage: {STAGE}`.")
 
     if os.getenv("USE_MCA", "0").lower() in ("true", "y", "1"):
-        raise ArgumentError(f"USE_MCA=1 selects the Megatron trainer, which has no teacher: unset it for `stage: {STAGE}`.")
+        raise ArgumentError(
+            f"USE_MCA=1 selects the Megatron trainer, which has no teacher: unset it for `stage: {STAGE}`."
+        )
 
 
 def check_together(host_parse: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
@@ -100,6 +106,14 @@ def check_together(host_parse: Callable[..., tuple[Any, ...]]) -> Callable[..., 
     return parse
 
 
+def check_run(args: Any) -> None:
+    """The same checks on the keys of a run as attributes of one object, before the host has parsed them (web UI)."""
+    _check_other_finetuning_arguments(args)
+    _check_model_arguments(args)
+    _check_training_arguments(args)
+    _check_quantization(args)
+
+
 def _check_model_arguments(model_args: Any) -> None:
     remedies = {
         "use_kt": "KTransformers has no second model in training",
@@ -114,20 +128,20 @@ def _check_model_arguments(model_args: Any) -> None:
 
 
 def _check_training_arguments(training_args: Any) -> None:
-    if training_args.label_smoothing_factor:
+    if getattr(training_args, "label_smoothing_factor", 0):
         raise ArgumentError(
-            f"`label_smoothing_factor: {training_args.label_smoothing_factor}` has no effect with `stage: {STAGE}`, whose "
-            "target is smoothed by the teacher: remove it and set `kd_lambda`."
+            f"`label_smoothing_factor: {training_args.label_smoothing_factor}` has no effect with `stage: {STAGE}`, "
+            "whose target is smoothed by the teacher: remove it and set `kd_lambda`."
         )
 
 
 def _check_quantization(finetuning_args: Any) -> None:
-    bits = finetuning_args.teacher_model_quantization_bit
+    bits = getattr(finetuning_args, "teacher_model_quantization_bit", None)
     if bits is None:
         return
 
     if not torch.cuda.is_available():
         raise ArgumentError(
-            f"`teacher_model_quantization_bit: {bits}` needs a CUDA device, and none is here: remove the key to load the "
-            "teacher unquantized."
+            f"`teacher_model_quantization_bit: {bits}` needs a CUDA device, and none is here: remove the key to load "
+            "the teacher unquantized."
         )

@@ -1,4 +1,4 @@
-"""The host's command line with `eval`, our lines in `help` and `env`, and the refusal of launchers without a teacher."""
+"""The host's command line with our `eval`, and our lines in `help` and `env`; USE_V1 refuses our stage."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Applies and undoes the patches of :mod:`llamafactory_sekd.host.patches`.
 
 A patch replaces one attribute of one module of the host, right after that module was imported and before anything else
-could bind the attribute. So every patch is one record: module, attribute, and a function from the host's value to ours.
+could bind the attribute. So every patch is one record: module, attribute, a function from the host's value to ours.
 """
 
 from __future__ import annotations
@@ -54,14 +54,16 @@ def apply(module: ModuleType, too_late: Sequence[str] = ()) -> None:
         module: the module; patches of other modules are left alone.
         too_late: target modules that were imported before the hooks stood.
 
+    Where the plug-in cannot work (it came too late, or the host's version is not supported) it stays switched off with
+    a warning, so that the host keeps working; only a run that asks for our stage is refused.
+
     Raises:
-        HostError: hooks were registered too late, a patch stands already, the host lacks the patched name, or the host's
-            version is not supported and the run asks for our stage.
+        HostError: a patch stands already, the host lacks the name, or the plug-in is off and our stage asked for.
     """
     _report_errors_in_one_line()
-    refuse_if_late(too_late)
-    if not versions.is_supported():
-        _refuse_version()
+    obstacle = _too_late_message(too_late) if too_late else _version_message()
+    if obstacle:
+        _stay_off(obstacle)
         return
 
     from .patches import PATCHES
@@ -74,10 +76,7 @@ def apply(module: ModuleType, too_late: Sequence[str] = ()) -> None:
 def refuse_if_late(too_late: Sequence[str]) -> None:
     """Raise a HostError that names the target modules which were imported before the hooks stood, if there are any."""
     if too_late:
-        raise HostError(
-            f"llamafactory_sekd came too late: {', '.join(too_late)} was imported before `import torch` had run. Import "
-            "torch first, or start with `llamafactory-cli` or `python -m llamafactory_sekd`."
-        )
+        raise HostError(_too_late_message(too_late))
 
 
 def _apply_one(patch: Patch, module: ModuleType) -> None:
@@ -86,8 +85,9 @@ def _apply_one(patch: Patch, module: ModuleType) -> None:
 
     if not hasattr(module, patch.attribute):
         raise HostError(
-            f"LLaMA-Factory {versions.host_version()} has no {patch.name}, which llamafactory_sekd {__version__} patches: "
-            f"install a supported host with {versions.REMEDY}, or switch the plug-in off with LLAMAFACTORY_SEKD=0."
+            f"LLaMA-Factory {versions.host_version()} has no {patch.name}, which llamafactory_sekd {__version__} "
+            f"patches: install a supported host with {versions.REMEDY}, or switch the plug-in off with "
+            "LLAMAFACTORY_SEKD=0."
         )
 
     original = getattr(module, patch.attribute)
@@ -107,11 +107,26 @@ def undo() -> None:
         setattr(module, attribute, original)
 
 
-def _refuse_version() -> None:
-    message = (
-        f"llamafactory_sekd {__version__} does not support LLaMA-Factory {versions.host_version()} and stays switched off: "
-        f"install a supported host with {versions.REMEDY}."
+def _too_late_message(too_late: Sequence[str]) -> str:
+    return (
+        f"llamafactory_sekd came too late and stays switched off: {', '.join(too_late)} was imported before "
+        "`import torch` had run. Import torch first, or start with `llamafactory-cli` or "
+        "`python -m llamafactory_sekd`."
     )
+
+
+def _version_message() -> str:
+    """Why this version of the host cannot be patched; empty where it can."""
+    if versions.is_supported():
+        return ""
+
+    return (
+        f"llamafactory_sekd {__version__} does not support LLaMA-Factory {versions.host_version()} and stays switched "
+        f"off: install a supported host with {versions.REMEDY}."
+    )
+
+
+def _stay_off(message: str) -> None:
     if versions.sekd_requested(sys.argv[1:]):
         raise HostError(message)
 

@@ -20,12 +20,14 @@ class _MergingPool:
 def extend_log_callback(host_class: type) -> type:
     """Return a subclass of the host's LogCallback that also writes metrics whose name holds ``kd/``."""
 
-    class LogCallback(host_class):  # type: ignore[misc, valid-type]
+    class LogCallback(host_class):
+        thread_pool: Any
+
         __doc__ = host_class.__doc__
 
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             metrics = {name: value for name, value in state.log_history[-1].items() if "kd/" in name}
-            pool = self.thread_pool
+            pool: Any = self.thread_pool
             if pool is None or not metrics:
                 super().on_log(args, state, control, **kwargs)
                 return

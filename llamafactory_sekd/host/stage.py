@@ -79,7 +79,9 @@ def check_fit(model_args: Any, finetuning_args: DistillationArguments) -> None:
         teacher_tokenizer = load_tokenizer(teacher_args)["tokenizer"]
     except OSError as error:
         cause = error.__cause__ or error
-        raise TeacherError(f"`teacher_model: {name}` cannot be loaded ({_first_line(cause)}): check the path or hub id.") from error
+        raise TeacherError(
+            f"`teacher_model: {name}` cannot be loaded ({_first_line(cause)}): check the path or hub id."
+        ) from error
 
     check_is_causal(name, config)
     check_tokenizers(load_tokenizer(model_args)["tokenizer"], teacher_tokenizer)
@@ -117,7 +119,7 @@ def _our_trainer(model_args: Any, finetuning_args: DistillationArguments) -> Ite
     from ..teacher import common_vocabulary
     from ..trainer import DistillationTrainer
 
-    workflow = sys.modules["llamafactory.train.sft.workflow"]
+    workflow: Any = sys.modules["llamafactory.train.sft.workflow"]
     host_trainer = workflow.CustomSeq2SeqTrainer
 
     class SekdTrainer(DistillationTrainer, host_trainer):  # type: ignore[misc, valid-type]
@@ -142,7 +144,7 @@ def _our_trainer(model_args: Any, finetuning_args: DistillationArguments) -> Ite
 
 @contextmanager
 def _whole_weights_on_every_rank() -> Iterator[None]:
-    """FSDP's RAM-efficient loading leaves a second model empty on every rank but the first; switch it off meanwhile."""
+    """FSDP's RAM-efficient loading leaves a second model empty on every rank but the first: off for the duration."""
     key = "FSDP_CPU_RAM_EFFICIENT_LOADING"
     before = os.environ.get(key)
     if before is not None:

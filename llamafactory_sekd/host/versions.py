@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
@@ -32,12 +33,12 @@ def is_supported() -> bool:
 def sekd_requested(argv: Sequence[str]) -> bool:
     """Whether a command line (without the program's name) asks for ``stage: sekd``.
 
-    It looks at ``--stage sekd``, ``stage=sekd`` and the ``stage`` of a YAML or JSON file, and it never raises: it serves
-    only to word the refusal of a host that we do not support.
+    It looks at ``--stage sekd``, ``stage=sekd`` and the ``stage`` of a YAML or JSON file, and it never raises: it
+    serves only to word the refusal of a host that we do not support.
     """
     words = [word for argument in argv for word in argument.removeprefix("--").split("=", 1)]
     if any(key == "stage" for key in words):
-        return any(pair == ("stage", STAGE) for pair in zip(words, words[1:], strict=False))
+        return ("stage", STAGE) in pairwise(words)
 
     return any(_file_requests_sekd(Path(word)) for word in argv if word.endswith((".yaml", ".yml", ".json")))
 

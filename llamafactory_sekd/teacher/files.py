@@ -23,13 +23,15 @@ def check_teacher_files(teacher_model: str) -> None:
     if not path.is_dir():
         looks_like_path = path.is_absolute() or teacher_model.startswith((".", "~")) or teacher_model.count("/") > 1
         if looks_like_path:
-            raise TeacherError(f"`teacher_model: {teacher_model}` does not exist: give a folder with a model, or a hub id.")
+            raise TeacherError(
+                f"`teacher_model: {teacher_model}` does not exist: give a folder with a model, or a hub id."
+            )
         return
 
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise TeacherError(
-            f"`teacher_model: {teacher_model}` holds only an adapter: put the base model there and the adapter's path under "
-            "`teacher_model_adapters`."
+            f"`teacher_model: {teacher_model}` holds only an adapter: put the base model there and the adapter's path "
+            "under `teacher_model_adapters`."
         )
 
     if not (path / "config.json").is_file():
@@ -58,6 +60,6 @@ def check_is_causal(teacher_model: str, config: Any) -> None:
     if not is_causal:
         kind = ", ".join(architectures) or config.model_type
         raise TeacherError(
-            f"`teacher_model: {teacher_model}` is a {kind}, not a causal language model: choose a decoder-only model with "
-            "the student's tokenizer."
+            f"`teacher_model: {teacher_model}` is a {kind}, not a causal language model: choose a decoder-only model "
+            "with the student's tokenizer."
         )

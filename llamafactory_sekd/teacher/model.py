@@ -28,7 +28,7 @@ class Teacher:
 
     def __init__(self, model: nn.Module, accelerator: Any) -> None:
         model.requires_grad_(False)
-        self.head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+        self.head: Any = model.get_output_embeddings()  # type: ignore[operator]
         self.model: nn.Module = _place(model, accelerator)
         self.model.eval()
 
@@ -68,7 +68,7 @@ class Teacher:
     @contextmanager
     def head_parameters(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Weight ``[vocab, width]`` and bias ``[vocab]`` (or None) of the head, whole, for the duration."""
-        with whole_parameters(self.head) as parameters:  # type: ignore[arg-type]
+        with whole_parameters(self.head) as parameters:
             yield parameters
 
 

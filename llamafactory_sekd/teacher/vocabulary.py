@@ -49,7 +49,10 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
         ours = student.encode(text, add_special_tokens=False)
         theirs = teacher.encode(text, add_special_tokens=False)
         if ours != theirs:
-            raise _mismatch(f"{text!r} is {_show(student, ours, theirs)} for the student and {_show(teacher, theirs, ours)} for the teacher")
+            raise _mismatch(
+                f"{text!r} is {_show(student, ours, theirs)} for the student and "
+                f"{_show(teacher, theirs, ours)} for the teacher"
+            )
 
     for name in _SPECIAL:
         ours, theirs = getattr(student, name, None), getattr(teacher, name, None)
@@ -66,8 +69,8 @@ def _show(tokenizer: Any, ids: list[int], others: list[int]) -> str:
 
 def _mismatch(difference: str) -> TeacherError:
     return TeacherError(
-        f"the teacher's tokenizer is not the student's: {difference}. Distillation compares probabilities id by id: choose "
-        "a teacher and a student of one model family."
+        f"the teacher's tokenizer is not the student's: {difference}. Distillation compares probabilities id by id: "
+        "choose a teacher and a student of one model family."
     )
 
 
@@ -95,12 +98,12 @@ def common_vocabulary(student_tokenizer: Any, student_rows: int, teacher_rows: i
     for who, rows in (("student", student_rows), ("teacher", teacher_rows)):
         if rows < used:
             raise TeacherError(
-                f"the {who}'s head has {rows:,} rows and the tokenizer uses {used:,} ids: set `resize_vocab: true` when that "
-                "model is fine-tuned, or choose another one."
+                f"the {who}'s head has {rows:,} rows and the tokenizer uses {used:,} ids: set `resize_vocab: true` "
+                "when that model is fine-tuned, or choose another one."
             )
 
     return used, (
-        f"The student's head has {student_rows:,} rows and the teacher's {teacher_rows:,}, of which the tokenizer uses "
-        f"{used:,}: the objective reads the first {used:,} of both and renormalises; the rest is padding that no token "
-        "stands for."
+        f"The student's head has {student_rows:,} rows and the teacher's {teacher_rows:,}, of which the tokenizer "
+        f"uses {used:,}: the objective reads the first {used:,} of both and renormalises; the rest is padding that no "
+        "token stands for."
     )

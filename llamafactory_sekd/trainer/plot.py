@@ -26,7 +26,9 @@ def plot_distillation(output_dir: str | Path) -> Path | None:
     FigureCanvasAgg(figure)
     left = figure.add_subplot()
     right = left.twinx()
-    (hard,) = left.plot(steps, [100 * entry["kd/hard_ratio"] for entry in history], color="#d95f02", label="hard tokens")
+    (hard,) = left.plot(
+        steps, [100 * entry["kd/hard_ratio"] for entry in history], color="#d95f02", label="hard tokens"
+    )
     (difficulty,) = right.plot(
         steps, [entry["kd/difficulty"] for entry in history], color="#1f77b4", linestyle="--", label="mean difficulty"
     )

@@ -52,7 +52,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         self.distillation = distillation
         self.vocab_size = vocab_size
         self.teacher = Teacher(teacher_model, self.accelerator)
-        self.student_head: nn.Module = self.accelerator.unwrap_model(self.model).get_output_embeddings()
+        self.student_head: Any = self.accelerator.unwrap_model(self.model).get_output_embeddings()
         self.train_means = TokenMeans()
         self.eval_means = TokenMeans()
         self._fused: bool | None = None
@@ -74,7 +74,9 @@ class DistillationTrainer(Seq2SeqTrainer):
         if return_outputs and self.compute_metrics is not None:
             logits = model(**inputs).logits  # the host's accuracy reads logits of every position
             outputs["logits"] = logits
-            loss, statistics = self._loss_of_logits(logits[rows], self.teacher.logits(inputs, rows), targets, num_items)
+            loss, statistics = self._loss_of_logits(
+                logits[rows], self.teacher.logits(inputs, rows), targets, num_items
+            )
         elif self._use_fused_path(model, inputs):
             loss, statistics = self._fused_loss(model, inputs, rows, targets, num_items)
         else:
@@ -109,7 +111,12 @@ class DistillationTrainer(Seq2SeqTrainer):
         return self._fused
 
     def _fused_loss(
-        self, model: nn.Module, inputs: dict[str, Any], rows: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        rows: torch.Tensor,
+        targets: torch.Tensor,
+        num_items: torch.Tensor,
     ) -> tuple[torch.Tensor, TokenStatistics]:
         """Compute the objective inside of the student's head, where every wrapper has its weight whole."""
         teacher_hidden = self.teacher.hidden_states(inputs, rows)
@@ -140,7 +147,11 @@ class DistillationTrainer(Seq2SeqTrainer):
         return loss.reshape(()), caught[0]
 
     def _loss_of_logits(
-        self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor
+        self,
+        student_logits: torch.Tensor,
+        teacher_logits: torch.Tensor,
+        targets: torch.Tensor,
+        num_items: torch.Tensor,
     ) -> tuple[torch.Tensor, TokenStatistics]:
         """The same objective on logits ``[tokens, vocab]``."""
         output = distillation_loss(

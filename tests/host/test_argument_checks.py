@@ -1,0 +1,90 @@
+"""Every key that cannot work is refused in one line that names the key, the value and the remedy."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch  # noqa: F401  (registers the plug-in, as in every process of the host)
+from llamafactory.hparams.parser import get_train_args
+from runs import base_config
+
+from llamafactory_sekd.arguments import KD_LOSSES, KEYS, DistillationArguments
+from llamafactory_sekd.errors import ArgumentError
+
+
+BAD_KEYS = [
+    ({"teacher_model": None}, ["teacher_model", "missing", "hub id"]),
+    ({"kd_loss": "jsd"}, ["kd_loss: jsd", *KD_LOSSES]),
+    ({"kd_lambda": 1.5}, ["kd_lambda: 1.5", "0 to 1"]),
+    ({"kd_lambda": -0.1}, ["kd_lambda: -0.1"]),
+    ({"kd_lambda": math.nan}, ["kd_lambda: nan"]),
+    ({"kd_lambda": "half"}, ["kd_lambda: half"]),
+    ({"kd_beta": 2}, ["kd_beta: 2", "0 to 1"]),
+    ({"kd_beta_end": 1.1}, ["kd_beta_end: 1.1"]),
+    ({"kd_beta_end": 1.0, "kd_loss": "forward_kl"}, ["kd_beta_end: 1.0", "forward_kl", "has no β", "skew"]),
+    ({"kd_gamma": "hard"}, ["kd_gamma: hard", "number"]),
+    ({"kd_gamma": math.nan}, ["kd_gamma: nan"]),
+    ({"kd_loss": "self_evolution_topk"}, ["kd_topk", "missing"]),
+    ({"kd_topk": 0.5}, ["kd_topk: 0.5", "self_evolution_topk"]),
+    ({"kd_loss": "self_evolution_topk", "kd_topk": 0.0}, ["kd_topk: 0.0", "above 0"]),
+    ({"kd_loss": "self_evolution_topk", "kd_topk": 1.2}, ["kd_topk: 1.2"]),
+    ({"kd_temperature": 0}, ["kd_temperature: 0", "above 0"]),
+    ({"kd_temperature": math.inf}, ["kd_temperature: inf"]),
+    ({"kd_chunk_size": 0}, ["kd_chunk_size: 0"]),
+    ({"teacher_model_quantization_bit": 3}, ["teacher_model_quantization_bit: 3", "4 or 8"]),
+    ({"teacher_model_quantization_bit": 4}, ["teacher_model_quantization_bit: 4", "CUDA"]),
+    ({"use_dft_loss": True}, ["use_dft_loss", "sekd"]),
+    ({"use_eaft_loss": True}, ["use_eaft_loss"]),
+    ({"use_asft_loss": True}, ["use_asft_loss"]),
+    ({"use_hyper_parallel": True}, ["use_hyper_parallel"]),
+    ({"use_kt": True}, ["use_kt", "KTransformers"]),
+    ({"use_unsloth": True, "finetuning_type": "lora"}, ["use_unsloth", "logits"]),
+    ({"label_smoothing_factor": 0.1}, ["label_smoothing_factor: 0.1", "kd_lambda"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "words"), BAD_KEYS, ids=lambda value: str(value)[:60])
+def test_a_bad_key_is_refused_with_key_value_and_remedy_before_any_model_is_read(tmp_path, overrides, words):
+    config = base_config(tmp_path, output_dir=str(tmp_path / "out"), **overrides)
+    with pytest.raises(ArgumentError) as caught:
+        get_train_args(config)
+
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("stage", ["sft", "dpo", "pt"])
+def test_every_key_of_ours_is_refused_in_another_stage_even_at_its_default(tmp_path, key, stage):
+    default = DistillationArguments.__dataclass_fields__[key].default
+    config = base_config(tmp_path, output_dir=str(tmp_path / "out"), stage=stage, teacher_model=None)
+    config[key] = default if default is not None else "x"
+    with pytest.raises(ArgumentError, match=rf"`{key}: .*`stage: {stage}`.*`stage: sekd`"):
+        get_train_args(config)
+
+
+def test_megatron_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("USE_MCA", "1")
+    from llamafactory.hparams import FinetuningArguments
+
+    with pytest.raises(ArgumentError, match="USE_MCA=1"):
+        FinetuningArguments(stage="sekd", teacher_model="x")
+
+
+def test_sekd_presents_itself_to_the_host_as_sft_and_to_trackers_by_its_name():
+    from llamafactory.hparams import FinetuningArguments
+
+    ours = FinetuningArguments(stage="sekd", teacher_model="x", kd_gamma=0.7)
+    assert (ours.stage, ours.use_sekd) == ("sft", True)
+    assert (ours.to_dict()["stage"], ours.to_dict()["kd_gamma"]) == ("sekd", 0.7)
+    assert not set(FinetuningArguments(stage="sft").to_dict()) & set(KEYS)
+
+
+def test_infinite_gamma_is_a_number():
+    from llamafactory.hparams import FinetuningArguments
+
+    for gamma in (math.inf, -math.inf, -1):
+        assert FinetuningArguments(stage="sekd", teacher_model="x", kd_gamma=gamma).kd_gamma == gamma
