@@ -28,7 +28,7 @@ class Problem(Enum):
         self.outcome = outcome
         self.words = words
 
-    WRONG_ENCODING = ("wrong_encoding", Outcome.LEFT_OUT, "not valid UTF-8")
+    WRONG_ENCODING = ("wrong_encoding", Outcome.LEFT_OUT, "not valid UTF-8 (iconv converts other encodings)")
     BLANK = ("blank", Outcome.LEFT_OUT, "both sides are empty")
     EMPTY_SIDE = ("empty_side", Outcome.LEFT_OUT, "one side is empty")
     IDENTICAL = ("identical_sides", Outcome.KEPT, "the two sides are the same")
