@@ -30,6 +30,7 @@ TARGETS: tuple[str, ...] = (
     "llamafactory.train.sft",
     "llamafactory.extras.ploting",
     "llamafactory.webui.locales",
+    "llamafactory.webui.control",
     "llamafactory.webui.runner",
     "llamafactory.webui.components.train",
     "llamafactory.launcher",

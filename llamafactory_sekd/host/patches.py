@@ -93,6 +93,12 @@ def _runner(host_class: type) -> type:
     return extend_runner(host_class)
 
 
+def _change_stage(host_change: Any) -> Any:
+    from .webui import extend_change_stage
+
+    return extend_change_stage(host_change)
+
+
 def _create_train_tab(host_create: Any) -> Any:
     from .webui import extend_create_train_tab
 
@@ -203,6 +209,14 @@ PATCHES: tuple[Patch, ...] = (
         what=f"adds the panel's keys to runs of `stage: {STAGE}` and checks them before the start",
         why="the runner builds its arguments from a fixed list of fields",
         remove_when=_WHEN_THE_PAGE_IS_PLUGGABLE,
+    ),
+    Patch(
+        module="llamafactory.webui.control",
+        attribute="change_stage",
+        replace=_change_stage,
+        what=f"keeps the chosen data sets when the stage becomes {STAGE_LABEL}",
+        why="the host clears them after a loaded configuration has set them, for every stage but the first",
+        remove_when="loading a configuration of another stage than SFT keeps its data sets",
     ),
     Patch(
         module="llamafactory.webui.components.train",

@@ -34,6 +34,21 @@ def extend_create_train_tab(host_create: Callable[[Any], dict[str, Any]]) -> Cal
     return create_train_tab
 
 
+def extend_change_stage(host_change: Callable[..., tuple[Any, bool]]) -> Callable[..., tuple[Any, bool]]:
+    """Wrap ``change_stage``, which clears the data sets: a loaded configuration of our stage keeps those it names."""
+
+    @wraps(host_change)
+    def change_stage(training_stage: str) -> tuple[Any, bool]:
+        import gradio as gr
+
+        from .patches import STAGE_LABEL
+
+        datasets, packing = host_change(training_stage)
+        return gr.update() if training_stage == STAGE_LABEL else datasets, packing
+
+    return change_stage
+
+
 @contextmanager
 def _base_elements_with(manager: Any, fields: Collection[Any]) -> Iterator[None]:
     """For the duration, the elements that every tab starts from include ours: so they reach the tab's buttons."""
@@ -65,10 +80,8 @@ def extend_runner(host_class: type) -> type:
             if args["stage"] != STAGE:
                 return args
 
-            return {
-                **self._panel_keys(data),
-                **args,
-            }  # what stands in the extra arguments goes first, as the host has it
+            ours = self._panel_keys(data)
+            return {**args, **{key: value for key, value in ours.items() if key not in args}}  # extra arguments win
 
         def _build_config_dict(self, data: dict[Any, Any]) -> dict[str, Any]:
             config = super()._build_config_dict(data)

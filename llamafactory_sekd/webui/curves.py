@@ -25,7 +25,7 @@ def add_distillation_axes(figure: Figure, trainer_log: Sequence[Mapping[str, Any
     loss = figure.axes[0]
     loss.set_subplotspec(grid[0])
     figure.set_size_inches(4.8, 6.4)  # narrow, as its place in the page is, so that the letters stay legible
-    figure.set_layout_engine("constrained")
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 0.95))  # the page puts a label into the upper corner
 
     steps = [record["current_steps"] for record in records]
     left = figure.add_subplot(grid[1], sharex=loss)
@@ -43,5 +43,5 @@ def add_distillation_axes(figure: Figure, trainer_log: Sequence[Mapping[str, Any
     )
     left.set(xlabel="step", ylabel="hard tokens (%)", ylim=(0, 105))
     right.set_ylabel("mean difficulty d (nats)")
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.1 * max(record["kd/difficulty"] for record in records) or 1)
     left.legend(handles=[hard, difficulty], loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)

@@ -19,7 +19,7 @@ class Panel:
     """The accordion and its fields, by the key of the training YAML that each stands for."""
 
     accordion: gr.Accordion
-    fields: dict[str, Component]
+    fields: dict[str, Any]
 
     def elements(self) -> dict[str, Any]:
         """All of it by name, for the host's manager."""
@@ -41,13 +41,13 @@ class Panel:
             list_adapters: from the chosen teacher to the adapters that were trained for it.
         """
         teacher, adapters = self.fields["teacher_model"], self.fields["teacher_model_adapters"]
-        teacher.focus(lambda: gr.Dropdown(choices=list(list_teachers())), None, [teacher], queue=False)  # type: ignore[attr-defined]
+        teacher.focus(lambda: gr.Dropdown(choices=list(list_teachers())), None, [teacher], queue=False)
         adapters.focus(lambda name: gr.Dropdown(choices=list(list_adapters(name))), [teacher], [adapters], queue=False)
 
 
 def build_panel() -> Panel:
     """Build the panel where the page stands, hidden."""
-    built: dict[str, Component] = {}
+    built: dict[str, Any] = {}
     with gr.Accordion(open=True, visible=False, elem_id="sekd_tab") as accordion:
         with gr.Row():
             built["teacher_model"] = gr.Dropdown(allow_custom_value=True, scale=3, **_texts("teacher_model"))
@@ -90,9 +90,9 @@ def _activate_by_objective(panel: Panel) -> None:
         return [type(panel.fields[key])(interactive=key not in unused) for key in dependent]
 
     for key in dependent:
-        panel.fields[key].interactive = key not in unused_keys(_default("kd_loss"))  # type: ignore[attr-defined]
+        panel.fields[key].interactive = key not in unused_keys(_default("kd_loss"))
 
-    objective.change(activity, [objective], [panel.fields[key] for key in dependent], queue=False)  # type: ignore[attr-defined]
+    objective.change(activity, [objective], [panel.fields[key] for key in dependent], queue=False)
 
 
 def _default(key: str) -> Any:

@@ -1,0 +1,109 @@
+"""The real `llamafactory-cli webui` in a process of its own, and a page of it in a real browser."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or "/usr/bin/chromium"
+OFFLINE = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "BROWSER": "true",  # the host opens a browser of its own
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def served(directory: Path, **environment: str) -> Iterator[str]:
+    """Run the web UI in `directory` and yield its address."""
+    port = free_port()
+    env = {**os.environ, **OFFLINE, "GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), **environment}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    address = f"http://127.0.0.1:{port}"
+    with open(directory / "webui.log", "w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [Path(sys.executable).parent / "llamafactory-cli", "webui"],
+            cwd=directory,
+            env=env,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            _wait_for(address, process, directory / "webui.log")
+            yield address
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(timeout=30)
+
+
+def _wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            urlopen(address, timeout=2).close()
+            return
+        except (URLError, OSError):
+            time.sleep(0.3)
+
+    raise RuntimeError("the web UI did not come up:\n" + log.read_text(encoding="utf-8")[-3000:])
+
+
+class Board:
+    """A page of the web UI, operated by the labels that a user reads."""
+
+    def __init__(self, page: Any) -> None:
+        self.page = page
+
+    def open(self, address: str, theme: str = "light") -> Board:
+        self.page.goto(f"{address}/?__theme={theme}")
+        self.page.get_by_label("Stage", exact=True).or_(self.page.get_by_label("训练阶段", exact=True)).first.wait_for()
+        self.page.wait_for_timeout(700)  # the host fills in language, time and folders after the page has loaded
+        return self
+
+    def field(self, label: str) -> Any:
+        """The visible field of that label."""
+        return self.page.get_by_label(label, exact=True).locator("visible=true").first
+
+    def choose(self, label: str, option: str) -> None:
+        self.field(label).click()
+        self.page.get_by_role("option", name=option, exact=True).locator("visible=true").first.click()
+
+    def choose_several(self, label: str, *options: str) -> None:
+        for option in options:
+            self.choose(label, option)
+        self.page.keyboard.press("Escape")
+
+    def write(self, label: str, text: str) -> None:
+        """Write into a text field whose label is followed by its help."""
+        field = self.page.get_by_role("textbox", name=label).locator("visible=true").first
+        field.fill(text)
+        field.blur()
+
+    def press(self, name: str) -> None:
+        self.page.get_by_role("button", name=name, exact=True).locator("visible=true").first.click()
+
+    def open_section(self, title: str) -> None:
+        self.page.get_by_text(title, exact=True).locator("visible=true").first.click()
+
+    def tab(self, name: str) -> None:
+        self.page.get_by_role("tab", name=name, exact=True).click()
