@@ -28,7 +28,7 @@ def base_config(root: Path, **overrides: Any) -> dict[str, Any]:
         "dataset": "tiny",
         "dataset_dir": str(root / "data"),
         "template": "parrot",
-        "cutoff_len": 128,
+        "cutoff_len": 400,
         "overwrite_output_dir": True,
         "overwrite_cache": True,
         "per_device_train_batch_size": 4,

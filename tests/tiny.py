@@ -56,7 +56,7 @@ def save_llama(
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 2048,
         "tie_word_embeddings": False,
         "initializer_range": 0.2,
         "bos_token_id": tokenizer.bos_token_id,

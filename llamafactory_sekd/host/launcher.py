@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 
 from .. import __version__
 from ..arguments import STAGE
@@ -13,6 +12,8 @@ from ..errors import HostError
 from . import ledger, versions
 
 
+# What torchrun starts on each rank under `python -m llamafactory_sekd train`; not for users.
+_RANK_COMMAND = "train-rank"
 _EVAL_HELP = "|   llamafactory-cli eval -h: evaluate translations (llamafactory_sekd) |"
 
 
@@ -66,13 +67,18 @@ def refuse_v1(host_launch: Callable[[], None]) -> Callable[[], None]:
 def launch_explicitly() -> None:
     """Run the host's command line with the plug-in applied by us rather than by ``import torch``.
 
-    Child processes of the host's launcher (torchrun) start the file that the launcher calls its own; that file is ours
-    here, so that they apply the plug-in explicitly as well.
+    The host's launcher gives torchrun the file that it calls its own; here that is us, so that every rank applies the
+    plug-in explicitly as well.
     """
     from llamafactory import launcher
     from llamafactory.cli import main
 
-    from . import worker
+    if sys.argv[1:2] == [_RANK_COMMAND]:
+        from llamafactory.train.tuner import run_exp
 
-    launcher.__file__ = str(Path(worker.__file__))
+        del sys.argv[1]
+        run_exp()
+        return
+
+    launcher.__file__ = f"-m llamafactory_sekd {_RANK_COMMAND}"
     main()

@@ -163,11 +163,11 @@ class DistillationTrainer(Seq2SeqTrainer):
         return output.loss.sum() / num_items, output.statistics
 
     def _objective_keywords(self) -> dict[str, Any]:
-        return {**self.distillation.objective_keywords(), "kd_beta": self._beta()}
+        return {**self.distillation.objective_keywords(), "kd_beta": self._beta(self.state.global_step)}
 
-    def _beta(self) -> float:
+    def _beta(self, step: int) -> float:
         keys = self.distillation
-        return linear(keys.kd_beta, keys.kd_beta_end, self.state.global_step, self.state.max_steps)
+        return linear(keys.kd_beta, keys.kd_beta_end, step, self.state.max_steps)
 
     def _chunk_size(self, vocab_size: int) -> int:
         return self.distillation.kd_chunk_size or default_chunk_size(vocab_size)
@@ -178,7 +178,7 @@ class DistillationTrainer(Seq2SeqTrainer):
             _, metrics = self.train_means.read(self.accelerator)
             logs = {**logs, **{name: round(value, 6) for name, value in metrics.items()}}
             if self.distillation.kd_beta_end is not None:
-                logs["kd/beta"] = round(self._beta(), 6)
+                logs["kd/beta"] = round(self._beta(self.state.global_step - 1), 6)  # of the step that just ended
 
         super().log(logs, start_time)
 
