@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from llamafactory_sekd.objectives.chunking import default_chunk_size
+from llamafactory_sekd.objectives.fused import FusedOutput, fused_linear_distillation
 from llamafactory_sekd.objectives.losses import OBJECTIVES
 from llamafactory_sekd.objectives.plain import DistillationOutput, distillation_loss
 from llamafactory_sekd.objectives.statistics import TokenStatistics
 
 
-__all__ = ["OBJECTIVES", "DistillationOutput", "TokenStatistics", "distillation_loss"]
+__all__ = [
+    "OBJECTIVES",
+    "DistillationOutput",
+    "FusedOutput",
+    "TokenStatistics",
+    "default_chunk_size",
+    "distillation_loss",
+    "fused_linear_distillation",
+]

@@ -81,7 +81,7 @@ def distillation_loss(
 
     terms = _terms(student_logits, teacher_logits, labels, settings)
     statistics = token_statistics(student_logits.detach(), teacher_logits, labels, terms.difficulty, terms.hard)
-    return DistillationOutput(loss=OBJECTIVES[kd_loss](terms), hard=terms.hard, statistics=statistics)
+    return DistillationOutput(loss=OBJECTIVES[kd_loss].equation(terms), hard=terms.hard, statistics=statistics)
 
 
 def _terms(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.objectives import OBJECTIVES, distillation_loss
+from llamafactory_sekd.objectives.selection import above_threshold
 
 
 KEYS: dict[str, Any] = {"kd_lambda": 0.4, "kd_beta": 0.7, "kd_gamma": 3.0, "kd_topk": None, "kd_temperature": 1.0}
@@ -174,7 +175,11 @@ def test_no_gradient_reaches_the_teacher() -> None:
     assert w.grad is None
 
 
-# The share of hard tokens.
+# Which tokens are hard.
+
+
+def test_a_token_exactly_on_the_threshold_is_easy() -> None:
+    assert above_threshold(torch.tensor([0.3, 0.5, 0.7]), 0.5).tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize(("share", "number"), [(0.05, 0), (0.1, 1), (0.34, 2), (0.5, 4), (1.0, 7)])

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from llamafactory_sekd.errors import ArgumentError
-from llamafactory_sekd.objectives.losses import equations
+from llamafactory_sekd.objectives.losses import closed_forms, equations
 
 
-OBJECTIVES: dict[str, Callable[[equations.Terms], torch.Tensor]] = {
-    "self_evolution": equations.self_evolution,
-    "self_evolution_topk": equations.self_evolution,  # differs in how the hard tokens are selected
-    "no_evolution": equations.no_evolution,
-    "skew": equations.skew,
-    "skew_teacher": equations.skew_teacher,
-    "forward_kl": equations.forward_kl,
-    "reverse_kl": equations.reverse_kl,
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """One objective, twice.
+
+    Attributes:
+        equation: the loss of every token by autograd, for the plain path.
+        closed_form: the same with its gradient written out, for the fused path.
+    """
+
+    equation: Callable[[equations.Terms], torch.Tensor]
+    closed_form: Callable[[closed_forms.Block], torch.Tensor]
+
+
+# The two Self-Evolution objectives differ only in how the hard tokens are selected.
+OBJECTIVES: dict[str, Objective] = {
+    "self_evolution": Objective(equations.self_evolution, closed_forms.self_evolution),
+    "self_evolution_topk": Objective(equations.self_evolution, closed_forms.self_evolution),
+    "no_evolution": Objective(equations.no_evolution, closed_forms.no_evolution),
+    "skew": Objective(equations.skew, closed_forms.skew),
+    "skew_teacher": Objective(equations.skew_teacher, closed_forms.skew_teacher),
+    "forward_kl": Objective(equations.forward_kl, closed_forms.forward_kl),
+    "reverse_kl": Objective(equations.reverse_kl, closed_forms.reverse_kl),
 }
 
 

@@ -1,0 +1,182 @@
+"""From the logits of a few tokens to their statistics, loss and gradient, within a fixed set of buffers.
+
+What follows the logits is bound by memory traffic, so it is done for a few rows at a time: on the CPU they and the
+buffers then stay in the cache, elsewhere the buffers stay small beside the logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from llamafactory_sekd.objectives.losses.closed_forms import HUGE, INFINITE, Block
+from llamafactory_sekd.objectives.selection import above_threshold
+from llamafactory_sekd.objectives.settings import Settings
+
+
+# Numbers in one buffer: 4 MiB of float32 and a handful of buffers fit a CPU's last cache; 32 MiB keep an accelerator
+# busy for longer than it takes to launch the next kernel.
+CPU_BUFFER = 2**20
+ACCELERATOR_BUFFER = 2**23
+
+
+class BlockProcessor:
+    """Turns student logits into gradients in place, a block of rows at a time.
+
+    Args:
+        settings: λ, β, Γ and T.
+        closed_form: the objective, from `losses.closed_forms`.
+        vocab_size: the number of columns.
+        tokens: the largest number of rows that will come at once.
+        precision: float32 or float64.
+        device: of the logits.
+        may_be_infinite: whether logits can be `-inf`, which costs one pass more.
+        wants_gradient: False in evaluation.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        closed_form: Callable[[Block], torch.Tensor],
+        *,
+        vocab_size: int,
+        tokens: int,
+        precision: torch.dtype,
+        device: torch.device,
+        may_be_infinite: bool,
+        wants_gradient: bool,
+    ) -> None:
+        self.settings = settings
+        self.closed_form = closed_form
+        self.may_be_infinite = may_be_infinite
+        self.wants_gradient = wants_gradient
+        numbers = CPU_BUFFER if device.type == "cpu" else ACCELERATOR_BUFFER
+        self.rows = max(1, min(numbers // vocab_size, tokens))
+        # Both logits where they have to be converted, p, q, q at T = 1, and the log ratio.
+        self.nothing = torch.empty(7, 0, dtype=precision, device=device)
+        self.buffers = torch.empty(6, self.rows, vocab_size, dtype=precision, device=device)
+
+    def process(
+        self, z: torch.Tensor, w: torch.Tensor, labels: torch.Tensor, hard: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Statistics, loss and gradient of one chunk.
+
+        Args:
+            z: student logits `[tokens, vocab]`; holds `dL/dz` of every token afterwards if a gradient is wanted.
+            w: teacher logits `[tokens, vocab]`; destroyed.
+            labels: class ids `[tokens]`.
+            hard: bool `[tokens]` where the selection has been made already.
+
+        Returns:
+            `[7, tokens]`: the statistics in the order of `TokenStatistics`, then the loss.
+        """
+        results = []
+        for rows in self._split(labels):
+            block = self._measure(z[rows], w[rows], labels[rows].unsqueeze(-1))
+            if hard is not None:
+                block.hard = hard[rows]
+            loss = self.closed_form(block)
+            if self.wants_gradient and block.gradient.dtype != z.dtype:
+                z[rows].copy_(block.gradient)
+            statistics = (
+                block.difficulty,
+                block.hard.to(loss.dtype),
+                block.ce,
+                block.teacher_kl,
+                block.teacher_ce,
+                block.agreement,
+            )
+            results.append(torch.stack([*statistics, loss]))
+        return torch.cat(results, dim=1)
+
+    def difficulty(self, z: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Equation 5 of one chunk, `[tokens]`, for a selection that spans all chunks. May destroy the logits."""
+        blocks = [self._measure(z[rows], w[rows], labels[rows].unsqueeze(-1)) for rows in self._split(labels)]
+        return torch.cat([block.difficulty for block in blocks])
+
+    def _split(self, labels: torch.Tensor) -> list[slice]:
+        return [slice(start, start + self.rows) for start in range(0, len(labels), self.rows)]
+
+    def _measure(self, z: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> Block:
+        z_copy, w_copy, p, q, plain_q, log_ratio = self.buffers[:, : len(labels)]
+        z = z if z.dtype == z_copy.dtype else z_copy.copy_(z)
+        w = w if w.dtype == w_copy.dtype else w_copy.copy_(w)
+        temperature = self.settings.kd_temperature
+
+        best = w.argmax(-1, keepdim=True)
+        agreement = (z.gather(-1, best) == z.amax(-1, keepdim=True)).squeeze(-1).to(z.dtype)
+        log_ratio = torch.sub(w, z, out=log_ratio)
+        if self.may_be_infinite:
+            log_ratio.nan_to_num_(nan=0.0, posinf=HUGE, neginf=-HUGE)
+
+        student_norm, teacher_norm = _softmax(z, q), _softmax(w, p)
+        ce = student_norm - _pick(z, labels)
+        teacher_ce = teacher_norm - _pick(w, labels)
+        shift = student_norm - teacher_norm
+        teacher_kl = self._kl(p, log_ratio, shift, spare=w if temperature == 1.0 else plain_q)
+        tempered_ce, kl = ce, teacher_kl
+        if temperature == 1.0:
+            plain_q = q
+        else:
+            plain_q, q = q, plain_q
+            student_norm = _softmax(z.div_(temperature), q)
+            teacher_norm = _softmax(w.div_(temperature), p)
+            shift = student_norm - teacher_norm
+            tempered_ce = student_norm - _pick(z, labels)
+            kl = self._kl(p, log_ratio.div_(temperature), shift, spare=w)
+        difficulty = _difficulty(kl, tempered_ce, _pick(p, labels), self.settings.kd_lambda)
+        return Block(
+            settings=self.settings,
+            wants_gradient=self.wants_gradient,
+            labels=labels,
+            p=p,
+            q=q,
+            plain_q=plain_q,
+            log_ratio=log_ratio,
+            shift=shift,
+            gradient=z,
+            spare=w,
+            difficulty=difficulty,
+            kl=kl,
+            ce=ce,
+            teacher_kl=teacher_kl,
+            teacher_ce=teacher_ce,
+            agreement=agreement,
+            hard=above_threshold(difficulty, self.settings.kd_gamma),
+        )
+
+    def _kl(self, p: torch.Tensor, log_ratio: torch.Tensor, shift: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
+        """`KL(p ‖ q) = Σ p (log p - log q)`, `[rows]`."""
+        kl = torch.mul(p, log_ratio, out=spare).sum(-1) + shift
+        return kl.masked_fill_(kl > INFINITE, math.inf) if self.may_be_infinite else kl
+
+
+def _softmax(logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Write the softmax to `out` and return `log Σ exp(logits)`, `[rows]`.
+
+    The softmax kernel knows the sum but does not tell; the largest logit and its probability, which cannot underflow,
+    give it back for less than another pass of exponentials.
+    """
+    torch.softmax(logits, -1, out=out)
+    return logits.amax(-1) - out.amax(-1).log()
+
+
+def _pick(matrix: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return matrix.gather(-1, labels).squeeze(-1)
+
+
+def _difficulty(kl: torch.Tensor, ce: torch.Tensor, p_label: torch.Tensor, kd_lambda: float) -> torch.Tensor:
+    """Equation 5 from quantities that are there already.
+
+    `y~` differs from `λ p` in one entry, so with `t = (1-λ) + λ p_y` the target's probability of the ground truth
+    `KL(y~ ‖ q) = λ KL(p ‖ q) + (1-λ) (-log q_y) + λ log λ (1 - p_y) - λ p_y log p_y + t log t`.
+    """
+    if kd_lambda <= 0.0:
+        return ce
+    if kd_lambda >= 1.0:
+        return kl
+    target_label = (1.0 - kd_lambda) + kd_lambda * p_label
+    mixing = kd_lambda * (math.log(kd_lambda) * (1.0 - p_label) - torch.xlogy(p_label, p_label))
+    return kd_lambda * kl + (1.0 - kd_lambda) * ce + mixing + torch.xlogy(target_label, target_label)

@@ -1,0 +1,216 @@
+"""The objectives fused with the language-model heads: no matrix of tokens times vocabulary ever exists.
+
+The gradient with respect to the student's logits has a closed form, so it is formed in the forward pass, a chunk of
+tokens at a time, while the chunk's logits are still there, and reduced at once to the gradients of hidden states and
+head. The backward pass only multiplies them with the incoming gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from llamafactory_sekd.errors import ArgumentError
+from llamafactory_sekd.objectives.blocks import BlockProcessor
+from llamafactory_sekd.objectives.heads import Head, HeadGradients
+from llamafactory_sekd.objectives.losses import OBJECTIVES, check_objective
+from llamafactory_sekd.objectives.selection import select_hard
+from llamafactory_sekd.objectives.settings import Settings, check_same_vocabulary, check_tokens
+from llamafactory_sekd.objectives.statistics import TokenStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class FusedOutput:
+    """The objective of a batch.
+
+    Attributes:
+        loss: scalar, float32 (float64 for float64 inputs): the sum over the tokens divided by `num_items`.
+        statistics: per token, what training logs.
+    """
+
+    loss: torch.Tensor
+    statistics: TokenStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    settings: Settings
+    num_items: int | float | torch.Tensor
+    chunk_size: int
+    vocab_size: int
+    may_be_infinite: bool
+    grad_enabled: bool
+
+
+def fused_linear_distillation(
+    student_hidden: torch.Tensor,
+    student_head: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_head: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    num_items: int | torch.Tensor,
+    chunk_size: int,
+    student_bias: torch.Tensor | None = None,
+    teacher_bias: torch.Tensor | None = None,
+    vocab_size: int | None = None,
+    kd_loss: str = "self_evolution",
+    kd_lambda: float = 0.5,
+    kd_beta: float = 0.5,
+    kd_gamma: float = 0.4,
+    kd_topk: float | None = None,
+    kd_temperature: float = 1.0,
+) -> FusedOutput:
+    """`distillation_loss` of `hidden · headᵀ + bias`, summed over the tokens and divided by `num_items`.
+
+    The loss carries gradients for the student's hidden states, head and bias, each formed only where it is required;
+    none are formed without grad mode. The gradients are used up by the first backward pass.
+
+    Products are done in the head's type, under autocast in autocast's (which copies heads of another type for the
+    duration of the call); everything between logits and their gradient in float32, or float64 where a head is.
+    `self_evolution_topk` selects over all tokens before the first gradient can be formed: it computes both logits
+    twice, which adds the time of the two logits products.
+
+    Args:
+        student_hidden: `[tokens, student width]`, of response tokens only.
+        student_head: `[vocab, student width]`.
+        teacher_hidden: `[tokens, teacher width]`; the teacher gets no gradient.
+        teacher_head: `[vocab, teacher width]`.
+        labels: class ids `[tokens]`, in `[0, vocab_size)`.
+        num_items: the divisor, the number of response tokens of the global batch; a 0-dimensional tensor on an
+            accelerator is not synchronised with. Zero counts as one.
+        chunk_size: tokens whose logits exist at a time, see `default_chunk_size`.
+        student_bias, teacher_bias: `[vocab]`.
+        vocab_size: use the first entries of both heads only, the common vocabulary; the gradient of the others is
+            zero. Default: all.
+        kd_loss, kd_lambda, kd_beta, kd_gamma, kd_topk, kd_temperature: see `distillation_loss`.
+
+    Raises:
+        ArgumentError: shapes that do not fit, different vocabularies, an unknown `kd_loss`, a missing `kd_topk`.
+    """
+    check_objective(kd_loss)
+    check_tokens(student_hidden, teacher_hidden, labels, ("student_hidden", "teacher_hidden"))
+    settings = Settings(kd_loss, kd_lambda, kd_beta, kd_gamma, kd_topk, kd_temperature)
+    plan = _Plan(
+        settings=settings,
+        num_items=_divisor(num_items),
+        chunk_size=chunk_size,
+        vocab_size=_used_vocabulary(student_head, teacher_head, vocab_size),
+        may_be_infinite=student_bias is not None or teacher_bias is not None,
+        grad_enabled=torch.is_grad_enabled(),
+    )
+    loss, values = _FusedLinearDistillation.apply(
+        student_hidden,
+        student_head,
+        student_bias,
+        teacher_hidden,
+        teacher_head,
+        teacher_bias,
+        labels,
+        plan,
+    )
+    return FusedOutput(loss=loss, statistics=TokenStatistics(*values.unbind()))
+
+
+class _FusedLinearDistillation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_hidden: torch.Tensor,
+        student_weight: torch.Tensor,
+        student_bias: torch.Tensor | None,
+        teacher_hidden: torch.Tensor,
+        teacher_weight: torch.Tensor,
+        teacher_bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        plan: _Plan,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wants = tuple(plan.grad_enabled and needed for needed in ctx.needs_input_grad[:3])
+        student_type, teacher_type = _product_type(student_weight), _product_type(teacher_weight)
+        with torch.autocast(student_hidden.device.type, enabled=False):
+            student = Head(student_hidden, student_weight, student_bias, plan.vocab_size, student_type)
+            teacher = Head(teacher_hidden, teacher_weight, teacher_bias, plan.vocab_size, teacher_type)
+            gradients = HeadGradients(student, student_weight, wants, plan.num_items)
+            values = _sweep(student, teacher, labels, plan, gradients if any(wants) else None)
+        ctx.gradients = gradients
+        loss, statistics = values[-1].sum() / plan.num_items, values[:-1]
+        ctx.mark_non_differentiable(statistics)
+        return loss, statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "a second backward pass through the fused distillation loss: its gradients are formed in the forward "
+                "pass and handed over by the first backward; compute the loss again, or use distillation_loss."
+            )
+        # Handed over, not kept: the optimizer's .grad can then take the buffers instead of copying them.
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*gradients.finish(grad_loss), None, None, None, None, None)
+
+
+def _sweep(
+    student: Head, teacher: Head, labels: torch.Tensor, plan: _Plan, gradients: HeadGradients | None
+) -> torch.Tensor:
+    """Go through the tokens chunk by chunk; `[7, tokens]` as `BlockProcessor.process` returns them."""
+    chunk, device = min(plan.chunk_size, len(labels)), labels.device
+    student_logits = torch.empty(chunk, plan.vocab_size, dtype=student.dtype, device=device)
+    teacher_logits = torch.empty(chunk, plan.vocab_size, dtype=teacher.dtype, device=device)
+    processor = BlockProcessor(
+        plan.settings,
+        OBJECTIVES[plan.settings.kd_loss].closed_form,
+        vocab_size=plan.vocab_size,
+        tokens=chunk,
+        precision=torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32),
+        device=device,
+        may_be_infinite=plan.may_be_infinite or torch.float16 in (student.dtype, teacher.dtype),
+        wants_gradient=gradients is not None,
+    )
+    chunks = [slice(start, start + chunk) for start in range(0, len(labels), max(chunk, 1))]
+
+    def logits(tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return student.logits(tokens, student_logits), teacher.logits(tokens, teacher_logits)
+
+    hard = None
+    if plan.settings.kd_loss == "self_evolution_topk":
+        difficulties = [processor.difficulty(*logits(tokens), labels[tokens]) for tokens in chunks]
+        hard = select_hard(torch.cat([processor.nothing[0], *difficulties]), plan.settings)
+    values = [processor.nothing]
+    for tokens in chunks:
+        z, w = logits(tokens)
+        values.append(processor.process(z, w, labels[tokens], None if hard is None else hard[tokens]))
+        if gradients is not None:
+            gradients.add(tokens, z)
+    return torch.cat(values, dim=1)
+
+
+def _product_type(weight: torch.Tensor) -> torch.dtype:
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def _divisor(num_items: int | torch.Tensor) -> float | torch.Tensor:
+    """At least one, since a batch may have no tokens; a number where that needs no wait for an accelerator."""
+    if isinstance(num_items, torch.Tensor) and num_items.device.type != "cpu":
+        return num_items.clamp_min(1)
+    return max(float(num_items), 1.0)
+
+
+def _used_vocabulary(student_head: torch.Tensor, teacher_head: torch.Tensor, vocab_size: int | None) -> int:
+    if vocab_size is None:
+        check_same_vocabulary(
+            len(student_head), len(teacher_head), "pass vocab_size, the size of the common vocabulary."
+        )
+        return len(student_head)
+    if not 0 < vocab_size <= min(len(student_head), len(teacher_head)):
+        raise ArgumentError(
+            f"vocab_size {vocab_size} is not within both heads ({len(student_head)} and {len(teacher_head)} entries): "
+            "pass the size of their common vocabulary."
+        )
+    return vocab_size

@@ -1,0 +1,121 @@
+"""A language-model head as the fused objective sees it: logits of a few tokens in, gradients of a few tokens back."""
+
+from __future__ import annotations
+
+import torch
+
+
+# Rows of the head whose gradient is formed at once where it cannot be added by the product itself.
+TILE = 8192
+
+
+class Head:
+    """`logits = hidden · weightᵀ + bias` over the first `vocab_size` rows of the weight, in the product's type.
+
+    Args:
+        hidden: `[tokens, width]`.
+        weight: `[vocab, width]`; cut without a copy, copied only where its type is not the product's.
+        bias: `[vocab]` or None.
+        vocab_size: the number of rows that are used.
+        dtype: the type of the products: the weight's, or autocast's.
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        vocab_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.hidden = hidden.detach()
+        self.dtype = dtype
+        self.weight = weight.detach()[:vocab_size].to(dtype)
+        self.bias = None if bias is None else bias.detach()[:vocab_size].to(dtype)
+        self.bias_type = None if bias is None else bias.dtype
+
+    def rows(self, tokens: slice) -> torch.Tensor:
+        """The hidden states of some tokens in the type of the products."""
+        return self.hidden[tokens].to(self.dtype)
+
+    def logits(self, tokens: slice, out: torch.Tensor) -> torch.Tensor:
+        """Write the logits of some tokens to the first rows of `out`, `[chunk, vocab]`, and return these rows."""
+        hidden = self.rows(tokens)
+        out = out[: len(hidden)]
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.t(), out=out)
+        return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+
+
+class HeadGradients:
+    """The gradients of a head's three inputs, each only where it is wanted, summed up chunk by chunk.
+
+    The gradient of the weight is summed in the weight's own type: its rounding in bfloat16 stays below that of the
+    logits for any sensible number of chunks, at half the memory of float32. For float16 weights it is summed in
+    float32, because the sum over the tokens can leave float16's range. The gradient of the hidden states is kept
+    without the factor 1 / num_items until the backward pass, where a loss scale meets it before it can underflow.
+
+    Args:
+        head: the student's head.
+        weight: its whole weight, uncut and uncast: the shape and type of the gradient.
+        wants: whether the gradients of hidden states, weight and bias are needed.
+        num_items: the divisor of the loss.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        weight: torch.Tensor,
+        wants: tuple[bool, ...],
+        num_items: float | torch.Tensor,
+    ) -> None:
+        self.head = head
+        self.num_items = num_items
+        # A divisor that is known here costs nothing inside the products; a tensor would have to be waited for.
+        self.scale = 1.0 if isinstance(num_items, torch.Tensor) else 1.0 / num_items
+        self.types = (head.hidden.dtype, weight.dtype, head.bias_type)
+        self.hidden = self.weight = self.bias = None
+        if wants[0]:
+            self.hidden = torch.empty_like(head.hidden, dtype=head.dtype)
+        if wants[1]:
+            summing = torch.float32 if weight.dtype == torch.float16 else weight.dtype
+            self.weight = torch.zeros(weight.shape, dtype=summing, device=weight.device)
+        if wants[2]:
+            summing = torch.promote_types(weight.dtype, torch.float32)
+            self.bias = torch.zeros(len(weight), dtype=summing, device=weight.device)
+
+    def add(self, tokens: slice, gradient: torch.Tensor) -> None:
+        """Take in the gradient of the logits of some tokens, `[chunk, vocab]`, in the type of the products."""
+        vocab_size = gradient.shape[1]
+        if self.hidden is not None:
+            torch.mm(gradient, self.head.weight, out=self.hidden[tokens])
+        if self.weight is not None:
+            self._add_weight(self.weight[:vocab_size], gradient, self.head.rows(tokens))
+        if self.bias is not None:
+            self.bias[:vocab_size].add_(gradient.sum(0, dtype=self.bias.dtype), alpha=self.scale)
+
+    def finish(self, grad_loss: torch.Tensor) -> list[torch.Tensor | None]:
+        """The gradients of hidden states, weight and bias for the gradient of the loss, once."""
+        per_token = grad_loss / self.num_items
+        summed = grad_loss if self.scale != 1.0 else per_token
+        factors = (per_token, summed, summed)
+        totals = (self.hidden, self.weight, self.bias)
+        return [
+            None if total is None else _multiply(total, factor).to(dtype)
+            for total, factor, dtype in zip(totals, factors, self.types, strict=True)
+        ]
+
+    def _add_weight(self, total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
+        if total.dtype == gradient.dtype:
+            total.addmm_(gradient.t(), hidden, alpha=self.scale)
+            return
+        for start in range(0, len(total), TILE):
+            rows = slice(start, start + TILE)
+            total[rows].add_(torch.mm(gradient[:, rows].t(), hidden), alpha=self.scale)
+
+
+def _multiply(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """In place; on the CPU a factor of one costs no pass, elsewhere looking at it would cost a synchronisation."""
+    if factor.device.type == "cpu" and factor.item() == 1.0:
+        return tensor
+    return tensor.mul_(factor)

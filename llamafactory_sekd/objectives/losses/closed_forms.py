@@ -1,0 +1,222 @@
+"""The objectives once more, with their gradients in closed form, for a block of tokens whose logits are at hand.
+
+With `p`, `q` and `y~` as in the paper, the derivatives with respect to the student's logits `z` are as follows (at a
+temperature T the chain rule turns the factor T² of a KL term into T):
+
+    -log q_y              q - y
+    KL(t ‖ q)             q - t
+    KL(t ‖ β q + (1-β) t)  q Σr - r     with r = β t q / (β q + (1-β) t) elementwise
+    KL(q ‖ p)             q (log q - log p - KL(q ‖ p))
+
+Each function reads a `Block`, writes the gradient into `block.gradient` where one is wanted, and returns the loss of
+every token. They work in place on the block's buffers: a pass over memory costs more than the arithmetic in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llamafactory_sekd.objectives.settings import Settings
+
+
+# Infinite differences of logits are replaced by HUGE, so that zero times it is zero; a divergence beyond INFINITE then
+# tells that one of them had a weight.
+HUGE = 1e30
+INFINITE = 1e20
+
+
+@dataclass(slots=True)
+class Block:
+    """Some tokens on their way from logits to gradients. Matrices are `[rows, vocab]`, in float32 or float64.
+
+    Attributes:
+        p, q: teacher and student at temperature T; an objective may overwrite them.
+        plain_q: the student at T = 1; `q` itself where that is T.
+        log_ratio: `log p - log q` at T but for `shift`, `[rows]`, which is still to be added; may be overwritten.
+        gradient: receives `dL/dz` of every token.
+        spare: a buffer without content.
+        labels: `[rows, 1]`.
+        difficulty, kl: `KL(y~ ‖ q)` and `KL(p ‖ q)` at T, `[rows]`.
+        ce, teacher_kl, teacher_ce, agreement: see `TokenStatistics`, `[rows]`.
+        hard: bool `[rows]`.
+        wants_gradient: False in evaluation, where only the loss is needed.
+    """
+
+    settings: Settings
+    wants_gradient: bool
+    labels: torch.Tensor
+    p: torch.Tensor
+    q: torch.Tensor
+    plain_q: torch.Tensor
+    log_ratio: torch.Tensor
+    shift: torch.Tensor
+    gradient: torch.Tensor
+    spare: torch.Tensor
+    difficulty: torch.Tensor
+    kl: torch.Tensor
+    ce: torch.Tensor
+    teacher_kl: torch.Tensor
+    teacher_ce: torch.Tensor
+    agreement: torch.Tensor
+    hard: torch.Tensor
+
+
+def no_evolution(block: Block) -> torch.Tensor:
+    """Equation 8."""
+    temperature = block.settings.kd_temperature
+    if block.wants_gradient:
+        _easy_gradient(block)
+        _scale(block.gradient, temperature)
+    return temperature**2 * block.difficulty
+
+
+def skew(block: Block) -> torch.Tensor:
+    """Equation 7."""
+    temperature = block.settings.kd_temperature
+    if block.settings.kd_beta >= 1.0:
+        return no_evolution(block)
+    loss = _skewed(block, block.q, _mixed_target(block.p, block.labels, block.settings.kd_lambda), block.gradient)
+    if block.wants_gradient:
+        _scale(block.gradient, temperature)
+    return temperature**2 * loss
+
+
+def self_evolution(block: Block) -> torch.Tensor:
+    """Equation 7 for hard tokens, equation 8 for easy ones."""
+    if block.settings.kd_beta >= 1.0:
+        return no_evolution(block)
+    if block.hard.device.type != "cpu":
+        return _self_evolution_everywhere(block)
+    # Looking at the selection costs nothing on the CPU; elsewhere it would stop the queue.
+    rows = block.hard.nonzero().squeeze(-1)
+    if len(rows) == 0:
+        return no_evolution(block)
+    if len(rows) == len(block.hard):
+        return skew(block)
+    return _self_evolution_on_rows(block, rows)
+
+
+def skew_teacher(block: Block) -> torch.Tensor:
+    """Equation 10."""
+    settings = block.settings
+    if settings.kd_beta >= 1.0:
+        return forward_kl(block)
+    divergence = _skewed(block, block.q, block.p, block.gradient)
+    if block.wants_gradient:
+        _scale(block.gradient, settings.kd_lambda * settings.kd_temperature)
+        _add_cross_entropy_gradient(block)
+    return _with_cross_entropy(block, divergence)
+
+
+def forward_kl(block: Block) -> torch.Tensor:
+    """Equation 3."""
+    settings = block.settings
+    if block.wants_gradient and settings.kd_temperature == 1.0:
+        _easy_gradient(block)  # identity 1: the same gradient
+    elif block.wants_gradient:
+        torch.sub(block.q, block.p, out=block.gradient)
+        _scale(block.gradient, settings.kd_lambda * settings.kd_temperature)
+        _add_cross_entropy_gradient(block)
+    return _with_cross_entropy(block, block.kl)
+
+
+def reverse_kl(block: Block) -> torch.Tensor:
+    """`(1-λ) (-log q_y) + λ T² KL(q ‖ p)`."""
+    settings = block.settings
+    log_ratio = block.log_ratio.add_(block.shift.unsqueeze(-1))
+    divergence = -torch.mul(block.q, log_ratio, out=block.spare).sum(-1)
+    if block.wants_gradient:
+        log_ratio.add_(divergence.unsqueeze(-1))
+        torch.mul(block.q, log_ratio, out=block.gradient)
+        _scale(block.gradient, -settings.kd_lambda * settings.kd_temperature)
+        _add_cross_entropy_gradient(block)
+    return _with_cross_entropy(block, divergence.masked_fill(divergence > INFINITE, torch.inf))
+
+
+def _self_evolution_on_rows(block: Block, rows: torch.Tensor) -> torch.Tensor:
+    settings, number = block.settings, len(rows)
+    hard_q = torch.index_select(block.q, 0, rows, out=block.spare[:number])
+    hard_p = torch.index_select(block.p, 0, rows, out=block.log_ratio[:number])
+    if block.wants_gradient:
+        _easy_gradient(block)
+    target = _mixed_target(hard_p, block.labels[rows], settings.kd_lambda)
+    gradient = block.q[:number]
+    loss = _skewed(block, hard_q, target, gradient, scratch=block.p[:number])
+    if block.wants_gradient:
+        block.gradient.index_copy_(0, rows, gradient)
+        _scale(block.gradient, settings.kd_temperature)
+    return settings.kd_temperature**2 * block.difficulty.index_copy(0, rows, loss)
+
+
+def _self_evolution_everywhere(block: Block) -> torch.Tensor:
+    settings, hard = block.settings, block.hard
+    if block.wants_gradient:
+        _easy_gradient(block)
+    target = _mixed_target(block.p, block.labels, settings.kd_lambda)
+    loss = _skewed(block, block.q, target, block.spare)
+    if block.wants_gradient:
+        torch.where(hard.unsqueeze(-1), block.spare, block.gradient, out=block.gradient)
+        _scale(block.gradient, settings.kd_temperature)
+    return settings.kd_temperature**2 * torch.where(hard, loss, block.difficulty)
+
+
+def _mixed_target(p: torch.Tensor, labels: torch.Tensor, kd_lambda: float) -> torch.Tensor:
+    """Equation 4, in place."""
+    p.mul_(kd_lambda)
+    return p.scatter_add_(-1, labels, p.new_full((len(labels), 1), 1.0 - kd_lambda))
+
+
+def _skewed(
+    block: Block,
+    q: torch.Tensor,
+    target: torch.Tensor,
+    gradient: torch.Tensor,
+    scratch: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`KL(t ‖ β q + (1-β) t)` for β < 1 through `g = (1-β) + β q/t`: the sum of `-t log g`, and `r = t·(β q/t)/g`."""
+    beta = block.settings.kd_beta
+    g = block.log_ratio if scratch is None else scratch
+    # With the smallest normal number in place of a target of zero, q/t is finite and its weight still vanishes.
+    target.clamp_min_(torch.finfo(target.dtype).tiny)
+    torch.addcdiv(target.new_tensor(1.0 - beta), q, target, value=beta, out=g)
+    torch.log(g, out=gradient)
+    loss = -gradient.mul_(target).sum(-1)
+    if block.wants_gradient:
+        torch.div(q, g, out=g)
+        torch.mul(q, beta * g.sum(-1, keepdim=True), out=gradient)
+        gradient.sub_(g, alpha=beta)
+    return loss
+
+
+def _easy_gradient(block: Block) -> None:
+    """`q - y~`, without forming the target."""
+    kd_lambda = block.settings.kd_lambda
+    torch.sub(block.q, block.p, alpha=kd_lambda, out=block.gradient)
+    _subtract_truth(block, 1.0 - kd_lambda)
+
+
+def _add_cross_entropy_gradient(block: Block) -> None:
+    share = 1.0 - block.settings.kd_lambda
+    block.gradient.add_(block.plain_q, alpha=share)
+    _subtract_truth(block, share)
+
+
+def _subtract_truth(block: Block, share: float) -> None:
+    block.gradient.scatter_add_(-1, block.labels, block.gradient.new_full((len(block.labels), 1), -share))
+
+
+def _with_cross_entropy(block: Block, divergence: torch.Tensor) -> torch.Tensor:
+    settings = block.settings
+    divergence = settings.kd_temperature**2 * divergence
+    if settings.kd_lambda >= 1.0:
+        return divergence
+    if settings.kd_lambda <= 0.0:
+        return block.ce
+    return (1.0 - settings.kd_lambda) * block.ce + settings.kd_lambda * divergence
+
+
+def _scale(gradient: torch.Tensor, factor: float) -> None:
+    if factor != 1.0:
+        gradient.mul_(factor)

@@ -1,0 +1,490 @@
+"""The fused path: equal to the plain path and to the naive reference, and never larger than its chunks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import naive_objectives
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llamafactory_sekd.errors import ArgumentError
+from llamafactory_sekd.objectives import (
+    OBJECTIVES,
+    TokenStatistics,
+    default_chunk_size,
+    distillation_loss,
+    fused_linear_distillation,
+)
+from llamafactory_sekd.objectives.losses import closed_forms
+
+
+STUDENT_WIDTH, TEACHER_WIDTH = 6, 9
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything that goes into the two heads."""
+
+    hidden: torch.Tensor
+    head: torch.Tensor
+    bias: torch.Tensor
+    teacher_hidden: torch.Tensor
+    teacher_head: torch.Tensor
+    teacher_bias: torch.Tensor
+    labels: torch.Tensor
+
+    @property
+    def trained(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.hidden, self.head, self.bias
+
+    def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
+        student = self.hidden @ self.head.t() + self.bias
+        return student, self.teacher_hidden @ self.teacher_head.t() + self.teacher_bias
+
+
+def problem(tokens: int = 11, vocab: int = 17, dtype: torch.dtype = torch.float64, seed: int = 0) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return Problem(
+        hidden=normal(tokens, STUDENT_WIDTH).requires_grad_(),
+        head=normal(vocab, STUDENT_WIDTH).requires_grad_(),
+        bias=normal(vocab).requires_grad_(),
+        teacher_hidden=normal(tokens, TEACHER_WIDTH),
+        teacher_head=normal(vocab, TEACHER_WIDTH),
+        teacher_bias=normal(vocab),
+        labels=torch.randint(vocab, (tokens,), generator=generator),
+    )
+
+
+def keys_for(kd_loss: str, **changes: Any) -> dict[str, Any]:
+    topk = 0.4 if kd_loss == "self_evolution_topk" else None
+    keys = {"kd_lambda": 0.4, "kd_beta": 0.7, "kd_gamma": 3.0, "kd_topk": topk, "kd_temperature": 1.0}
+    return {"kd_loss": kd_loss, **keys, **changes}
+
+
+def fused(p: Problem, *, bias: bool = True, num_items: Any = 5, chunk_size: int = 4, **keys: Any) -> Any:
+    biases = {"student_bias": p.bias, "teacher_bias": p.teacher_bias} if bias else {}
+    return fused_linear_distillation(
+        p.hidden, p.head, p.teacher_hidden, p.teacher_head, p.labels,
+        num_items=num_items, chunk_size=chunk_size, **biases, **keys,
+    )  # fmt: skip
+
+
+def assert_same_as_plain(p: Problem, tolerance: float = 1e-10, **keys: Any) -> None:
+    plain, ours = distillation_loss(*p.logits(), p.labels, **keys), fused(p, **keys)
+    loss = plain.loss.sum() / 5
+    torch.testing.assert_close(ours.loss, loss, rtol=tolerance, atol=tolerance)
+    for field in fields(TokenStatistics):
+        expected, value = getattr(plain.statistics, field.name), getattr(ours.statistics, field.name)
+        torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)
+        assert not value.requires_grad
+    expected = torch.autograd.grad(loss, p.trained)
+    torch.testing.assert_close(torch.autograd.grad(ours.loss, p.trained), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("kd_loss", OBJECTIVES)
+def test_fused_loss_statistics_and_gradients_equal_those_of_the_plain_path(kd_loss: str, temperature: float) -> None:
+    p = problem()
+    keys = keys_for(kd_loss, kd_temperature=temperature, kd_gamma=3.0 / temperature)
+    assert_same_as_plain(p, **keys)
+    hard = fused(p, **keys).statistics.hard
+    assert 0 < hard.sum() < len(hard)
+
+
+@pytest.mark.parametrize("kd_loss", OBJECTIVES)
+def test_fused_loss_equals_the_naive_reference(kd_loss: str) -> None:
+    p, keys = problem(), keys_for(kd_loss)
+    student, teacher = p.logits()
+    losses, _, _ = naive_objectives.batch(student.tolist(), teacher.tolist(), p.labels.tolist(), **keys)
+    assert fused(p, **keys).loss.item() == pytest.approx(sum(losses) / 5, rel=1e-11)
+
+
+@pytest.mark.parametrize("kd_loss", OBJECTIVES)
+def test_fused_gradients_equal_finite_differences(kd_loss: str) -> None:
+    p, keys = problem(tokens=4, vocab=5), keys_for(kd_loss)
+    gradients = torch.autograd.grad(fused(p, chunk_size=3, **keys).loss, p.trained)
+    for name, gradient in zip(("hidden", "head", "bias"), gradients, strict=True):
+        value = getattr(p, name).detach()
+
+        def loss(point: list[float], name: str = name, value: torch.Tensor = value) -> float:
+            moved = torch.tensor(point, dtype=torch.float64).view_as(value)
+            return fused(replace(p, **{name: moved}), chunk_size=3, **keys).loss.item()
+
+        expected = naive_objectives.central_differences(loss, value.flatten().tolist())
+        torch.testing.assert_close(
+            gradient.flatten(), torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=1e-8
+        )
+
+
+@pytest.mark.parametrize("kd_loss", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("tokens", "vocab", "chunk_size"), [(1, 17, 4), (7, 3, 2), (8, 17, 8), (9, 5, 100), (13, 7, 1)]
+)
+def test_the_chunk_size_does_not_change_the_result(kd_loss: str, tokens: int, vocab: int, chunk_size: int) -> None:
+    p, keys = problem(tokens, vocab), keys_for(kd_loss, kd_gamma=2.0)
+    whole, parts = fused(p, chunk_size=tokens, **keys), fused(p, chunk_size=chunk_size, **keys)
+    torch.testing.assert_close(parts.loss, whole.loss)
+    torch.testing.assert_close(torch.autograd.grad(parts.loss, p.trained), torch.autograd.grad(whole.loss, p.trained))
+    assert_same_as_plain(p, **keys)
+
+
+def test_blocks_inside_a_chunk_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llamafactory_sekd.objectives.blocks.CPU_BUFFER", 2 * 17)
+    for kd_loss in OBJECTIVES:
+        assert_same_as_plain(problem(), **keys_for(kd_loss))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_selection_used_on_accelerators_gives_the_same_result(
+    monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    monkeypatch.setattr(
+        closed_forms, "_self_evolution_on_rows", lambda block, _: closed_forms._self_evolution_everywhere(block)
+    )
+    keys = keys_for("self_evolution", kd_temperature=temperature, kd_gamma=3.0 / temperature)
+    assert_same_as_plain(problem(), **keys)
+
+
+@pytest.mark.parametrize("kd_loss", OBJECTIVES)
+def test_self_evolution_identities_hold_in_the_fused_path(kd_loss: str) -> None:
+    p = problem()
+    for gamma, same in ((math.inf, "no_evolution"), (-1.0, "skew")):
+        ours = fused(p, **keys_for("self_evolution", kd_gamma=gamma))
+        other = fused(p, **keys_for(same))
+        torch.testing.assert_close(ours.loss, other.loss)
+    one = keys_for(kd_loss, kd_beta=1.0, kd_lambda=1.0)
+    same_model = replace(
+        p, teacher_hidden=p.hidden.detach(), teacher_head=p.head.detach(), teacher_bias=p.bias.detach()
+    )
+    assert fused(same_model, **one).loss.item() == pytest.approx(0.0, abs=1e-14)
+
+
+# What the surroundings do to it.
+
+
+@pytest.mark.parametrize("kd_loss", OBJECTIVES)
+def test_float32_agrees_with_float64_to_1e5_and_bfloat16_to_2e2(kd_loss: str) -> None:
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        p = problem(tokens=200, vocab=300, dtype=dtype)
+        p = replace(p, head=(p.head.detach() / 2).requires_grad_(), teacher_head=p.teacher_head / 2)
+        exact = Problem(
+            *(value.detach().double() if value.is_floating_point() else value for value in vars(p).values())
+        )
+        for value in exact.trained:
+            value.requires_grad_()
+        # All tokens hard, because one that changes sides is no rounding error.
+        keys = keys_for(kd_loss, kd_gamma=-1.0, kd_topk=1.0 if kd_loss == "self_evolution_topk" else None)
+        ours, reference = fused(p, chunk_size=32, **keys).loss, fused(exact, **keys).loss
+        pairs = [(ours, reference)]
+        pairs += zip(torch.autograd.grad(ours, p.trained), torch.autograd.grad(reference, exact.trained), strict=True)
+        for value, expected in pairs:
+            assert value.dtype == (torch.float32 if value is ours else dtype)
+            assert (value.double() - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0, 65536.0])
+def test_a_scaled_loss_scales_the_gradients(factor: float) -> None:
+    p = problem()
+    plain = torch.autograd.grad(fused(p, **keys_for("self_evolution")).loss, p.trained)
+    scaled = torch.autograd.grad(fused(p, **keys_for("self_evolution")).loss * factor, p.trained)
+    torch.testing.assert_close(scaled, tuple(factor * value for value in plain))
+
+
+def test_a_loss_scale_saves_float16_gradients_from_underflow() -> None:
+    p = problem(tokens=64, dtype=torch.float16)
+    loss = fused(p, num_items=10**8, **keys_for("no_evolution")).loss
+    scaled = torch.autograd.grad(loss * 2.0**26, p.trained)
+    exact = torch.autograd.grad(fused(p, num_items=1, **keys_for("no_evolution")).loss, p.trained)
+    for value, expected in zip(scaled, exact, strict=True):
+        assert value.dtype == torch.float16
+        torch.testing.assert_close(value.float(), expected.float() * (2.0**26 / 10**8), rtol=5e-3, atol=1e-3)
+
+
+def test_two_micro_batches_add_up_to_the_whole_batch() -> None:
+    p, keys = problem(), keys_for("self_evolution")
+    whole = torch.autograd.grad(fused(p, **keys).loss, p.trained[1:])
+    for rows in (slice(0, 4), slice(4, None)):
+        part = replace(p, hidden=p.hidden[rows], teacher_hidden=p.teacher_hidden[rows], labels=p.labels[rows])
+        fused(part, **keys).loss.backward()
+    torch.testing.assert_close((p.head.grad, p.bias.grad), whole)
+
+
+@pytest.mark.parametrize("num_items", [5, torch.tensor(5), torch.tensor(5.0)])
+def test_the_divisor_may_be_a_number_or_a_tensor(num_items: Any) -> None:
+    p, keys = problem(), keys_for("skew")
+    torch.testing.assert_close(fused(p, num_items=num_items, **keys).loss, fused(p, num_items=1, **keys).loss / 5)
+
+
+def test_a_divisor_that_cannot_be_looked_at_reaches_every_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an accelerator the divisor stays a tensor; here it is kept one by force."""
+    p, keys = problem(), keys_for("skew")
+    expected = torch.autograd.grad(fused(p, **keys).loss, p.trained)
+    monkeypatch.setattr("llamafactory_sekd.objectives.fused._divisor", lambda value: torch.tensor(float(value)))
+    torch.testing.assert_close(torch.autograd.grad(fused(p, **keys).loss, p.trained), expected)
+
+
+@pytest.mark.parametrize("trained", [(), ("hidden",), ("head",), ("bias",), ("hidden", "bias")])
+def test_only_what_is_trained_gets_a_gradient(trained: tuple[str, ...]) -> None:
+    p, keys = problem(), keys_for("self_evolution")
+    expected = dict(
+        zip(("hidden", "head", "bias"), torch.autograd.grad(fused(p, **keys).loss, p.trained), strict=True)
+    )
+    for name in ("hidden", "head", "bias"):
+        getattr(p, name).requires_grad_(name in trained)
+    loss = fused(p, **keys).loss
+    assert loss.requires_grad == bool(trained)
+    if trained:
+        loss.backward()
+    for name in ("hidden", "head", "bias"):
+        gradient = getattr(p, name).grad
+        assert (gradient is not None) == (name in trained)
+        if gradient is not None:
+            torch.testing.assert_close(gradient, expected[name])
+
+
+def test_no_bias_is_a_bias_of_zero() -> None:
+    p, keys = problem(), keys_for("self_evolution")
+    zero = replace(p, bias=torch.zeros_like(p.bias), teacher_bias=torch.zeros_like(p.teacher_bias))
+    torch.testing.assert_close(fused(p, bias=False, **keys).loss, fused(zero, **keys).loss)
+
+
+@pytest.mark.parametrize("kd_loss", OBJECTIVES)
+def test_a_cut_vocabulary_equals_cut_heads_and_leaves_the_rest_without_gradient(kd_loss: str) -> None:
+    p, keys = problem(), keys_for(kd_loss)
+    p = replace(p, labels=p.labels % 12)
+    wider = torch.cat([p.teacher_head, p.teacher_head], 0), torch.cat([p.teacher_bias, p.teacher_bias])
+    padded = replace(p, teacher_head=wider[0], teacher_bias=wider[1])
+    small = replace(
+        p, head=p.head[:12], bias=p.bias[:12], teacher_head=p.teacher_head[:12], teacher_bias=p.teacher_bias[:12]
+    )
+    ours, expected = fused(padded, vocab_size=12, **keys).loss, fused(small, **keys).loss
+    torch.testing.assert_close(ours, expected)
+    gradients = torch.autograd.grad(ours, p.trained)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, p.trained))
+    assert gradients[1].shape == p.head.shape
+    assert not gradients[1][12:].any()
+
+
+def test_a_head_tied_to_the_embedding_gets_both_gradients() -> None:
+    p, keys = problem(), keys_for("self_evolution")
+    words = torch.arange(len(p.labels)) % len(p.head)
+
+    def gradient(through: Any) -> torch.Tensor:
+        tied = replace(p, hidden=torch.nn.functional.embedding(words, p.head).tanh())
+        return torch.autograd.grad(through(tied), p.head)[0]
+
+    expected = gradient(lambda q: distillation_loss(*q.logits(), q.labels, **keys).loss.sum() / 5)
+    torch.testing.assert_close(gradient(lambda q: fused(q, **keys).loss), expected)
+
+
+@pytest.mark.parametrize("kd_loss", OBJECTIVES)
+def test_autocast_uses_its_type_for_products_and_returns_gradients_in_the_parameters_type(kd_loss: str) -> None:
+    p = problem(tokens=100, vocab=200, dtype=torch.float32)
+    keys = keys_for(kd_loss, kd_gamma=-1.0, kd_topk=1.0 if kd_loss == "self_evolution_topk" else None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = fused(p, **keys)
+        plain = distillation_loss(
+            torch.nn.functional.linear(p.hidden, p.head, p.bias),
+            torch.nn.functional.linear(p.teacher_hidden, p.teacher_head, p.teacher_bias),
+            p.labels,
+            **keys,
+        )
+    assert ours.loss.dtype == torch.float32
+    torch.testing.assert_close(ours.loss, plain.loss.sum() / 5, rtol=1e-2, atol=0)
+    expected = torch.autograd.grad(plain.loss.sum() / 5, p.trained)
+    exact = torch.autograd.grad(fused(p, **keys).loss, p.trained)
+    for value, rounded, true in zip(torch.autograd.grad(ours.loss, p.trained), expected, exact, strict=True):
+        assert value.dtype == torch.float32
+        assert not torch.equal(value, true)
+        # About as close to the exact gradient as autograd's under the same autocast.
+        assert (value - true).norm() <= 1.5 * (rounded - true).norm()
+
+
+def test_different_types_of_student_and_teacher_are_each_used_as_they_are() -> None:
+    p, keys = problem(tokens=50, dtype=torch.float32), keys_for("no_evolution")
+    mixed = replace(p, teacher_hidden=p.teacher_hidden.bfloat16(), teacher_head=p.teacher_head.bfloat16())
+    exact, ours = fused(p, bias=False, **keys), fused(mixed, bias=False, **keys)
+    torch.testing.assert_close(ours.statistics.ce, exact.statistics.ce)
+    torch.testing.assert_close(ours.loss, exact.loss, rtol=2e-2, atol=0)
+    assert ours.loss != exact.loss
+
+
+def test_evaluation_gives_the_same_loss_without_a_graph() -> None:
+    p, keys = problem(), keys_for("self_evolution")
+    with torch.no_grad():
+        ours = fused(p, **keys)
+    assert not ours.loss.requires_grad
+    torch.testing.assert_close(ours.loss, fused(p, **keys).loss.detach())
+
+
+def test_a_second_backward_pass_says_that_the_gradients_are_used_up() -> None:
+    loss = fused(problem(), **keys_for("skew")).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"second backward pass .* compute the loss again"):
+        loss.backward()
+
+
+def test_no_tokens_give_a_zero_with_a_gradient_path() -> None:
+    for kd_loss in OBJECTIVES:
+        p = problem(tokens=0)
+        output = fused(p, num_items=0, **keys_for(kd_loss))
+        output.loss.backward()
+        assert output.loss.item() == 0.0
+        assert output.statistics.difficulty.shape == (0,)
+        for value in p.trained:
+            assert value.grad is not None
+            assert not value.grad.any()
+
+
+# Hostile numbers.
+
+
+@pytest.mark.parametrize("kd_loss", OBJECTIVES)
+def test_entries_excluded_by_an_infinite_bias_behave_as_in_the_plain_path(kd_loss: str) -> None:
+    p = problem()
+    both, student_only = torch.zeros(17, dtype=torch.bool), torch.zeros(17, dtype=torch.bool)
+    both[3], student_only[5] = True, True
+    labels = torch.where((p.labels == 3) | (p.labels == 5), 0, p.labels)
+    p = replace(
+        p,
+        labels=labels,
+        bias=p.bias.detach().masked_fill(both | student_only, -math.inf).requires_grad_(),
+        teacher_bias=p.teacher_bias.masked_fill(both, -math.inf),
+    )
+    assert_same_as_plain(p, **keys_for(kd_loss))
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    kd_loss=st.sampled_from(sorted(OBJECTIVES)),
+    kd_lambda=st.sampled_from([0.0, 1e-6, 0.5, 1.0]),
+    kd_beta=st.sampled_from([0.0, 1e-6, 0.5, 1.0]),
+    kd_temperature=st.sampled_from([0.1, 1.0, 10.0]),
+    spread=st.sampled_from([1e-3, 1.0, 50.0]),
+    tokens=st.integers(0, 5),
+    chunk_size=st.integers(1, 6),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+@settings(max_examples=150, deadline=None)
+def test_fused_equals_plain_for_extreme_logits_and_keys(
+    seed: int, kd_loss: str, kd_lambda: float, kd_beta: float, kd_temperature: float, spread: float, tokens: int,
+    chunk_size: int, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    p = problem(tokens=tokens, vocab=6, seed=seed)
+    p = Problem(*(value.detach().to(dtype) if value.is_floating_point() else value for value in vars(p).values()))
+    p = replace(p, hidden=(p.hidden * spread).requires_grad_(), teacher_hidden=p.teacher_hidden * spread)
+    keys = keys_for(kd_loss, kd_lambda=kd_lambda, kd_beta=kd_beta, kd_temperature=kd_temperature, kd_gamma=-1.0)
+    ours, plain = fused(p, chunk_size=chunk_size, **keys).loss, distillation_loss(*p.logits(), p.labels, **keys).loss
+    rtol = 1e-9 if dtype == torch.float64 else 1e-3
+    # Differences of logits of size s are rounded to s · eps, and 1/T magnifies them.
+    atol = 100 * torch.finfo(dtype).eps * max(1.0, spread) * max(1.0, 1 / kd_temperature) * kd_temperature**2
+    torch.testing.assert_close(ours, plain.sum() / 5, rtol=rtol, atol=atol)
+    gradient, expected = torch.autograd.grad(ours, p.hidden)[0], torch.autograd.grad(plain.sum() / 5, p.hidden)[0]
+    torch.testing.assert_close(gradient, expected, rtol=rtol, atol=100 * atol)
+
+
+# Memory.
+
+
+class LargestAllocation(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kd_loss", OBJECTIVES)
+def test_no_tensor_reaches_tokens_times_vocabulary(kd_loss: str, temperature: float) -> None:
+    tokens, vocab, chunk = 128, 512, 4
+    p, keys = problem(tokens, vocab, torch.float32), keys_for(kd_loss, kd_temperature=temperature)
+    with LargestAllocation() as fused_watch:
+        fused(p, chunk_size=chunk, **keys).loss.backward()
+    # The largest things are one chunk's buffers and the head's gradient.
+    assert fused_watch.elements <= max(6 * chunk * vocab, vocab * STUDENT_WIDTH)
+    assert fused_watch.elements < tokens * vocab / 4  # six buffers of four tokens
+    with LargestAllocation() as plain_watch:
+        distillation_loss(*p.logits(), p.labels, **keys).loss.sum().backward()
+    assert plain_watch.elements >= tokens * vocab  # the watch does see such tensors
+
+
+def test_a_frozen_head_and_evaluation_allocate_no_gradient_of_the_head() -> None:
+    tokens, vocab, chunk = 8, 3000, 2
+    p, keys = problem(tokens, vocab, torch.float32), keys_for("self_evolution")
+    head = vocab * STUDENT_WIDTH
+
+    def created(run: Any) -> list[int]:
+        sizes: list[int] = []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                result = func(*args, **(kwargs or {}))
+                if func in (torch.ops.aten.zeros.default, torch.ops.aten.empty.memory_format):
+                    sizes.append(result.numel())
+                return result
+
+        with Watch():
+            run()
+        return sizes
+
+    assert head in created(lambda: fused(p, chunk_size=chunk, **keys))
+    with torch.no_grad():
+        assert head not in created(lambda: fused(p, chunk_size=chunk, **keys))
+    p.head.requires_grad_(False)
+    assert head not in created(lambda: fused(p, chunk_size=chunk, **keys))
+
+
+def test_the_parameter_takes_over_the_buffer_of_its_gradient() -> None:
+    """Otherwise the backward pass would hold the head's gradient twice."""
+    p = problem()
+    loss = fused(p, **keys_for("skew")).loss
+    buffer = loss.grad_fn.gradients.weight.data_ptr()
+    loss.backward()
+    assert p.head.grad.data_ptr() == buffer
+
+
+def test_the_default_chunk_keeps_both_logits_within_the_budget() -> None:
+    assert default_chunk_size(128_256) == 256
+    assert default_chunk_size(128_256, torch.bfloat16) == 512
+    assert default_chunk_size(128_256, budget_bytes=40 * 2**20) == 40
+    assert default_chunk_size(10**9) == 1
+    for vocab_size in (3, 32_000, 151_936, 256_000):
+        chunk = default_chunk_size(vocab_size)
+        assert 2 * 4 * chunk * vocab_size <= 256 * 2**20 < 2 * 4 * (chunk + 64) * vocab_size
+
+
+# Misuse.
+
+
+def test_different_heads_are_refused_unless_a_common_vocabulary_is_given() -> None:
+    p = problem()
+    smaller = replace(p, teacher_head=p.teacher_head[:16])
+    with pytest.raises(ArgumentError, match="17 vocabulary entries, the teacher 16: pass vocab_size"):
+        fused(smaller, bias=False)
+    with pytest.raises(ArgumentError, match=r"vocab_size 17 is not within both heads \(17 and 16 entries\)"):
+        fused(smaller, bias=False, vocab_size=17)
+
+
+def test_a_missing_share_and_an_unknown_objective_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="`kd_topk` is missing"):
+        fused(problem(), kd_loss="self_evolution_topk")
+    with pytest.raises(ArgumentError, match="`kd_loss: jsd` is unknown"):
+        fused(problem(), kd_loss="jsd")
