@@ -94,9 +94,9 @@ def whole_parameters(head: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor | N
     """Yield the head's weight and bias, gathered where ZeRO-3 or FSDP2 shards them; for reading only."""
     weight, bias = head.weight, head.bias
     if hasattr(weight, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([parameter for parameter in (weight, bias) if parameter is not None]):
+        with deepspeed.zero.GatheredParameters([parameter for parameter in (weight, bias) if parameter is not None]):
             yield weight, bias
     elif hasattr(weight, "full_tensor"):
         yield weight.full_tensor(), None if bias is None else bias.full_tensor()

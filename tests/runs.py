@@ -57,7 +57,8 @@ def command(
     arguments: list[str], *, env: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Run a command with one thread per process and return what it printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GRADIO_ANALYTICS_ENABLED": "False", **(env or {})}
+    path = os.pathsep.join([str(Path(CLI).parent), os.environ["PATH"]])  # the host starts `torchrun` by its name
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **(env or {})}
     return subprocess.run(arguments, env=environment, cwd=cwd, capture_output=True, text=True, timeout=timeout)
 
 
