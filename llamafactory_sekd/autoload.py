@@ -33,6 +33,7 @@ TARGETS: tuple[str, ...] = (
     "llamafactory.webui.control",
     "llamafactory.webui.runner",
     "llamafactory.webui.components.train",
+    "llamafactory.webui.components.eval",
     "llamafactory.launcher",
     "llamafactory.v1.launcher",
 )

@@ -105,6 +105,12 @@ def _create_train_tab(host_create: Any) -> Any:
     return extend_create_train_tab(host_create)
 
 
+def _create_eval_tab(host_create: Any) -> Any:
+    from .webui import extend_create_eval_tab
+
+    return extend_create_eval_tab(host_create)
+
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         module="llamafactory.extras.constants",
@@ -223,6 +229,14 @@ PATCHES: tuple[Patch, ...] = (
         attribute="create_train_tab",
         replace=_create_train_tab,
         what=f"adds the panel of {STAGE_LABEL} to the training tab",
+        why="the tab is built by one function",
+        remove_when=_WHEN_THE_PAGE_IS_PLUGGABLE,
+    ),
+    Patch(
+        module="llamafactory.webui.components.eval",
+        attribute="create_eval_tab",
+        replace=_create_eval_tab,
+        what="adds the section that runs `llamafactory-cli eval`",
         why="the tab is built by one function",
         remove_when=_WHEN_THE_PAGE_IS_PLUGGABLE,
     ),

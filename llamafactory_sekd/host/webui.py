@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -21,6 +22,7 @@ def extend_create_train_tab(host_create: Callable[[Any], dict[str, Any]]) -> Cal
 
         from ..webui.panel import build_panel
         from .patches import STAGE_LABEL
+        from .webui_page import list_adapters, list_teachers
 
         panel = build_panel()
         with _base_elements_with(engine.manager, panel.fields.values()):
@@ -28,7 +30,7 @@ def extend_create_train_tab(host_create: Callable[[Any], dict[str, Any]]) -> Cal
 
         _move_after(Context.block, panel.accordion, elements["rlhf_tab"])
         panel.show_for(elements["training_stage"], STAGE_LABEL)
-        panel.suggest(_list_teachers, _list_adapters)
+        panel.suggest(list_teachers, list_adapters)
         return {**elements, **panel.elements()}
 
     return create_train_tab
@@ -47,6 +49,22 @@ def extend_change_stage(host_change: Callable[..., tuple[Any, bool]]) -> Callabl
         return gr.update() if training_stage == STAGE_LABEL else datasets, packing
 
     return change_stage
+
+
+def extend_create_eval_tab(host_create: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """Wrap ``create_eval_tab``: the section "Translation quality" stands below the host's fields."""
+
+    @wraps(host_create)
+    def create_eval_tab(engine: Any) -> dict[str, Any]:
+        from ..webui.quality import build_quality_section
+        from .webui_page import page_of
+
+        elements = host_create(engine)
+        section = build_quality_section(page_of(engine))
+        engine.runner.evaluation = section.process
+        return {**elements, **section.elements}
+
+    return create_eval_tab
 
 
 @contextmanager
@@ -71,7 +89,14 @@ def extend_runner(host_class: type) -> type:
     class Runner(host_class):
         __doc__ = host_class.__doc__
 
+        evaluation: Any = None  # the section "Translation quality" puts its process here
+
         def _initialize(self, data: dict[Any, Any], do_train: bool, from_preview: bool) -> str:
+            from llamafactory.webui.locales import ALERTS
+
+            if self.evaluation is not None and self.evaluation.running:
+                return ALERTS["err_conflict"][data[self.manager.get_elem_by_id("top.lang")]]
+
             error = super()._initialize(data, do_train, from_preview)
             return error or (self._refusal(data) if do_train and self._is_ours(data) else "")
 
@@ -99,13 +124,12 @@ def extend_runner(host_class: type) -> type:
 
         def _panel_keys(self, data: dict[Any, Any]) -> dict[str, Any]:
             from ..webui.settings import distillation_keys
+            from .webui_page import adapter_paths, model_path
 
             values = {key: data[self.manager.get_elem_by_id(f"train.{key}")] for key in KEYS}
             teacher = values["teacher_model"]
-            values["teacher_model"] = _model_path(teacher)
-            values["teacher_model_adapters"] = [
-                _adapter_path(teacher, adapter) for adapter in values["teacher_model_adapters"] or []
-            ]
+            values["teacher_model"] = model_path(teacher)
+            values["teacher_model_adapters"] = adapter_paths(teacher, values["teacher_model_adapters"])
             return distillation_keys(values)
 
         def _refusal(self, data: dict[Any, Any]) -> str:
@@ -116,6 +140,9 @@ def extend_runner(host_class: type) -> type:
 
             if not data[self.manager.get_elem_by_id("train.teacher_model")]:
                 return alert("no_teacher", data[self.manager.get_elem_by_id("top.lang")])
+
+            if os.getenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") != "1":
+                return "TORCH_DEVICE_BACKEND_AUTOLOAD keeps the plug-in out of the runs started here: unset it."
 
             args = self._parse_train_args(data)
             try:
@@ -133,50 +160,6 @@ def extend_runner(host_class: type) -> type:
 
 
 _OUR_IDS = frozenset(f"train.{key}" for key in KEYS)
-
-
-def _model_path(name: str | None) -> str | None:
-    """The host's path of a model in its list; anything else is a path already."""
-    from llamafactory.extras.constants import SUPPORTED_MODELS
-    from llamafactory.webui.common import get_model_path
-
-    return get_model_path(name) if name in SUPPORTED_MODELS else name
-
-
-def _folder_of(model: str | None) -> str:
-    """The name under which the host saves what is trained from a model."""
-    from llamafactory.extras.constants import SUPPORTED_MODELS
-
-    return model if model in SUPPORTED_MODELS else "Custom"  # type: ignore[return-value]
-
-
-def _adapter_path(model: str | None, adapter: str) -> str:
-    from llamafactory.webui.common import get_save_dir
-
-    return str(get_save_dir(_folder_of(model), "lora", adapter))
-
-
-def _checkpoints(folder: str, finetuning_type: str) -> list[str]:
-    from llamafactory.webui.control import list_checkpoints
-
-    return [value for _, value in list_checkpoints(folder, finetuning_type).choices]
-
-
-def _list_teachers() -> list[str]:
-    """Fully fine-tuned checkpoints of any model first: a teacher is usually one of them; then the host's models."""
-    from pathlib import Path
-
-    from llamafactory.extras.constants import SUPPORTED_MODELS
-    from llamafactory.webui.common import DEFAULT_SAVE_DIR
-
-    saves = Path(DEFAULT_SAVE_DIR)
-    folders = sorted(path.name for path in saves.iterdir() if path.is_dir()) if saves.is_dir() else []
-    tuned = [str(saves / name / "full" / checkpoint) for name in folders for checkpoint in _checkpoints(name, "full")]
-    return [*tuned, *SUPPORTED_MODELS]
-
-
-def _list_adapters(teacher: str | None) -> list[str]:
-    return _checkpoints(_folder_of(teacher), "lora")
 
 
 def extend_locales(host_locales: dict[str, Any]) -> dict[str, Any]:

@@ -76,34 +76,47 @@ class Board:
 
     def open(self, address: str, theme: str = "light") -> Board:
         self.page.goto(f"{address}/?__theme={theme}")
-        self.page.get_by_label("Stage", exact=True).or_(self.page.get_by_label("训练阶段", exact=True)).first.wait_for()
+        self.page.get_by_label("Stage", exact=True).or_(
+            self.page.get_by_label("训练阶段", exact=True)
+        ).first.wait_for()
         self.page.wait_for_timeout(700)  # the host fills in language, time and folders after the page has loaded
         return self
 
+    def block(self, label: str) -> Any:
+        """The visible field of that label, with its help and its buttons."""
+        return (
+            self.page.locator(f'.block:not(:has(.block)):has([data-testid="block-info"]:text-is("{label}"))')
+            .filter(visible=True)
+            .first
+        )
+
     def field(self, label: str) -> Any:
-        """The visible field of that label."""
-        return self.page.get_by_label(label, exact=True).locator("visible=true").first
+        """Where that field takes its input."""
+        return self.block(label).locator("input, textarea").first
 
     def choose(self, label: str, option: str) -> None:
         self.field(label).click()
-        self.page.get_by_role("option", name=option, exact=True).locator("visible=true").first.click()
+        self.page.get_by_role("option", name=option, exact=True).filter(visible=True).first.click()
 
     def choose_several(self, label: str, *options: str) -> None:
+        """Choose these and no others."""
+        clear = self.block(label).get_by_title("Clear")
+        if clear.count():
+            clear.click()
         for option in options:
             self.choose(label, option)
         self.page.keyboard.press("Escape")
 
     def write(self, label: str, text: str) -> None:
-        """Write into a text field whose label is followed by its help."""
-        field = self.page.get_by_role("textbox", name=label).locator("visible=true").first
+        field = self.field(label)
         field.fill(text)
-        field.blur()
+        field.press("Enter") if field.get_attribute("role") == "listbox" else field.blur()
 
     def press(self, name: str) -> None:
-        self.page.get_by_role("button", name=name, exact=True).locator("visible=true").first.click()
+        self.page.get_by_role("button", name=name, exact=True).filter(visible=True).first.click()
 
     def open_section(self, title: str) -> None:
-        self.page.get_by_text(title, exact=True).locator("visible=true").first.click()
+        self.page.get_by_text(title, exact=True).filter(visible=True).first.click()
 
     def tab(self, name: str) -> None:
         self.page.get_by_role("tab", name=name, exact=True).click()

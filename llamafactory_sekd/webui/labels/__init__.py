@@ -21,6 +21,7 @@ def _texts(language: str) -> dict[str, dict[str, Any]]:
     return yaml.safe_load(files(__name__).joinpath(f"{language}.yaml").read_text(encoding="utf-8"))
 
 
+@cache
 def element_labels() -> dict[str, dict[str, dict[str, Any]]]:
     """Return ``{element: {language: properties}}``, as the host keeps its own; the properties are Gradio's."""
     labels: dict[str, dict[str, dict[str, Any]]] = {}
@@ -43,3 +44,8 @@ def objective_choices(language: str) -> list[tuple[str, str]]:
 def alert(name: str, language: str | None) -> str:
     """A message to the user in the language of the page."""
     return _texts(language if language in LANGUAGES else "en")["alerts"][name]
+
+
+def words(language: str | None) -> dict[str, str]:
+    """The words inside of views that we draw ourselves."""
+    return _texts(language if language in LANGUAGES else "en")["words"]

@@ -1,0 +1,118 @@
+"""What our part of the page needs of the host: its model list, its folders, its fields, its messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llamafactory.extras.constants import PEFT_METHODS, SUPPORTED_MODELS
+from llamafactory.webui.common import DEFAULT_SAVE_DIR, get_model_path, get_save_dir, load_config
+from llamafactory.webui.locales import ALERTS
+
+from ..webui.page import Page
+
+
+_READ_BY_OUR_SECTIONS = (
+    "top.lang",
+    "top.model_name",
+    "top.model_path",
+    "top.finetuning_type",
+    "top.checkpoint_path",
+    "top.quantization_bit",
+    "top.quantization_method",
+    "top.template",
+)
+
+
+def model_path(name: str | None) -> str | None:
+    """The host's path of a model in its list; anything else is a path already."""
+    return get_model_path(name) if name in SUPPORTED_MODELS else name
+
+
+def adapter_paths(model: str | None, adapters: list[str] | None) -> list[str]:
+    """Where the adapters lie that were trained from a model."""
+    return [str(get_save_dir(_folder_of(model), "lora", adapter)) for adapter in adapters or []]
+
+
+def list_teachers() -> list[str]:
+    """Fully fine-tuned checkpoints of any model first, as a teacher is usually one of them; then the host's models."""
+    saves = Path(DEFAULT_SAVE_DIR)
+    folders = sorted(path.name for path in saves.iterdir() if path.is_dir()) if saves.is_dir() else []
+    tuned = [str(saves / name / "full" / checkpoint) for name in folders for checkpoint in _checkpoints(name, "full")]
+    return [*tuned, *SUPPORTED_MODELS]
+
+
+def list_adapters(teacher: str | None) -> list[str]:
+    """The adapters that were trained from a teacher."""
+    return _checkpoints(_folder_of(teacher), "lora")
+
+
+def page_of(engine: Any) -> Page:
+    """The page around our sections; the training tab must have been built."""
+    from ..arguments import KEYS
+
+    names = (*_READ_BY_OUR_SECTIONS, *(f"train.{key}" for key in KEYS))
+    return Page(
+        elements={name: engine.manager.get_elem_by_id(name) for name in names},
+        list_checkpoints=lambda model, finetuning_type: _checkpoints(model, finetuning_type),
+        student_arguments=_student_arguments,
+        teacher_arguments=_teacher_arguments,
+        refusal=lambda language: _refusal(engine, language),
+        alert=lambda name, language: ALERTS[name][language],
+    )
+
+
+def _refusal(engine: Any, language: str) -> str:
+    if engine.demo_mode:
+        return ALERTS["err_demo"][language]
+
+    return ALERTS["err_conflict"][language] if engine.runner.running else ""
+
+
+def _folder_of(model: str | None) -> str:
+    """The name under which the host saves what is trained from a model."""
+    return model if model is not None and model in SUPPORTED_MODELS else "Custom"
+
+
+def _checkpoints(model: str | None, finetuning_type: str) -> list[str]:
+    from llamafactory.webui.control import list_checkpoints
+
+    return [value for _, value in list_checkpoints(model, finetuning_type).choices]
+
+
+def _student_arguments(values: Mapping[str, Any], checkpoint: str | list[str] | None) -> dict[str, Any]:
+    arguments = {"model_name_or_path": values["top.model_path"], **_shared_arguments()}
+    if checkpoint:
+        checkpoints = [checkpoint] if isinstance(checkpoint, str) else checkpoint
+        finetuning_type = values["top.finetuning_type"]
+        paths = [str(get_save_dir(values["top.model_name"], finetuning_type, name)) for name in checkpoints]
+        key = "adapter_name_or_path" if finetuning_type in PEFT_METHODS else "model_name_or_path"
+        arguments[key] = ",".join(paths)
+
+    if values["top.quantization_bit"] != "none":
+        arguments["quantization_bit"] = int(values["top.quantization_bit"])
+        arguments["quantization_method"] = values["top.quantization_method"]
+
+    return arguments
+
+
+def _teacher_arguments(values: Mapping[str, Any]) -> dict[str, Any] | None:
+    name = values["train.teacher_model"]
+    if not name:
+        return None
+
+    arguments = {"model_name_or_path": model_path(name), **_shared_arguments()}
+    if adapters := adapter_paths(name, values["train.teacher_model_adapters"]):
+        arguments["adapter_name_or_path"] = ",".join(adapters)
+
+    if values["train.teacher_model_quantization_bit"] != "none":
+        arguments["quantization_bit"] = int(values["train.teacher_model_quantization_bit"])
+
+    return arguments
+
+
+def _shared_arguments() -> dict[str, Any]:
+    """What the host's page gives to every model that it loads."""
+    cache_dir = load_config().get("cache_dir")
+    return {"trust_remote_code": True, **({"cache_dir": cache_dir} if cache_dir else {})}

@@ -1,0 +1,8 @@
+"""The section "Translation quality": `llamafactory-cli eval` from the page."""
+
+from __future__ import annotations
+
+from .section import QualitySection, build_quality_section
+
+
+__all__ = ["QualitySection", "build_quality_section"]

@@ -1,0 +1,89 @@
+"""The report of an evaluation in the page: the tables and a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...evaluation.report.view import METRIC_LABELS, METRIC_SCALES
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def read_report(save_dir: Path) -> str | None:
+    """``report.md``, None where there is none."""
+    path = save_dir / "report.md"
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def draw_report(save_dir: Path) -> Figure | None:
+    """Draw every system's scores, one picture per metric, and the similarity to the teacher; None without results."""
+    path = save_dir / "results.json"
+    if not path.is_file():
+        return None
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    results = json.loads(path.read_text(encoding="utf-8"))
+    tables = _tables(results)
+    figure = Figure(figsize=(4.2 * len(tables), 3.4))
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 0.92))  # the page puts a label into the upper corner
+    FigureCanvasAgg(figure)
+    for axes, (title, table) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
+        _draw_bars(axes, title, table, list(results["systems"]))
+
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+_Table = dict[str, dict[str, float | None]]
+
+
+def _tables(results: dict[str, Any]) -> dict[str, _Table]:
+    """Title to ``{system: {direction: value}}``, in the report's units."""
+    tables: dict[str, _Table] = {}
+    for metric in results["metrics"]:
+        if metric in results["skipped"]:
+            continue
+        tables[METRIC_LABELS[metric]] = {
+            name: {
+                direction: None
+                if (value := system["scores"][direction][metric]) is None
+                else value * METRIC_SCALES[metric]
+                for direction in results["directions"]
+            }
+            for name, system in results["systems"].items()
+        }
+
+    similarity = {name: system["similarity"] for name, system in results["systems"].items() if system["similarity"]}
+    if similarity:
+        tables["similarity to the teacher (BLEU)"] = {
+            name: {direction: values[direction] for direction in results["directions"]}
+            for name, values in similarity.items()
+        }
+
+    return tables
+
+
+def _draw_bars(axes: Axes, title: str, table: _Table, systems: list[str]) -> None:
+    directions = list(next(iter(table.values())))
+    width = 0.8 / len(systems)
+    for number, system in enumerate(systems):
+        if system not in table:
+            continue
+        places = [index - 0.4 + (number + 0.5) * width for index in range(len(directions))]
+        heights = [value or 0.0 for value in table[system].values()]
+        bars = axes.bar(places, heights, width, label=system, color=f"C{number % 10}")
+        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+
+    highest = max((value or 0.0 for values in table.values() for value in values.values()), default=0.0)
+    axes.set_ylim(0, max(1.0, 1.12 * highest))
+    axes.set_xticks(range(len(directions)), directions)
+    axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
