@@ -31,16 +31,17 @@ class TestSet:
 
 
 def load_test_set(task: str, task_dir: str | Path, direction: str) -> TestSet:
-    """Load ``task`` (``wmt22`` or ``wmt21_valid``) in ``direction`` (``en-de``) from ``task_dir``.
+    """Load ``task`` in ``direction`` (``en-de``) from ``task_dir``.
 
+    The task is ``wmt22``, ``wmt21_valid``, or the name of a folder in ``task_dir`` with a test set of one's own.
     ``task_dir`` is what ``sekd data alma`` wrote, a clone of ALMA, or a folder of ``<src>-<tgt>.<lang>`` files, looked
     for in that order. Raises :class:`EvaluationError` for an unknown task and :class:`DataError` for an unknown
     direction, missing, misaligned or empty files, and sentences that are empty or not UTF-8.
     """
-    if task not in TASKS:
-        raise EvaluationError(f"Unknown task {task!r}: use one of {', '.join(TASKS)}.")
-    parsed = parse_direction(direction)
     directory = Path(task_dir)
+    if task not in TASKS and not (directory / task).is_dir():
+        raise EvaluationError(f"Unknown task {task!r}: use one of {', '.join(TASKS)}, or a folder in `task_dir`.")
+    parsed = parse_direction(direction)
     if not directory.is_dir():
         raise DataError(f"task_dir {task_dir} is not a directory: make it with `sekd data alma --out {task_dir}`.")
 
@@ -58,7 +59,7 @@ def _find(task: str, directory: Path, direction: Direction) -> list[Pair]:
     if any(path.exists() for path in own):
         return _read_both(own)
     root = alma_root(directory)
-    if is_alma_direction(direction) and alma_files(root, direction, TASKS[task]):
+    if task in TASKS and is_alma_direction(direction) and alma_files(root, direction, TASKS[task]):
         return read_alma(root, direction, TASKS[task])
     if any(path.exists() for path in plain):
         return _read_both(plain)

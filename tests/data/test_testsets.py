@@ -61,8 +61,19 @@ def test_languages_outside_alma_work_from_plain_files(tmp_path: Path) -> None:
     assert load_test_set("wmt22", tmp_path, "cs-uk").references == ("Привіт",)
 
 
+def test_a_folder_with_a_test_set_is_a_task_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "medical").mkdir()
+    _write(tmp_path / "medical", "a\n", "b\n")
+
+    test_set = load_test_set("medical", tmp_path, "en-de")
+
+    assert (test_set.task, test_set.sources, test_set.references) == ("medical", ("a",), ("b",))
+    with pytest.raises(DataError, match=r"^No medical test set for cs-en in"):
+        load_test_set("medical", tmp_path, "cs-en")
+
+
 def test_unknown_task_directory_and_set_are_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"^Unknown task 'wmt23': use one of wmt22, wmt21_valid\.$"):
+    with pytest.raises(EvaluationError, match=r"^Unknown task 'wmt23': use one of wmt22, wmt21_valid, or a folder in"):
         load_test_set("wmt23", tmp_path, "en-de")
     with pytest.raises(DataError, match=r"task_dir .*nowhere is not a directory: make it with `sekd data alma --out"):
         load_test_set("wmt22", tmp_path / "nowhere", "en-de")
