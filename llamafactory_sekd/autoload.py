@@ -34,6 +34,7 @@ TARGETS: tuple[str, ...] = (
     "llamafactory.webui.runner",
     "llamafactory.webui.components.train",
     "llamafactory.webui.components.eval",
+    "llamafactory.webui.components.infer",
     "llamafactory.launcher",
     "llamafactory.v1.launcher",
 )

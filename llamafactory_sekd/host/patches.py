@@ -111,6 +111,12 @@ def _create_eval_tab(host_create: Any) -> Any:
     return extend_create_eval_tab(host_create)
 
 
+def _create_infer_tab(host_create: Any) -> Any:
+    from .webui import extend_create_infer_tab
+
+    return extend_create_infer_tab(host_create)
+
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         module="llamafactory.extras.constants",
@@ -238,6 +244,14 @@ PATCHES: tuple[Patch, ...] = (
         replace=_create_eval_tab,
         what="adds the section that runs `llamafactory-cli eval`",
         why="the tab is built by one function",
+        remove_when=_WHEN_THE_PAGE_IS_PLUGGABLE,
+    ),
+    Patch(
+        module="llamafactory.webui.components.infer",
+        attribute="create_infer_tab",
+        replace=_create_infer_tab,
+        what="adds the tab that shows the difficulty of every target token before and after training",
+        why="the page's tabs are built by one function, which calls this one",
         remove_when=_WHEN_THE_PAGE_IS_PLUGGABLE,
     ),
 )

@@ -67,6 +67,36 @@ def extend_create_eval_tab(host_create: Callable[[Any], dict[str, Any]]) -> Call
     return create_eval_tab
 
 
+def extend_create_infer_tab(host_create: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """Wrap ``create_infer_tab``: the tab "Token difficulty" follows the chat's tab."""
+
+    @wraps(host_create)
+    def create_infer_tab(engine: Any) -> dict[str, Any]:
+        from ..webui.tokens import build_tokens_section
+        from .webui_page import page_of
+
+        elements = host_create(engine)
+        with _beside_this_tab():
+            ours = build_tokens_section(page_of(engine))
+
+        return {**elements, **ours}
+
+    return create_infer_tab
+
+
+@contextmanager
+def _beside_this_tab() -> Iterator[None]:
+    """For the duration, new components go where the tab stands that is being filled."""
+    from gradio.context import Context
+
+    tab = Context.block
+    Context.block = tab.parent  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        Context.block = tab
+
+
 @contextmanager
 def _base_elements_with(manager: Any, fields: Collection[Any]) -> Iterator[None]:
     """For the duration, the elements that every tab starts from include ours: so they reach the tab's buttons."""

@@ -10,7 +10,7 @@ from llamafactory.extras.constants import PEFT_METHODS, SUPPORTED_MODELS
 from llamafactory.webui.common import DEFAULT_SAVE_DIR, get_model_path, get_save_dir, load_config
 from llamafactory.webui.locales import ALERTS
 
-from ..webui.page import Page
+from ..webui.page import LoadedModel, Page
 
 
 _READ_BY_OUR_SECTIONS = (
@@ -58,16 +58,11 @@ def page_of(engine: Any) -> Page:
         list_checkpoints=lambda model, finetuning_type: _checkpoints(model, finetuning_type),
         student_arguments=_student_arguments,
         teacher_arguments=_teacher_arguments,
-        refusal=lambda language: _refusal(engine, language),
+        is_demo=engine.demo_mode,
+        is_busy=lambda: engine.runner.running,
+        load=_load,
         alert=lambda name, language: ALERTS[name][language],
     )
-
-
-def _refusal(engine: Any, language: str) -> str:
-    if engine.demo_mode:
-        return ALERTS["err_demo"][language]
-
-    return ALERTS["err_conflict"][language] if engine.runner.running else ""
 
 
 def _folder_of(model: str | None) -> str:
@@ -116,3 +111,30 @@ def _shared_arguments() -> dict[str, Any]:
     """What the host's page gives to every model that it loads."""
     cache_dir = load_config().get("cache_dir")
     return {"trust_remote_code": True, **({"cache_dir": cache_dir} if cache_dir else {})}
+
+
+def _load(arguments: dict[str, Any], template_name: str) -> LoadedModel:
+    """Load a model as the host's chat does."""
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_infer_args
+    from llamafactory.model import load_model, load_tokenizer
+
+    model_args, data_args, finetuning_args, _ = get_infer_args({**arguments, "template": template_name})
+    tokenizer = load_tokenizer(model_args)["tokenizer"]
+    template = get_template_and_fix_tokenizer(tokenizer, data_args)
+
+    def encode(message: str, response: str) -> tuple[list[int], list[int]]:
+        turns = [{"role": "user", "content": message}, {"role": "assistant", "content": response}]
+        prompt_ids, response_ids = template.encode_oneturn(tokenizer, turns)
+        # Such templates leave the end token to the data pipeline.
+        return prompt_ids, response_ids + ([tokenizer.eos_token_id] if template.efficient_eos else [])
+
+    return LoadedModel(
+        name=", ".join(
+            str(arguments[key]) for key in ("model_name_or_path", "adapter_name_or_path") if key in arguments
+        ),
+        tokenizer=tokenizer,
+        model=load_model(tokenizer, model_args, finetuning_args, is_trainable=False),
+        encode=encode,
+        stop_ids=template.get_stop_token_ids(tokenizer),
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,26 @@ from gradio.components import Component
 
 
 Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model in this process.
+
+    Attributes:
+        name: its path, with the adapters' where it has any.
+        tokenizer: its tokenizer.
+        model: the model, in eval mode, on its device.
+        encode: (the user's message, the response) to the ids of the prompt and of the response with its end token, as
+            in training.
+        stop_ids: the tokens that end a response.
+    """
+
+    name: str
+    tokenizer: Any
+    model: Any
+    encode: Callable[[str, str], tuple[list[int], list[int]]]
+    stop_ids: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -22,7 +42,9 @@ class Page:
         student_arguments: (values of ``elements``, checkpoints or None for the model itself) to the host's model
             arguments.
         teacher_arguments: values of ``elements`` to the host's model arguments of the teacher, None without a teacher.
-        refusal: language to the host's message where nothing may be started now (its own run, demo mode), else "".
+        is_demo: whether the page is a public demo, in which nothing may be started.
+        is_busy: whether the host's own training or evaluation runs.
+        load: (model arguments, template) to the loaded model.
         alert: (name of one of the host's messages, language) to its text.
     """
 
@@ -30,7 +52,9 @@ class Page:
     list_checkpoints: Callable[[str | None, str], list[str]]
     student_arguments: Callable[[Values, str | list[str] | None], dict[str, Any]]
     teacher_arguments: Callable[[Values], dict[str, Any] | None]
-    refusal: Callable[[str], str]
+    is_demo: bool
+    is_busy: Callable[[], bool]
+    load: Callable[[dict[str, Any], str], LoadedModel]
     alert: Callable[[str, str], str]
 
     def values(self, data: Mapping[Component, Any]) -> dict[str, Any]:

@@ -140,8 +140,9 @@ class _Events:
     def start(self, data: Data) -> Iterator[dict[Any, Any]]:
         language = self._language(data)
         config, error = self._config(data)
-        error = error or self.page.refusal(language)
-        if not error and self.process.running:
+        if not error and self.page.is_demo:
+            error = self.page.alert("err_demo", language)
+        if not error and (self.page.is_busy() or self.process.running):
             error = self.page.alert("err_conflict", language)
         if error:
             yield self._warn(error)

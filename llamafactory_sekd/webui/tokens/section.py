@@ -1,0 +1,165 @@
+"""The fields, buttons and events of the tab."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import gradio as gr
+
+from ...arguments import KEYS, DistillationArguments
+from ...data.dataset_info import DEFAULT_OUT
+from ...data.languages import parse_direction
+from ...data.layout import TASKS
+from ...data.testsets import load_test_set
+from ...errors import DataError, SekdError
+from ..labels import alert, element_labels, words
+from ..page import LoadedModel, Page
+from ..settings import check_keys, distillation_keys
+from .compare import compare
+from .view import render
+
+
+_PREFIX = "compare_"
+_DIRECTIONS = ("en-de", "de-en", "en-cs", "cs-en")
+Data = Mapping[Any, Any]
+
+
+def build_tokens_section(page: Page) -> dict[str, Any]:
+    """Build the tab where the page stands, connect it, and return its elements by name."""
+    fields: dict[str, Any] = {}
+    with gr.Tab(**_texts("tab")) as tab:
+        note = gr.Markdown(**_texts("note"))
+        with gr.Row():
+            fields["direction"] = gr.Dropdown(
+                choices=list(_DIRECTIONS), value=_DIRECTIONS[0], allow_custom_value=True, **_texts("direction")
+            )
+            fields["task"] = gr.Dropdown(choices=list(TASKS), value=next(iter(TASKS)), **_texts("task"))
+            fields["task_dir"] = gr.Textbox(value=DEFAULT_OUT, **_texts("task_dir"))
+            fields["number"] = gr.Textbox(value="1", **_texts("number"))
+            pick = gr.Button(**_texts("pick_btn"))
+
+        with gr.Row():
+            fields["source"] = gr.Textbox(lines=2, **_texts("source"))
+            fields["reference"] = gr.Textbox(lines=2, **_texts("reference"))
+
+        with gr.Row():
+            start = gr.Button(variant="primary", **_texts("start_btn"))
+            unload = gr.Button(**_texts("unload_btn"))
+
+        view = gr.HTML(elem_id="compare_view")
+
+    events = _Events(page, fields, view)
+    everything = {*fields.values(), *page.elements.values()}
+    pick.click(events.pick, everything, [fields["source"], fields["reference"]])
+    start.click(events.start, everything, [view])
+    unload.click(events.unload, [page.elements["top.lang"]], None)
+    named = {**fields, "tab": tab, "note": note, "pick_btn": pick, "start_btn": start, "unload_btn": unload}
+    return {f"{_PREFIX}{name}": element for name, element in named.items()}
+
+
+def _texts(name: str) -> dict[str, Any]:
+    return element_labels()[f"{_PREFIX}{name}"]["en"]
+
+
+@dataclass
+class _Events:
+    page: Page
+    fields: Mapping[str, Any]
+    view: gr.HTML
+    loaded: dict[str, LoadedModel] = field(default_factory=dict)
+
+    def pick(self, data: Data) -> dict[Any, Any]:
+        """Copy a sentence of the test set into both text fields."""
+        own = self._own(data)
+        try:
+            test_set = load_test_set(own["task"], own["task_dir"].strip(), own["direction"])
+            if not own["number"].strip().isdigit() or not 1 <= int(own["number"]) <= len(test_set.sources):
+                raise DataError(
+                    f"There is no sentence {own['number']}: the test set has 1 to {len(test_set.sources)}."
+                )
+        except SekdError as error:
+            gr.Warning(str(error))
+            return {}
+
+        index = int(own["number"]) - 1
+        return {
+            self.fields["source"]: test_set.sources[index],
+            self.fields["reference"]: test_set.references[index],
+        }
+
+    def start(self, data: Data) -> Any:
+        """Load what is not loaded yet and show the comparison."""
+        values, own = self.page.values(data), self._own(data)
+        language = values["top.lang"] or "en"
+        source, reference = own["source"].strip(), own["reference"].strip()
+        teacher = self.page.teacher_arguments(values)
+        error = self._missing(values, source, reference, teacher is None, language)
+        if error:
+            gr.Warning(error)
+            return gr.skip()
+
+        keys = distillation_keys({key: values[f"train.{key}"] for key in KEYS})
+        before = self.page.student_arguments(values, None)
+        after = self.page.student_arguments(values, values["top.checkpoint_path"])
+        try:
+            check_keys(keys)
+            direction = parse_direction(own["direction"])
+            models = self._load([before, after, teacher or {}], values["top.template"])
+            objective = DistillationArguments(**keys).objective_keywords()
+            comparison = compare(models, source, reference, direction, objective)
+        except (SekdError, OSError, ValueError, RuntimeError, ImportError) as failure:  # as the loaders raise them
+            gr.Warning(_one_line(failure))
+            return gr.skip()
+
+        used = ", ".join(f"{key} {value}" for key, value in keys.items() if key.startswith("kd_"))
+        return render(comparison, used, words(language))
+
+    def unload(self, language: str) -> None:
+        """Free the models."""
+        self.loaded.clear()
+        _free_memory()
+        gr.Info(self.page.alert("info_unloaded", language or "en"))
+
+    def _missing(self, values: Mapping[str, Any], source: str, reference: str, no_teacher: bool, language: str) -> str:
+        if self.page.is_demo or not values["top.model_path"]:
+            return self.page.alert("err_demo" if self.page.is_demo else "err_no_path", language)
+
+        if not values["top.checkpoint_path"]:
+            return alert("no_checkpoint", language)
+
+        if no_teacher:
+            return alert("no_teacher", language)
+
+        return "" if source and reference else alert("no_sentence", language)
+
+    def _load(self, arguments: list[dict[str, Any]], template: str) -> list[LoadedModel]:
+        """The models, in this order; others that were loaded before are freed first."""
+        keys = [json.dumps([one, template], sort_keys=True) for one in arguments]
+        for stale in set(self.loaded) - set(keys):
+            del self.loaded[stale]
+            _free_memory()
+
+        for key, one in zip(keys, arguments, strict=True):
+            if key not in self.loaded:
+                self.loaded[key] = self.page.load(one, template)
+
+        return [self.loaded[key] for key in keys]
+
+    def _own(self, data: Data) -> dict[str, Any]:
+        return {name: data[element] for name, element in self.fields.items()}
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
