@@ -10,7 +10,7 @@ from functools import wraps
 from typing import Any
 
 from ..arguments import DistillationArguments
-from ..errors import TeacherError
+from ..errors import DataError, TeacherError
 
 
 def dispatch(host_run_sft: Callable[..., None]) -> Callable[..., None]:
@@ -49,7 +49,7 @@ def _run_sekd(
         return
 
     check_fit(model_args, finetuning_args)
-    with _our_trainer(model_args, finetuning_args):
+    with _our_trainer(model_args, finetuning_args), _empty_dataset_explained(data_args):
         host_run_sft(model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
 
     if training_args.do_train and training_args.should_save and finetuning_args.plot_loss:
@@ -140,6 +140,21 @@ def _our_trainer(model_args: Any, finetuning_args: DistillationArguments) -> Ite
         yield
     finally:
         workflow.CustomSeq2SeqTrainer = host_trainer
+
+
+@contextmanager
+def _empty_dataset_explained(data_args: Any) -> Iterator[None]:
+    """`datasets` says of a file without records that an instruction "corresponds to no data"."""
+    try:
+        yield
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+
+        names = ", ".join([*(data_args.dataset or []), *(data_args.eval_dataset or [])])
+        raise DataError(
+            f"one of the data sets {names} holds no record: look at its file in `dataset_dir: {data_args.dataset_dir}`."
+        ) from error
 
 
 @contextmanager

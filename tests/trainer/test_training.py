@@ -11,6 +11,8 @@ import reference
 import torch
 from runs import CLI, base_config, command, logged, train, weights, write_yaml
 
+from llamafactory_sekd.errors import DataError
+
 
 def assert_same_weights(first: Path, second: Path, tolerance: float = 1e-5) -> None:
     ours, theirs = weights(first), weights(second)
@@ -206,6 +208,14 @@ def test_records_without_a_response_and_batches_without_response_tokens_do_no_ha
     train(config)
     assert all(loss == loss for loss in logged(tmp_path / "out", "loss"))
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "out").values())
+
+
+def test_an_empty_data_set_is_named(tiny_root, tmp_path):
+    (tmp_path / "none.json").write_text("[]")
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"none": {"file_name": "none.json"}}))
+    config = base_config(tiny_root, output_dir=str(tmp_path / "out"), dataset="none", dataset_dir=str(tmp_path))
+    with pytest.raises(DataError, match="data sets none holds no record"):
+        train(config)
 
 
 OTHER_STAGES = """
