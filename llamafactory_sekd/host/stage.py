@@ -153,7 +153,8 @@ def _empty_dataset_explained(data_args: Any) -> Iterator[None]:
 
         names = ", ".join([*(data_args.dataset or []), *(data_args.eval_dataset or [])])
         raise DataError(
-            f"one of the data sets {names} holds no record: look at its file in `dataset_dir: {data_args.dataset_dir}`."
+            f"one of the data sets {names} holds no record: look at its file in "
+            f"`dataset_dir: {data_args.dataset_dir}`."
         ) from error
 
 
