@@ -1,8 +1,11 @@
-"""``llamafactory-cli eval``: the host's loaders handed to the evaluation, and the host's way of starting several ranks."""
+"""``llamafactory-cli eval``: the host's loaders handed to the evaluation, and the host's way of starting several
+ranks.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -27,6 +30,9 @@ def run_eval(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         sys.exit(0 if argv else 2)
+    # What was found and what is skipped should be seen whether or not something else set up a handler.
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("llamafactory_sekd").setLevel(logging.INFO)
     try:
         settings = parse_settings(read_config(argv), argv[0])
         if _wants_torchrun(settings):
@@ -52,7 +58,7 @@ def evaluate_settings(settings: Settings) -> dict[str, Any] | None:
 
 
 def read_config(argv: list[str]) -> dict[str, Any]:
-    """Return the keys of the file ``argv[0]`` with the overrides ``argv[1:]``, read as the host reads its arguments."""
+    """Return the keys of the file ``argv[0]`` with the overrides ``argv[1:]``, as the host reads its own."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -72,7 +78,7 @@ def read_config(argv: list[str]) -> dict[str, Any]:
         raise EvaluationError(f"{argv[0]} cannot be parsed: {' '.join(str(error).split())}") from None
     if not isinstance(config, Mapping):
         raise EvaluationError(f"{argv[0]} must hold keys and values, not a {type(config).__name__}.")
-    return dict(config)  # type: ignore[arg-type]
+    return {str(key): value for key, value in config.items()}
 
 
 def _is_vllm(settings: Settings) -> bool:
@@ -144,7 +150,8 @@ def _host_arguments(settings: Settings, system: System) -> tuple[Any, Any, Any, 
         arguments = get_infer_args(given)
     except (ValueError, ImportError, TypeError) as error:
         raise EvaluationError(f"`systems.{system.name}`: {' '.join(str(error).split())}") from None
-    # The host turns on the libraries' chatter for a user at a console; here it would drown the progress and the tables.
+    # The host turns on the libraries' chatter for a user at a console; here it would drown the progress and the
+    # tables.
     transformers.utils.logging.set_verbosity_warning()
     arguments[0].model_name_or_path = try_download_model_from_other_hub(arguments[0])
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -207,7 +214,7 @@ def _load_vllm(settings: Settings, system: System) -> Translator:
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
-    from llamafactory_sekd.evaluation.vllm_backend import VLLM_BATCH_TOKENS, VllmTranslate
+    from llamafactory_sekd.evaluation.vllm_backend import vllm_translate
 
     model_args, data_args, _, _ = _host_arguments(settings, system)
     tokenizer = load_tokenizer(model_args)["tokenizer"]
@@ -229,5 +236,5 @@ def _load_vllm(settings: Settings, system: System) -> Translator:
         options.update(model_args.vllm_config)
     request = LoRARequest("default", 1, adapters[0]) if adapters else None
     stop_ids = template.get_stop_token_ids(tokenizer)
-    translate = VllmTranslate(LLM(**options), stop_ids, settings.decoding, request)
-    return Translator(_encoder(tokenizer, template), translate, batch_tokens=VLLM_BATCH_TOKENS)
+    translate = vllm_translate(LLM(**options), stop_ids, settings.decoding, request)
+    return Translator(_encoder(tokenizer, template), translate)

@@ -1,0 +1,42 @@
+"""Translate what is not translated yet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from llamafactory_sekd.evaluation.ranks import Ranks
+from llamafactory_sekd.evaluation.settings import Settings
+from llamafactory_sekd.evaluation.store import Record, Store
+from llamafactory_sekd.evaluation.translator import BatchLimits, Translator
+
+
+def translate_pending(
+    translator: Translator,
+    messages: Sequence[str],
+    pending: Sequence[int],
+    store: Store,
+    fingerprint: str,
+    settings: Settings,
+    ranks: Ranks,
+    label: str,
+) -> None:
+    """Translate ``messages[i]`` for this rank's share of the indices ``pending``; what is finished is kept at once.
+
+    Shares are dealt out by length, so that all ranks get like work. ``label`` stands before the progress bar, which
+    counts the sentences of this rank. The seconds that are recorded hold everything from here on, writing included.
+    """
+    mark = time.perf_counter()
+    prompts = {index: translator.encode(messages[index]) for index in pending}
+    mine = ranks.share(sorted(pending, key=lambda index: (-len(prompts[index]), index)))
+    part = store.open_part(fingerprint, ranks.rank)
+    limits = BatchLimits(settings.batch_tokens, settings.batch_size)
+    note = f" (rank 1 of {ranks.world})" if ranks.world > 1 else ""
+    with tqdm(total=len(mine), desc=f"{label}{note}", unit=" sentences", disable=not ranks.is_first) as progress:
+        for group in translator.translate([prompts[index] for index in mine], limits):
+            mark, started = time.perf_counter(), mark
+            seconds = (mark - started) / len(group)
+            part.append(Record(mine[place], translation, seconds) for place, translation in group)
+            progress.update(len(group))

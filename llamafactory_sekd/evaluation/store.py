@@ -1,0 +1,157 @@
+"""Translations on disk: what is finished, what is under way, and what may be used again.
+
+Each system and direction has ``<direction>.txt`` and beside it ``<direction>.meta.json``, which says what made the
+translations (the fingerprint). While a model translates, every rank appends its finished sentences to a hidden file of
+its own; a killed run loses the batch it was in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llamafactory_sekd.evaluation.files import read_hypotheses, read_json, write_json, write_lines, write_text
+from llamafactory_sekd.evaluation.translator import Translation
+
+
+@dataclass(frozen=True)
+class Hypotheses:
+    """All translations of one system in one direction.
+
+    ``hit_limit`` (per sentence) and ``seconds`` (of decoding, by all ranks together; ``ranks`` at last) are unknown,
+    None, for translations that are only scored.
+    """
+
+    lines: list[str]
+    fingerprint: str
+    hit_limit: list[bool] | None = None
+    seconds: float | None = None
+    ranks: int = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished sentence: its place in the test set, its translation, its share of the batch's seconds."""
+
+    index: int
+    translation: Translation
+    seconds: float
+
+
+class Store:
+    """The translations of one system in one direction, below ``folder``; ``size`` is the test set's."""
+
+    def __init__(self, folder: Path, direction: str, size: int) -> None:
+        self.folder = folder
+        self.size = size
+        self.text_path = folder / f"{direction}.txt"
+        self._meta_path = folder / f"{direction}.meta.json"
+        self._partial = f".{direction}.partial"
+
+    def finished(self, fingerprint: str) -> Hypotheses | None:
+        """Return the finished translations that ``fingerprint`` made, if they lie here unchanged."""
+        meta = read_json(self._meta_path)
+        if not isinstance(meta, dict) or meta.get("fingerprint") != fingerprint or not self.text_path.is_file():
+            return None
+        if hashlib.sha256(self.text_path.read_bytes()).hexdigest() != meta["text_sha256"]:
+            return None
+        hit = set(meta["hit_limit"])
+        return Hypotheses(
+            lines=read_hypotheses(self.text_path, self.size),
+            fingerprint=fingerprint,
+            hit_limit=[index in hit for index in range(self.size)],
+            seconds=meta["seconds"],
+            ranks=meta["ranks"],
+        )
+
+    def resume(self, fingerprint: str) -> list[int]:
+        """Gather what earlier runs of the same ``fingerprint`` left and return the indices still to translate.
+
+        Afterwards one file holds all of it: a line that a kill tore is gone, and ranks may append files of their own.
+        """
+        records = self._records(fingerprint)
+        self._remove_partials()
+        if records:
+            lines = [_header(fingerprint), *(_line(record) for record in records.values())]
+            write_text(self.folder / f"{self._partial}.jsonl", "".join(lines))
+        return [index for index in range(self.size) if index not in records]
+
+    def open_part(self, fingerprint: str, rank: int) -> Part:
+        """Return the file to which ``rank`` appends."""
+        return Part(self.folder / f"{self._partial}.{rank}.jsonl", fingerprint)
+
+    def finish(self, fingerprint: str, ranks: int) -> Hypotheses:
+        """Put the finished sentences of all ranks together, in the order of the test set."""
+        records = self._records(fingerprint)
+        missing = [index for index in range(self.size) if index not in records]
+        if missing:
+            raise RuntimeError(f"{self.text_path}: {len(missing)} sentences were not translated, first {missing[0]}")
+        ordered = [records[index] for index in range(self.size)]
+        done = Hypotheses(
+            lines=[record.translation.text for record in ordered],
+            fingerprint=fingerprint,
+            hit_limit=[record.translation.hit_limit for record in ordered],
+            seconds=sum(record.seconds for record in ordered),
+            ranks=ranks,
+        )
+        write_lines(self.text_path, done.lines)
+        write_json(self._meta_path, self._meta(done, sum(record.translation.tokens for record in ordered)))
+        self._remove_partials()
+        return done
+
+    def _meta(self, done: Hypotheses, tokens: int) -> dict[str, Any]:
+        return {
+            "fingerprint": done.fingerprint,
+            "text_sha256": hashlib.sha256(self.text_path.read_bytes()).hexdigest(),
+            "seconds": done.seconds,
+            "ranks": done.ranks,
+            "generated_tokens": tokens,
+            "hit_limit": [index for index, hit in enumerate(done.hit_limit or []) if hit],
+        }
+
+    def _partials(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{self._partial}*.jsonl"))
+
+    def _remove_partials(self) -> None:
+        for path in self._partials():
+            path.unlink()
+
+    def _records(self, fingerprint: str) -> dict[int, Record]:
+        records: dict[int, Record] = {}
+        for path in self._partials():
+            header, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+            if header + "\n" == _header(fingerprint):
+                # The last piece is empty, or the line that a kill tore.
+                records.update((record.index, record) for record in map(_parse, lines[:-1]))
+        return records
+
+
+class Part:
+    """A rank's own file of finished sentences, opened with the first of them."""
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        self._path = path
+        self._start = _header(fingerprint)
+
+    def append(self, records: Iterable[Record]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(self._start + "".join(_line(record) for record in records))
+        self._start = ""
+
+
+def _header(fingerprint: str) -> str:
+    return json.dumps({"fingerprint": fingerprint}) + "\n"
+
+
+def _line(record: Record) -> str:
+    return json.dumps(asdict(record), ensure_ascii=False) + "\n"
+
+
+def _parse(line: str) -> Record:
+    fields = json.loads(line)
+    return Record(fields["index"], Translation(**fields["translation"]), fields["seconds"])

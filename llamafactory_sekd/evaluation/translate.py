@@ -1,0 +1,126 @@
+"""The first half of an evaluation: every system's translations, new, continued, kept or brought along."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamafactory_sekd.data.languages import Direction
+from llamafactory_sekd.data.parrot import user_message
+from llamafactory_sekd.data.testsets import TestSet
+from llamafactory_sekd.evaluation.files import read_hypotheses, write_lines
+from llamafactory_sekd.evaluation.fingerprint import Digests, lines_fingerprint, system_fingerprint
+from llamafactory_sekd.evaluation.generation import translate_pending
+from llamafactory_sekd.evaluation.ranks import Ranks
+from llamafactory_sekd.evaluation.settings import Settings, System
+from llamafactory_sekd.evaluation.store import Hypotheses, Store
+from llamafactory_sekd.evaluation.translator import Host
+
+
+logger = logging.getLogger(__name__)
+
+TestSets = Mapping[Direction, TestSet]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One system in one direction that is not finished; ``pending`` are the sentences still to translate."""
+
+    direction: Direction
+    store: Store
+    fingerprint: str
+    messages: list[str]
+    pending: list[int]
+
+
+def hypotheses_folder(settings: Settings, system: System) -> Path:
+    return settings.save_dir / "hypotheses" / system.name
+
+
+def given_hypotheses(system: System, direction: Direction, test_set: TestSet) -> list[str]:
+    """Return the translations that a scored-only system brought; :class:`EvaluationError` when they do not fit."""
+    assert system.hypotheses is not None
+    return read_hypotheses(system.hypotheses / f"{direction}.txt", len(test_set.sources))
+
+
+def collect_hypotheses(
+    settings: Settings, test_sets: TestSets, host: Host, ranks: Ranks
+) -> dict[str, dict[Direction, Hypotheses]]:
+    """Return ``{system: {direction: translations}}``; on ranks other than the first, what the first knows, too.
+
+    One model is loaded at a time, and none whose translations are all there.
+    """
+    digests = Digests(settings.save_dir / ".digests.json")
+    collected: dict[str, dict[Direction, Hypotheses]] = {}
+    for system in settings.systems:
+        if system.model is None:
+            collected[system.name] = _bring(settings, system, test_sets) if ranks.is_first else {}
+            continue
+        plan = _plan(settings, system, test_sets, host, digests) if ranks.is_first else None
+        done, jobs = ranks.from_first(plan)
+        if jobs:
+            _run(settings, system, jobs, host, ranks)
+        if ranks.is_first:
+            done |= {job.direction: job.store.finish(job.fingerprint, ranks.world) for job in jobs}
+        collected[system.name] = {direction: done[direction] for direction in settings.directions if direction in done}
+    return collected
+
+
+def _bring(settings: Settings, system: System, test_sets: TestSets) -> dict[Direction, Hypotheses]:
+    brought = {}
+    for direction, test_set in test_sets.items():
+        lines = given_hypotheses(system, direction, test_set)
+        write_lines(hypotheses_folder(settings, system) / f"{direction}.txt", lines)
+        brought[direction] = Hypotheses(lines, lines_fingerprint(lines))
+    return brought
+
+
+def _plan(
+    settings: Settings, system: System, test_sets: TestSets, host: Host, digests: Digests
+) -> tuple[dict[Direction, Hypotheses], list[_Job]]:
+    """Return what is finished and what remains to be done."""
+    description = host.describe(system)
+    done: dict[Direction, Hypotheses] = {}
+    jobs: list[_Job] = []
+    for direction, test_set in test_sets.items():
+        messages = [user_message(source, direction) for source in test_set.sources]
+        fingerprint = system_fingerprint(system, description, settings.decoding, messages, digests, host.versions)
+        store = Store(hypotheses_folder(settings, system), str(direction), len(messages))
+        finished = store.finished(fingerprint)
+        if finished is not None:
+            logger.info("%s %s: translated before, nothing has changed.", system.name, direction)
+            done[direction] = finished
+            continue
+        if store.text_path.exists():
+            logger.warning("%s %s: the model or its surroundings changed, translating anew.", system.name, direction)
+        pending = store.resume(fingerprint)
+        if len(pending) < len(messages):
+            kept = len(messages) - len(pending)
+            logger.info("%s %s: continuing, %d of %d are done.", system.name, direction, kept, len(messages))
+        jobs.append(_Job(direction, store, fingerprint, messages, pending))
+    return done, jobs
+
+
+def _run(settings: Settings, system: System, jobs: list[_Job], host: Host, ranks: Ranks) -> None:
+    """Translate with one system on all ranks and free its model."""
+    if any(job.pending for job in jobs):
+        translator = host.load(system)
+        for job in jobs:
+            label = f"{system.name} {job.direction}"
+            translate_pending(
+                translator, job.messages, job.pending, job.store, job.fingerprint, settings, ranks, label
+            )
+        del translator
+        _free_memory()
+    ranks.wait()
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

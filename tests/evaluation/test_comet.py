@@ -1,0 +1,140 @@
+"""COMET through the real library, with a checkpoint small enough to build here."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ENGLISH, GERMAN, write_lines
+
+from llamafactory_sekd.errors import EvaluationError
+from llamafactory_sekd.evaluation.comet import prepare_comet
+from llamafactory_sekd.evaluation.fingerprint import Digests
+from llamafactory_sekd.evaluation.significance import comet_paired
+
+
+WORSE = [line[: len(line) // 2] for line in GERMAN]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("comet", reason="unbabel-comet is not installed (the extra [comet])")
+    from tiny_comet import save_comet
+
+    return save_comet(tmp_path_factory.mktemp("comet"), ENGLISH + GERMAN)
+
+
+def predict(checkpoint: Path, hypotheses: Sequence[str]) -> list[float]:
+    """Score with the library alone, one sentence at a time."""
+    from comet import load_from_checkpoint
+
+    model = load_from_checkpoint(str(checkpoint)).eval()
+    rows = zip(ENGLISH, hypotheses, GERMAN, strict=True)
+    samples = [{"src": source, "mt": hypothesis, "ref": reference} for source, hypothesis, reference in rows]
+    return model.predict(samples, batch_size=1, gpus=0, accelerator="cpu", progress_bar=False).scores
+
+
+def test_segment_scores_are_those_of_the_library(checkpoint: Path, tmp_path: Path) -> None:
+    scorer = prepare_comet(str(checkpoint.parents[1]), Digests())
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    scores = scorer.score({good: (ENGLISH, GERMAN, GERMAN), bad: (ENGLISH, WORSE, GERMAN)})
+    assert scores[good] == pytest.approx(predict(checkpoint, GERMAN), abs=1e-5)
+    assert scores[bad] == pytest.approx(predict(checkpoint, WORSE), abs=1e-5)
+    assert max(abs(a - b) for a, b in zip(scores[good], scores[bad], strict=True)) > 1e-3
+    assert "class:RegressionMetric" in scorer.signature
+
+
+def test_scores_that_are_known_are_not_computed_again(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = prepare_comet(str(checkpoint), Digests())
+    place = tmp_path / "en-de.comet.json"
+    first = scorer.score({place: (ENGLISH, GERMAN, GERMAN)})
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("loaded again")
+
+    monkeypatch.setattr("llamafactory_sekd.evaluation.comet._load", refuse)
+    assert scorer.score({place: (ENGLISH, GERMAN, GERMAN)}) == first
+    with pytest.raises(AssertionError, match="loaded again"):
+        scorer.score({place: (ENGLISH, WORSE, GERMAN)})
+
+
+def test_the_comparison_is_that_of_comet_compare(checkpoint: Path, tmp_path: Path) -> None:
+    """The command computes in half precision, so its own segment scores go into our comparison."""
+    files = {"src": ENGLISH, "ref": GERMAN, "x": [*GERMAN[:6], *WORSE[6:]], "y": WORSE}
+    paths = {name: str(write_lines(tmp_path / name, lines)) for name, lines in files.items()}
+    report = tmp_path / "report.json"
+    command = "from comet.cli.compare import compare_command; compare_command()"
+    options = ["-s", paths["src"], "-r", paths["ref"], "-t", paths["x"], paths["y"], "--gpus", "0"]
+    subprocess.run(
+        [sys.executable, "-c", command, *options, "--model", str(checkpoint), "--to_json", str(report)],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    content = json.loads(report.read_text())
+    (theirs,) = content["statistical_results"]
+    system, baseline = (entry["scores"] for entry in content["translations"])
+    ours = comet_paired(system, baseline)
+    bootstrap, t_test = theirs["bootstrap_resampling"], theirs["paired_t-test"]
+    assert ours.p == pytest.approx(t_test["p_value"])
+    assert ours.t == pytest.approx(t_test["statistic"])
+    assert ours.mean == pytest.approx(bootstrap["x-mean"])
+    assert ours.baseline_mean == pytest.approx(bootstrap["y-mean"])
+    assert ours.wins == pytest.approx(bootstrap["x_wins (%)"])
+    assert ours.losses == pytest.approx(bootstrap["y_wins (%)"])
+    assert ours.ties == pytest.approx(bootstrap["ties (%)"])
+    assert ours.wins + ours.losses + ours.ties == pytest.approx(1)
+    assert 0 < ours.losses < 1
+
+
+def test_systems_with_the_same_scores_tie() -> None:
+    scores = np.linspace(0, 1, 50).tolist()
+    paired = comet_paired(scores, scores)
+    assert paired.ties == 1
+    assert np.isnan(paired.p)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing/model.ckpt", "`comet_model`: missing/model.ckpt does not exist."),
+        ("{tmp}", "has no checkpoints/model.ckpt."),
+        ("{tmp}/broken.ckpt", "cannot be loaded"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_had_is_named(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "broken.ckpt").write_text("no checkpoint")
+    with pytest.raises(EvaluationError) as caught:
+        prepare_comet(name.format(tmp=tmp_path), Digests())
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_the_hub_does_not_give_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(EvaluationError, match="`comet_model`: nobody/no-such-comet cannot be downloaded") as caught:
+        prepare_comet("nobody/no-such-comet", Digests())
+    assert "`comet?`" in str(caught.value)
+
+
+def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real_import = builtins.__import__
+
+    def without_comet(name: str, *arguments: Any, **keys: Any) -> Any:
+        if name == "comet":
+            raise ImportError("No module named 'comet'")
+        return real_import(name, *arguments, **keys)
+
+    monkeypatch.setattr(builtins, "__import__", without_comet)
+    with pytest.raises(EvaluationError, match=r"pip install 'llamafactory-sekd\[comet\]'"):
+        prepare_comet("Unbabel/wmt22-comet-da", Digests())

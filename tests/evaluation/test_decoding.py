@@ -1,0 +1,156 @@
+"""Batching changes the speed of decoding and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ENGLISH
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
+
+from llamafactory_sekd.data.languages import parse_direction
+from llamafactory_sekd.data.parrot import prompt
+from llamafactory_sekd.evaluation.batching import plan_batches
+from llamafactory_sekd.evaluation.decoding import hf_translate
+from llamafactory_sekd.evaluation.files import one_line
+from llamafactory_sekd.evaluation.greedy import can_share_cache
+from llamafactory_sekd.evaluation.settings import Decoding
+from llamafactory_sekd.evaluation.translator import BatchLimits, Translation
+
+
+LIMIT = 30
+EOS, PAD = 1, 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer(models: dict[str, Path]) -> Any:
+    return AutoTokenizer.from_pretrained(models["one"])
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: Any) -> list[list[int]]:
+    direction = parse_direction("en-de")
+    texts = [prompt(sentence, direction) for sentence in ENGLISH]
+    return [[0, *tokenizer.encode(text, add_special_tokens=False)] for text in texts]
+
+
+@pytest.fixture
+def model(models: dict[str, Path]) -> Any:
+    return AutoModelForCausalLM.from_pretrained(models["one"], dtype=torch.float32).eval()
+
+
+def translate(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], limits: BatchLimits, **keys: Any
+) -> list[Translation]:
+    def decode(rows: list[list[int]]) -> list[str]:
+        return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    decoding = Decoding(max_new_tokens=LIMIT, **keys)
+    groups = list(hf_translate(model, decode, [EOS], PAD, decoding)(prompts, limits))
+    found = {index: translation for group in groups for index, translation in group}
+    assert sum(map(len, groups)) == len(found) == len(prompts)
+    return [found[index] for index in range(len(prompts))]
+
+
+def alone(model: Any, tokenizer: Any, prompts: Sequence[list[int]], **keys: Any) -> list[Translation]:
+    """Decode one sentence at a time with transformers and nothing else."""
+    result = []
+    for ids in prompts:
+        output = model.generate(
+            torch.tensor([ids]), do_sample=False, max_new_tokens=LIMIT, eos_token_id=EOS, pad_token_id=PAD, **keys
+        )
+        row = output[0, len(ids) :].tolist()
+        ended = EOS in row
+        row = row[: row.index(EOS)] if ended else row
+        text = one_line(tokenizer.decode(row, skip_special_tokens=True))
+        result.append(Translation(text, len(row), hit_limit=not ended))
+    return result
+
+
+def test_the_sentences_end_at_different_steps(model: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
+    """Else the tests below would show little."""
+    expected = alone(model, tokenizer, prompts)
+    assert len({translation.tokens for translation in expected}) > 4
+    assert any(translation.hit_limit for translation in expected)
+    assert len({translation.text for translation in expected}) == len(expected)
+
+
+@pytest.mark.parametrize("limits", [BatchLimits(1), BatchLimits(600), BatchLimits(1 << 20, 3), BatchLimits(1 << 20)])
+def test_greedy_output_is_that_of_one_sentence_at_a_time(
+    model: Any, tokenizer: Any, prompts: list[list[int]], limits: BatchLimits
+) -> None:
+    expected = alone(model, tokenizer, prompts)
+    assert can_share_cache(model)
+    assert translate(model, tokenizer, prompts, limits) == expected
+
+
+def test_prompts_that_share_nothing_or_everything_decode_alike(model: Any, tokenizer: Any) -> None:
+    prompts = [[5, 6, 7], [9], [9], [8, 8, 8, 8, 8, 8]]
+    assert translate(model, tokenizer, prompts, BatchLimits(1 << 20)) == alone(model, tokenizer, prompts)
+    same = [prompts[0]] * 3
+    assert translate(model, tokenizer, same, BatchLimits(1 << 20, 2)) == alone(model, tokenizer, same)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"num_beams": 3}, {"num_beams": 2, "length_penalty": 2.0}, {"repetition_penalty": 1.3}]
+)
+def test_other_searches_are_those_of_transformers(
+    model: Any, tokenizer: Any, prompts: list[list[int]], keys: dict[str, Any]
+) -> None:
+    expected = alone(model, tokenizer, prompts, **keys)
+    assert expected != alone(model, tokenizer, prompts)
+    assert translate(model, tokenizer, prompts, BatchLimits(1 << 20, 4), **keys) == expected
+
+
+def test_a_sliding_window_is_left_to_transformers(tokenizer: Any, prompts: list[list[int]]) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MistralConfig(
+        vocab_size=len(tokenizer), num_key_value_heads=2, sliding_window=16, initializer_range=0.3, **sizes
+    )
+    model = MistralForCausalLM(config).eval()
+    assert not can_share_cache(model)
+    found = translate(model, tokenizer, prompts[:3], BatchLimits(1))
+    assert found == alone(model, tokenizer, prompts[:3])
+
+
+def test_the_sampling_defaults_of_a_checkpoint_do_not_apply(
+    model: Any, tokenizer: Any, prompts: list[list[int]]
+) -> None:
+    expected = alone(model, tokenizer, prompts)
+    model.generation_config.update(do_sample=True, temperature=5.0, top_k=0, max_length=70)
+    assert translate(model, tokenizer, prompts, BatchLimits(1 << 20)) == expected
+
+
+def test_decoding_leaves_the_callers_gradient_mode_alone(model: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
+    def decode(rows: list[list[int]]) -> list[str]:
+        return tokenizer.batch_decode(rows)
+
+    groups = hf_translate(model, decode, [EOS], PAD, Decoding(max_new_tokens=4))(prompts, BatchLimits(200))
+    next(groups)
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+
+
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=60),
+    tokens=st.integers(1, 5000),
+    sentences=st.none() | st.integers(1, 8),
+    beams=st.integers(1, 4),
+)
+def test_batches_hold_every_sentence_once_within_the_limits(
+    lengths: list[int], tokens: int, sentences: int | None, beams: int
+) -> None:
+    batches = list(plan_batches(lengths, new_tokens=50, beams=beams, limits=BatchLimits(tokens, sentences)))
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        longest = max(lengths[index] for index in batch)
+        assert len(batch) == 1 or len(batch) * beams * (longest + 50) <= tokens
+        assert sentences is None or len(batch) <= sentences
+    firsts = [lengths[batch[0]] for batch in batches]
+    assert firsts == sorted(firsts, reverse=True)

@@ -1,0 +1,85 @@
+"""The guards find what they are for and leave good translations alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import ENGLISH, GERMAN
+
+from llamafactory_sekd.data.testsets import load_test_set
+from llamafactory_sekd.evaluation.guards import has_loop, inspect, is_other_language
+
+
+LONG = {
+    "cs": "Po bouři leželo na silnici mnoho stromů a hasiči pracovali celou noc.",
+    "de": "Nach dem Sturm lagen viele Bäume auf der Straße, und die Feuerwehr arbeitete die ganze Nacht.",
+    "en": "After the storm, many trees lay across the road and the fire brigade worked through the night.",
+    "is": "Eftir storminn lágu mörg tré yfir veginn og slökkviliðið vann alla nóttina.",
+    "ru": "После бури на дороге лежало много деревьев, и пожарные работали всю ночь.",
+    "zh": "暴风雨过后，许多树木横在路上，消防队工作了一整夜。",
+}
+
+
+@pytest.mark.parametrize("language", LONG)
+def test_every_language_of_alma_is_told_from_the_others(language: str) -> None:
+    assert [other for other in LONG if is_other_language(LONG[other], language)] == [
+        other for other in LONG if other != language
+    ]
+
+
+@pytest.mark.parametrize("line", ["", "No.", "OK", "2022", "Anna Müller"])
+def test_a_line_too_short_to_judge_is_not_judged(line: str) -> None:
+    assert not is_other_language(line, "cs")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "the the the the",
+        "Er ging nach Hause und er ging nach Hause und er ging nach Hause und er ging nach Hause und",
+        "Das ist " + "sehr, sehr " * 5,
+        "房子在河边" * 6,
+        "blabla" * 8,
+    ],
+)
+def test_a_repeated_phrase_is_a_loop(line: str) -> None:
+    assert has_loop(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "no no no", "Ha ha ha!", "哈哈哈哈", "-" * 80, "1 000 000 000 000 000 000", "zzzz", "3 3 3 3 3 3"],
+)
+def test_emphasis_figures_and_rulers_are_no_loops(line: str) -> None:
+    assert not has_loop(line)
+
+
+def test_shares_are_of_all_sentences() -> None:
+    lines = ["", *GERMAN[1:5], *ENGLISH[5:9], "und so weiter " * 5]
+    guards = inspect(lines, "de", [False] * 9 + [True], length_ratio=1.1)
+    assert guards.empty == 0.1
+    # "It rains." is too short to judge.
+    assert guards.wrong_language == 0.3
+    assert guards.repetition == 0.1
+    assert guards.hit_max_new_tokens == 0.1
+    assert guards.length_ratio == 1.1
+
+
+def test_what_cannot_be_known_is_none() -> None:
+    guards = inspect(["dunno"], "ha", None, length_ratio=1.0)
+    assert guards.wrong_language is None
+    assert guards.hit_max_new_tokens is None
+
+
+@pytest.mark.parametrize("direction", ["en-de", "de-en", "en-cs"])
+def test_references_of_wmt22_pass_and_untranslated_sources_do_not(alma_dir: Path, direction: str) -> None:
+    test_set = load_test_set("wmt22", alma_dir, direction)
+    target = test_set.direction.target
+    references = inspect(test_set.references[::10], target, None, 1.0)
+    assert references.wrong_language is not None
+    assert references.wrong_language <= 0.015
+    assert references.repetition == references.empty == 0
+    sources = inspect(test_set.sources[::10], target, None, 1.0)
+    assert sources.wrong_language is not None
+    assert sources.wrong_language > 0.85
