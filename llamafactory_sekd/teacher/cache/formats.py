@@ -1,0 +1,131 @@
+"""What is kept of the teacher for a response token: its hidden state (exact), or its largest probabilities."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+
+from ...errors import ArgumentError
+from ..source import TeacherSource
+from .store import Record
+
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+TOPK_RANGE = (8, 512)
+# Integers of the same width: nothing on the way from file to device rounds or casts them.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Format(Protocol):
+    """How records are made and read; see :data:`FORMATS`."""
+
+    name: str
+
+    def fields(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Type and shape of what is kept for one token, by name."""
+
+    def encode(self, teacher: TeacherSource, inputs: dict[str, Any], rows: torch.Tensor) -> Record:
+        """One forward pass of the teacher: tensors ``[tokens, ...]`` for the response positions."""
+
+
+class HiddenFormat:
+    """The hidden states that the teacher's head reads; with the head beside them the logits are exact.
+
+    Args:
+        width: of the teacher.
+        dtype: of what is kept: the teacher's own type loses nothing.
+    """
+
+    name = "hidden"
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        self.width = width
+        self.dtype = dtype
+
+    def fields(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """``hidden`` ``[width]``."""
+        return {"hidden": (self.dtype, (self.width,))}
+
+    def encode(self, teacher: TeacherSource, inputs: dict[str, Any], rows: torch.Tensor) -> Record:
+        """See :class:`Format`."""
+        return {"hidden": teacher.hidden_states(inputs, rows).to(self.dtype)}
+
+
+class TopKFormat:
+    """The k largest probabilities, and the mass of all others, which is spread evenly over them when it is read.
+
+    Args:
+        k: how many are kept.
+        dtype: of the log-probabilities; float16 keeps them to 1 part in 2,000.
+        vocab_size: the ids that the tokenizer uses; the teacher's other rows are left out and it is renormalised.
+    """
+
+    name = "topk"
+
+    def __init__(self, k: int, dtype: torch.dtype, vocab_size: int) -> None:
+        low, high = TOPK_RANGE
+        if not low <= k <= high or k >= vocab_size:
+            raise ArgumentError(
+                f"`--k {k}` cannot be used: keep {low} to {high} probabilities per token, "
+                "fewer than the vocabulary has."
+            )
+
+        self.k = k
+        self.dtype = dtype
+        self.vocab_size = vocab_size
+        self.id_type = torch.int16 if vocab_size <= 2**15 else torch.int32
+
+    def fields(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """``ids`` and ``log_probs`` ``[k]``, ``log_tail`` ``[]``: the logarithm of the mass of all other ids."""
+        return {
+            "ids": (self.id_type, (self.k,)),
+            "log_probs": (self.dtype, (self.k,)),
+            "log_tail": (torch.float32, ()),
+        }
+
+    def encode(self, teacher: TeacherSource, inputs: dict[str, Any], rows: torch.Tensor) -> Record:
+        """See :class:`Format`."""
+        return self.compress(teacher.logits(inputs, rows))
+
+    def compress(self, logits: torch.Tensor) -> Record:
+        """Keep the largest probabilities of logits ``[tokens, vocab]``; the tail is summed, not subtracted."""
+        logits = logits[:, : self.vocab_size].float()
+        norm = logits.logsumexp(-1, keepdim=True)
+        top, ids = logits.topk(self.k, dim=-1)
+        log_tail = logits.scatter(-1, ids, -torch.inf).logsumexp(-1) - norm.squeeze(-1)
+        return {"ids": ids.to(self.id_type), "log_probs": (top - norm).to(self.dtype), "log_tail": log_tail}
+
+    def logits(self, record: Record, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The distribution that a record stands for, as logits ``[tokens, vocab]``.
+
+        Args:
+            record: tensors ``[tokens, ...]`` with the names of :meth:`fields`.
+            out: where to write them, any floating type.
+        """
+        ids, log_probs, log_tail = record["ids"].long(), record["log_probs"], record["log_tail"]
+        if out is None:
+            out = torch.empty(len(ids), self.vocab_size, device=ids.device)
+
+        even = log_tail - math.log(self.vocab_size - self.k)
+        out.copy_(even.unsqueeze(-1).expand_as(out))
+        return out.scatter_(-1, ids, log_probs.to(out.dtype))
+
+
+def bytes_per_token(kept: Format) -> int:
+    """What one response token takes on disk."""
+    total = 0
+    for dtype, shape in kept.fields().values():
+        total += dtype.itemsize * int(torch.Size(shape).numel())
+
+    return total
+
+
+def as_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same bytes as integers of the same width."""
+    return tensor.view(_BITS[tensor.dtype.itemsize])

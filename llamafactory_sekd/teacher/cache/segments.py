@@ -1,0 +1,100 @@
+"""What the cache knows an example by: its token ids and the positions that predict its response."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from ...errors import TeacherError
+from ...heads import IGNORE_INDEX
+
+
+MEDIA = ("images", "videos", "audios")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of a sequence in which no token attends to anything outside.
+
+    An unpacked example is one segment, and so is a sequence of ``packing: true``, whose examples see each other.
+    ``neat_packing`` keeps examples apart: each is a segment of its own, the same as unpacked.
+
+    Attributes:
+        ids: token ids ``[length]``, int32, without padding.
+        rows: ``[length]`` bool, the positions that predict a response token.
+        positions: position ids ``[length]``, int32, or None where they count from zero.
+    """
+
+    ids: np.ndarray
+    rows: np.ndarray
+    positions: np.ndarray | None
+
+    @property
+    def tokens(self) -> int:
+        """The number of response tokens."""
+        return int(np.count_nonzero(self.rows))
+
+    def key(self) -> tuple[int, int]:
+        """A 128-bit digest as two int64: equal for equal ids, response positions and position ids only."""
+        digest = hashlib.blake2b(len(self.ids).to_bytes(8, "little"), digest_size=16)
+        digest.update(self.ids.astype("<i4").tobytes())
+        digest.update(np.packbits(self.rows).tobytes())
+        if self.positions is not None:
+            digest.update(self.positions.astype("<i4").tobytes())
+
+        high, low = np.frombuffer(digest.digest(), dtype="<i8")
+        return int(high), int(low)
+
+
+def segments(example: Mapping[str, Any]) -> list[Segment]:
+    """Split an example of the host's data set into its segments, in order; those without a response are left out.
+
+    Args:
+        example: ``input_ids`` and ``labels``, lists of equal length, and where the host has them ``attention_mask``
+            (numbered by example under ``neat_packing``) and ``position_ids``.
+
+    Raises:
+        TeacherError: the example holds images, videos or audio, which its token ids do not tell apart.
+    """
+    for name in MEDIA:
+        if example.get(name):
+            raise TeacherError(
+                f"`teacher_cache` keeps text alone, and an example has {name}: use `teacher_model` without a cache."
+            )
+
+    ids, labels = _array(example["input_ids"]), _array(example["labels"])
+    rows = np.zeros(len(ids), dtype=bool)
+    rows[:-1] = labels[1:] != IGNORE_INDEX
+    mask = example.get("attention_mask")
+    mask = np.ones(len(ids), dtype=np.int32) if mask is None else _array(mask)
+    positions = example.get("position_ids")
+    edges = np.flatnonzero(np.diff(mask, prepend=mask[:1] - 1, append=mask[-1:] - 1)).tolist()
+    found = []
+    for start, stop in pairwise(edges):
+        part = slice(start, stop)
+        if mask[start] and rows[part].any():
+            found.append(Segment(ids[part], rows[part], _unusual(positions, part)))
+
+    return found
+
+
+def is_teacher_forced(example: Mapping[str, Any]) -> bool:
+    """Whether labels stand under the ids they belong to; for generation the host keeps prompt and answer apart."""
+    return len(example["input_ids"]) == len(example["labels"])
+
+
+def _array(values: Sequence[int]) -> np.ndarray:
+    return np.asarray(values, dtype=np.int32)
+
+
+def _unusual(positions: Sequence[int] | None, part: slice) -> np.ndarray | None:
+    if positions is None:
+        return None
+
+    cut = _array(positions[part])
+    return None if np.array_equal(cut, np.arange(len(cut))) else cut
