@@ -32,7 +32,7 @@ demo: $(VENV)/demo.done
 	@$(BIN)/sekd demo $(DEMO_ARGS)
 
 test: $(VENV)/dev.done
-	@$(BIN)/python -m pytest -q --durations=15 $(TEST_ARGS)
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=15 $(TEST_ARGS)
 
 lint: $(VENV)/dev.done
 	@$(BIN)/ruff check .

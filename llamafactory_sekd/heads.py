@@ -83,7 +83,10 @@ def hands_out_what_the_head_returns(model: nn.Module, head: nn.Module, inputs: d
     def constant(hidden: torch.Tensor) -> torch.Tensor:
         return torch.full((1, 1, 1), _PROBE, dtype=torch.float32, device=hidden.device)
 
-    with replaced_forward(head, constant):
+    # A resumed run probes where an uninterrupted one does not, so the pass must leave no trace in dropout's generator.
+    device = inputs["input_ids"].device
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type), replaced_forward(head, constant):
         logits = model(**inputs).logits
 
     return logits is not None and logits.numel() == 1 and logits.item() == _PROBE

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import yaml
@@ -49,7 +50,9 @@ def train(config: dict[str, Any]) -> Path:
     """Run the host's own training function in this process and return the output folder."""
     from llamafactory.train.tuner import run_exp
 
-    run_exp(dict(config))
+    with patch.dict(os.environ):  # transformers leaves the precision of a run there for the next one
+        run_exp(dict(config))
+
     return Path(config["output_dir"])
 
 
@@ -75,5 +78,8 @@ def logged(output_dir: Path, key: str) -> list[float]:
 
 
 def weights(output_dir: Path) -> dict[str, torch.Tensor]:
-    """The saved parameters."""
-    return load_file(output_dir / "model.safetensors")
+    """The saved parameters, of the model or of its adapter."""
+    (path,) = (
+        path for path in map(output_dir.joinpath, ("model.safetensors", "adapter_model.safetensors")) if path.exists()
+    )
+    return load_file(path)

@@ -16,7 +16,7 @@ PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md")] + sorte
 
 
 def test_the_keys_table_holds_every_key_with_its_default():
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", README, flags=re.MULTILINE))
+    rows = dict(re.findall(r"^\| `(\w+)` \|\s*(.*?)\s*\|", README, flags=re.MULTILINE))
     assert set(rows) == set(KEYS)
     for key, shown in rows.items():
         default = DistillationArguments.__dataclass_fields__[key].default

@@ -96,12 +96,14 @@ class DistillationTrainer(Seq2SeqTrainer):
     def _use_fused_path(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
         """Decide once, from the architecture alone, so that all ranks decide alike."""
         if self._fused is None:
-            probe = {name: value[:1] if torch.is_tensor(value) else value for name, value in inputs.items()}
             student_fits = is_plain_product(self.student_head) and hands_out_what_the_head_returns(
-                model, self.student_head, probe
+                model, self.student_head, inputs
             )
-            self._fused = student_fits and self.teacher.can_hand_out_hidden_states(probe)
-            if not self._fused:
+            self._fused = student_fits and self.teacher.can_hand_out_hidden_states(inputs)
+            if self._fused:
+                size = self._chunk_size(len(self.student_head.weight))
+                logger.info(f"The objective takes {size} response tokens at a time in the LM head (`kd_chunk_size`).")
+            else:
                 who = "teacher" if student_fits else "student"
                 logger.warning_once(
                     f"The {who}'s logits are more than a product of its LM head (adapter, quantisation, soft-capping, "

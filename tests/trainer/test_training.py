@@ -75,8 +75,12 @@ def test_accumulation_changes_neither_losses_nor_parameters(tiny_root, tmp_path,
         assert_same_weights(tmp_path / str(size), tmp_path / "8")
 
 
-def test_a_resumed_run_ends_with_the_parameters_of_an_uninterrupted_one(tiny_root, tmp_path):
+@pytest.mark.parametrize(
+    "student", [{}, {"finetuning_type": "lora", "lora_target": "all", "lora_dropout": 0.3}], ids=["full", "dropout"]
+)
+def test_a_resumed_run_ends_with_the_parameters_of_an_uninterrupted_one(tiny_root, tmp_path, student):
     schedule = {"kd_loss": "skew", "kd_beta_end": 1.0, "save_strategy": "steps", "save_steps": 2, "max_steps": 5}
+    schedule.update(student)
     train(base_config(tiny_root, output_dir=str(tmp_path / "whole"), **schedule))
     train(
         base_config(
