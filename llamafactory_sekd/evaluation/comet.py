@@ -101,7 +101,7 @@ def _checkpoint(name: str, comet: Any) -> Path:
         return Path(comet.download_model(name))
     except Exception as error:
         raise EvaluationError(
-            f"`comet_model`: {name} cannot be downloaded ({_first_cause(error)}); give the path of a local checkpoint, "
+            f"`comet_model`: {name} cannot be downloaded ({_first_cause(error)}); give a local checkpoint's path, "
             "or write `comet?` to go on without it."
         ) from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,8 @@ from llamafactory_sekd.evaluation.significance import comet_paired, paired_boots
 from llamafactory_sekd.evaluation.similarity import similarity
 from llamafactory_sekd.evaluation.store import Hypotheses
 
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("llamafactory", "transformers", "torch", "sacrebleu", "unbabel-comet", "py3langid", "peft", "vllm")
@@ -148,6 +151,7 @@ def _significance(
     result: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in data.hypotheses}
     for direction, test_set in data.test_sets.items():
         text = str(direction)
+        logger.info("Significance %s: %d systems against %s", direction, len(data.hypotheses) - 1, baseline)
         lines = {name: by_direction[direction].lines for name, by_direction in data.hypotheses.items()}
         rows: dict[str, dict[str, Any]] = {name: {} for name in lines}
         for metric in data.settings.metrics:

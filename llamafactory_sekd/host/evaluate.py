@@ -9,7 +9,6 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def evaluate_settings(settings: Settings) -> dict[str, Any] | None:
 
 def read_config(argv: list[str]) -> dict[str, Any]:
     """Return the keys of the file ``argv[0]`` with the overrides ``argv[1:]``, as the host reads its own."""
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
@@ -71,13 +70,14 @@ def read_config(argv: list[str]) -> dict[str, Any]:
         raise EvaluationError(f"{malformed!r} is not an override: write key=value.")
     try:
         loaded = OmegaConf.create(json.loads(path.read_text())) if path.suffix == ".json" else OmegaConf.load(path)
+        if not isinstance(loaded, DictConfig):
+            raise EvaluationError(f"{argv[0]} must hold keys and values.")
         config = OmegaConf.to_container(OmegaConf.merge(loaded, OmegaConf.from_cli(argv[1:])), resolve=True)
     except OSError as error:
         raise EvaluationError(f"{argv[0]} cannot be read: {error.strerror}.") from None
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise EvaluationError(f"{argv[0]} cannot be parsed: {' '.join(str(error).split())}") from None
-    if not isinstance(config, Mapping):
-        raise EvaluationError(f"{argv[0]} must hold keys and values, not a {type(config).__name__}.")
+    assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}
 
 

@@ -30,7 +30,7 @@ ENGLISH = [
 ]
 GERMAN = [
     "Das Haus steht in der Nähe des Flusses.",
-    "Gestern trafen sich die beiden alten Freunde im kleinen Café hinter dem Bahnhof wieder und redeten bis zum Schluss.",
+    "Gestern trafen sich die zwei alten Freunde im kleinen Café hinter dem Bahnhof und redeten bis zum Schluss.",
     "Nein.",
     "Sie kaufte drei Bücher, einen Stadtplan und eine Flasche Wasser, bevor der Zug nach Norden abfuhr.",
     "Wo ist das nächste Krankenhaus?",

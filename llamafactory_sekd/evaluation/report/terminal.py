@@ -26,7 +26,7 @@ def print_report(view: View, folder: Path) -> None:
 
 def _table(view: View, metric: str) -> Table:
     table = Table(title=f"{METRIC_LABELS[metric]}, {view.results['task']}", title_justify="left")
-    table.add_column("system")
+    table.add_column("system", no_wrap=True)
     for column in view.columns:
         table.add_column(column, justify="right")
     for row in view.rows:
@@ -36,12 +36,12 @@ def _table(view: View, metric: str) -> Table:
 
 def _name(row: Row) -> Text:
     roles = [role for role, holds in (("baseline", row.is_baseline), ("teacher", row.is_teacher)) if holds]
-    return Text.assemble(row.system, (f" ({', '.join(roles)})" if roles else "", "dim"))
+    return Text.assemble(row.system, (f"\n{', '.join(roles)}" if roles else "", "dim"))
 
 
 def _score(cell: Cell) -> Text:
     style = "green" if (cell.delta or 0) > 0 else "red"
     return Text.assemble(
         (cell.text, "bold" if cell.best else ""),
-        (f" {cell.delta_text}" if cell.delta is not None else "", style if cell.significant else "dim"),
+        (f"\n{cell.delta_text}" if cell.delta is not None else "", style if cell.significant else "dim"),
     )

@@ -28,8 +28,10 @@ AVERAGE = "average"
 
 @dataclass(frozen=True)
 class Cell:
-    """A score as it is shown: with its difference to the baseline, the † of significance, and whether it is the
-    best.
+    """A score as it is shown.
+
+    ``delta`` and ``significant`` are the difference to the baseline and its †, ``p`` that of the test. ``best``
+    marks the best of a column; the teacher takes no part in that, for it nearly always wins.
     """
 
     value: float | None
@@ -40,7 +42,7 @@ class Cell:
 
     @property
     def text(self) -> str:
-        return "–" if self.value is None else f"{self.value:.1f}"
+        return "–" if self.value is None else f"{self.value:.1f}".replace("-", "−")
 
     @property
     def delta_text(self) -> str:
@@ -125,7 +127,8 @@ def _cell(results: Mapping[str, Any], name: str, column: str, metric: str) -> Ce
     if value is None:
         return Cell(None)
     baseline = results["baseline"]
-    best = len(everyone) > 1 and value == max(score for score in everyone.values() if score is not None)
+    rivals = [score for system, score in everyone.items() if score is not None and system != results["teacher"]]
+    best = len(rivals) > 1 and name != results["teacher"] and value == max(rivals)
     if baseline is None or name == baseline:
         return Cell(value * scale, best=best)
     difference = value - everyone[baseline]

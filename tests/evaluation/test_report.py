@@ -1,0 +1,177 @@
+"""The report shows what results.json says, and translations cannot act in it."""
+
+from __future__ import annotations
+
+import html
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ENGLISH, GERMAN, write_lines
+
+from llamafactory_sekd.data.languages import parse_direction
+from llamafactory_sekd.data.testsets import load_test_set
+from llamafactory_sekd.evaluation.report.examples import EXAMPLES, most_different
+from llamafactory_sekd.evaluation.report.html import render_html
+from llamafactory_sekd.evaluation.report.markdown import escape, render_markdown
+from llamafactory_sekd.evaluation.report.terminal import print_report
+from llamafactory_sekd.evaluation.report.view import View, build_view
+from llamafactory_sekd.evaluation.results import Evaluated, build_results
+from llamafactory_sekd.evaluation.settings import parse_settings
+from llamafactory_sekd.evaluation.store import Hypotheses
+
+
+SCRIPT = '<script>document.title = "hacked"</script><img src=x onerror=\'document.title="hacked"\'>'
+SYSTEMS = {
+    "student": [SCRIPT, *GERMAN[1:5], "", *["| **fett** `code` | " + line for line in GERMAN[6:]]],
+    "forward_kl": [line.replace("die", "diese") for line in GERMAN],
+    "teacher": GERMAN[:8] + ENGLISH[8:],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+    folder = tmp_path_factory.mktemp("report")
+    for name in ("en-de", "de-en"):
+        write_lines(folder / f"{name}.en", ENGLISH)
+        write_lines(folder / f"{name}.de", GERMAN)
+    config = {
+        "task": "wmt22",
+        "directions": ["en-de", "de-en"],
+        "systems": {name: {"hypotheses": "elsewhere"} for name in SYSTEMS},
+        "baseline": "forward_kl",
+        "teacher": "teacher",
+        "save_dir": str(folder / "results"),
+    }
+    settings = parse_settings(config, "eval.yaml")
+    directions = [parse_direction(text) for text in ("en-de", "de-en")]
+    test_sets = {direction: load_test_set("wmt22", folder, str(direction)) for direction in directions}
+    hypotheses = {
+        name: {
+            directions[0]: Hypotheses(lines, "f", [False] * 9 + [True], seconds=2.0, ranks=2),
+            directions[1]: Hypotheses(ENGLISH, "f"),
+        }
+        for name, lines in SYSTEMS.items()
+    }
+    return Evaluated(settings, test_sets, hypotheses, None, {"comet": "not to be had"})
+
+
+@pytest.fixture(scope="module")
+def results(data: Evaluated) -> dict[str, Any]:
+    return build_results(data)
+
+
+@pytest.fixture(scope="module")
+def view(data: Evaluated, results: dict[str, Any]) -> View:
+    return build_view(data, results)
+
+
+def test_results_have_the_documented_contents(results: dict[str, Any]) -> None:
+    student = results["systems"]["student"]
+    assert set(student["scores"]) == {"en-de", "de-en", "average"}
+    scores = student["scores"]["en-de"]
+    assert scores["comet"] is None
+    assert 0 < scores["bleu"] < 100
+    assert student["scores"]["average"]["bleu"] == pytest.approx((scores["bleu"] + 100) / 2)
+    assert student["scores"]["average"]["comet"] is None
+    assert set(student["similarity"]) == {"en-de", "de-en", "average"}
+    assert results["systems"]["teacher"]["similarity"] is None
+    assert student["guards"]["en-de"]["empty"] == 0.1
+    assert student["guards"]["en-de"]["hit_max_new_tokens"] == 0.1
+    assert student["guards"]["de-en"]["hit_max_new_tokens"] is None
+    assert student["generation"] == {"en-de": {"seconds": 1.0, "sentences_per_second": 10.0}}
+    paired = results["significance"]["student"]["en-de"]["bleu"]
+    assert set(paired) == {"p", "mean", "ci"}
+    assert results["significance"]["forward_kl"]["en-de"]["bleu"]["p"] is None
+    assert results["signatures"]["en-de"]["bleu"].startswith("nrefs:1|case:mixed")
+    assert results["fingerprints"]["student"] == {"en-de": "f", "de-en": "f"}
+    assert {"sacrebleu", "torch", "llamafactory_sekd"} <= set(results["versions"])
+    assert results["skipped"] == {"comet": "not to be had"}
+
+
+def test_a_difference_of_nothing_has_no_dagger(view: View) -> None:
+    cell = view.rows[0].cells["de-en"]["bleu"]
+    assert (cell.delta_text, cell.best) == ("+0.0", True)
+
+
+def test_the_teacher_takes_no_part_in_the_best(view: View) -> None:
+    best = {row.system: row.cells["en-de"]["bleu"].best for row in view.rows}
+    assert best == {"student": False, "forward_kl": True, "teacher": False}
+
+
+def test_all_forms_show_the_same_scores(view: View, results: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
+    print_report(view, Path("results"))
+    terminal = capsys.readouterr().out
+    page, markdown = render_html(view), render_markdown(view)
+    for name in SYSTEMS:
+        value = f"{results['systems'][name]['scores']['en-de']['bleu']:.1f}"
+        assert all(value in text for text in (page, markdown, terminal))
+        assert name in page
+        assert name in terminal
+        assert escape(name) in markdown
+    for text in (page, markdown, terminal):
+        assert "not to be had" in text
+    assert results["signatures"]["en-de"]["bleu"] in markdown
+    assert html.escape(results["signatures"]["en-de"]["bleu"]) in page
+
+
+def test_the_page_is_self_contained(view: View) -> None:
+    assert not re.search(r"<(script|link|img|iframe)|<[^>]*\s(src|href)=|url\(|@import", render_html(view))
+
+
+def test_translations_are_escaped(view: View) -> None:
+    page, markdown = render_html(view), render_markdown(view)
+    assert SCRIPT in SYSTEMS["student"]
+    for text in (page, markdown):
+        assert "hacked" in text
+        assert "<script" not in text
+        assert "<img" not in text
+    assert r"\| \*\*fett\*\* \`code\` \|" in markdown
+
+
+def test_examples_are_where_the_systems_differ_most(data: Evaluated) -> None:
+    examples = most_different(data)
+    assert len(examples) <= EXAMPLES
+    spreads = [example.spread for example in examples]
+    assert spreads == sorted(spreads, reverse=True)
+    assert spreads[0] > 50
+    assert {example.direction for example in examples} == {"en-de"}
+    for example in examples:
+        assert example.source == ENGLISH[example.number - 1]
+        assert {output.system: output.text for output in example.outputs} == {
+            name: lines[example.number - 1] for name, lines in SYSTEMS.items()
+        }
+
+
+def test_the_page_opens_in_a_browser_and_runs_no_translation(view: View, tmp_path: Path) -> None:
+    browser = next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
+    if browser is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    page = tmp_path / "report.html"
+    page.write_text(render_html(view), encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    picture = tmp_path / "page.png"
+    subprocess.run(
+        [browser, *options, "--window-size=1280,2000", f"--screenshot={picture}", page.as_uri()],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert picture.stat().st_size > 50_000, "an empty page makes a small picture"
+    dom = subprocess.run(
+        [browser, *options, "--dump-dom", page.as_uri()], check=True, capture_output=True, text=True, timeout=120
+    ).stdout
+    assert "<title>Evaluation on wmt22</title>" in dom
+    assert html.escape('<script>document.title = "hacked"</script>', quote=False) in dom
+
+    # The same text unescaped and without the page's policy does run here, so the test above means something.
+    page.write_text(f"<title>fine</title>{SCRIPT}", encoding="utf-8")
+    control = subprocess.run(
+        [browser, *options, "--dump-dom", page.as_uri()], check=True, capture_output=True, text=True, timeout=120
+    ).stdout
+    assert "<title>hacked</title>" in control
