@@ -105,8 +105,10 @@ class BlockProcessor:
         w = w if w.dtype == w_copy.dtype else w_copy.copy_(w)
         temperature = self.settings.kd_temperature
 
-        best = w.argmax(-1, keepdim=True)
-        agreement = (z.gather(-1, best) == z.amax(-1, keepdim=True)).squeeze(-1).to(z.dtype)
+        # An entry that is the largest of both models is the only way to reach the sum of the two largest logits; this
+        # takes a fraction of the time of an argmax. (Near-ties within the rounding of the sum count as ties.)
+        largest_sum = torch.add(z, w, out=plain_q).amax(-1)
+        agreement = (largest_sum == z.amax(-1) + w.amax(-1)).to(z.dtype)
         log_ratio = torch.sub(w, z, out=log_ratio)
         if self.may_be_infinite:
             log_ratio.nan_to_num_(nan=0.0, posinf=HUGE, neginf=-HUGE)
