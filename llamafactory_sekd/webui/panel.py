@@ -14,6 +14,12 @@ from .labels import element_labels, objective_choices
 from .settings import NO_QUANTIZATION, unused_keys
 
 
+# Gradio draws an inactive field like an active one.
+_STYLE = """
+#sekd_tab .block:not(:has(.block)):has(input:disabled, textarea:disabled) {opacity: 0.45}
+"""
+
+
 @dataclass(frozen=True)
 class Panel:
     """The accordion and its fields, by the key of the training YAML that each stands for."""
@@ -76,9 +82,17 @@ def build_panel() -> Panel:
                 if key not in built:
                     built[key] = _text(key)
 
+    _add_style()
     panel = Panel(accordion, built)
     _activate_by_objective(panel)
     return panel
+
+
+def _add_style() -> None:
+    from gradio.context import Context
+
+    assert Context.root_block is not None  # components exist in a page only
+    Context.root_block.css = (Context.root_block.css or "") + _STYLE
 
 
 def _activate_by_objective(panel: Panel) -> None:

@@ -17,7 +17,7 @@ _STYLE = """<style>
 .sekd-view .sekd-column {min-width: 0; padding: 10px; border: 1px solid var(--border-color-primary);
   border-radius: 6px}
 .sekd-view h4 {margin: 0 0 2px; font-size: 15px}
-.sekd-view .sekd-name, .sekd-view .sekd-note {color: var(--body-text-color-subdued); overflow-wrap: anywhere}
+.sekd-view .sekd-name, .sekd-view .sekd-note {opacity: 0.75; overflow-wrap: anywhere}
 .sekd-view .sekd-translation {overflow-wrap: anywhere; margin: 8px 0}
 .sekd-view .sekd-tokens {display: flex; flex-wrap: wrap; gap: 3px; margin-top: 8px}
 .sekd-view .sekd-token {display: inline-flex; flex-direction: column; align-items: center; padding: 1px 3px;
