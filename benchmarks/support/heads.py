@@ -1,0 +1,171 @@
+"""What the objective's benchmark compares, on the same random heads: each contender does one forward and backward pass."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from llamafactory_sekd.objectives import (
+    OBJECTIVES,
+    default_chunk_size,
+    distillation_loss,
+    fused_linear_distillation,
+)
+
+
+LAMBDA, BETA = 0.5, 0.5
+# The products alone run fastest in chunks of about this size here, also where whole ones would fit.
+PRODUCT_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Hidden states and heads of both models, labels, and a Γ that makes about half of the tokens hard."""
+
+    hidden: torch.Tensor
+    head: torch.Tensor
+    teacher_hidden: torch.Tensor
+    teacher_head: torch.Tensor
+    labels: torch.Tensor
+    gamma: float
+    hard_share: float
+
+    def clear(self) -> None:
+        self.hidden.grad = self.head.grad = None
+
+
+def build_heads(
+    tokens: int, vocab: int, widths: tuple[int, int], dtype: torch.dtype, *, gamma: float | None = None
+) -> Heads:
+    """Random heads whose logits spread by about 3.5, as those of trained models do."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    student_width, teacher_width = widths
+    hidden, teacher_hidden = normal(tokens, student_width), normal(tokens, teacher_width)
+    head = normal(vocab, student_width).mul_(3.5 / student_width**0.5)
+    teacher_head = normal(vocab, teacher_width).mul_(3.5 / teacher_width**0.5)
+    labels = torch.randint(vocab, (tokens,), generator=generator)
+    heads = Heads(
+        hidden.to(dtype).requires_grad_(),
+        head.to(dtype).requires_grad_(),
+        teacher_hidden.to(dtype),
+        teacher_head.to(dtype),
+        labels,
+        gamma=gamma or 0.0,
+        hard_share=0.5,
+    )
+    return heads if gamma is not None else _with_gamma(heads)
+
+
+def _with_gamma(heads: Heads) -> Heads:
+    """Γ in the widest gap of the middle difficulties, so that rounding moves no token to the other side."""
+    sample = min(128, len(heads.labels))
+    with torch.no_grad():
+        difficulty = distillation_loss(
+            heads.hidden[:sample] @ heads.head.t(),
+            heads.teacher_hidden[:sample] @ heads.teacher_head.t(),
+            heads.labels[:sample],
+        ).difficulty
+    ranked = difficulty.sort(descending=True).values
+    quarter = sample // 4
+    middle = ranked[quarter : sample - quarter]
+    place = int((middle[:-1] - middle[1:]).argmax())
+    gamma = float((middle[place] + middle[place + 1]) / 2)
+    return Heads(
+        heads.hidden, heads.head, heads.teacher_hidden, heads.teacher_head, heads.labels, gamma,
+        hard_share=(quarter + place + 1) / sample,
+    )  # fmt: skip
+
+
+def objective_keys(heads: Heads, kd_loss: str) -> dict[str, float | str | None]:
+    """The keys of an objective, with the share of hard tokens at which Γ was chosen."""
+    topk = heads.hard_share if kd_loss == "self_evolution_topk" else None
+    return {"kd_loss": kd_loss, "kd_lambda": LAMBDA, "kd_beta": BETA, "kd_gamma": heads.gamma, "kd_topk": topk}
+
+
+def fused(heads: Heads, kd_loss: str) -> None:
+    loss = fused_linear_distillation(
+        heads.hidden,
+        heads.head,
+        heads.teacher_hidden,
+        heads.teacher_head,
+        heads.labels,
+        num_items=len(heads.labels),
+        chunk_size=default_chunk_size(len(heads.head), heads.head.dtype),
+        **objective_keys(heads, kd_loss),  # type: ignore[arg-type]
+    ).loss
+    loss.backward()
+
+
+def naive_logits(heads: Heads) -> tuple[torch.Tensor, torch.Tensor]:
+    """In float32, as the Hugging Face trainer casts them for its loss."""
+    with torch.no_grad():
+        teacher = F.linear(heads.teacher_hidden, heads.teacher_head).float()
+    return F.linear(heads.hidden, heads.head).float(), teacher
+
+
+def naive_self_evolution(heads: Heads) -> None:
+    """Equations 4 to 9 written down with autograd."""
+    student, teacher = naive_logits(heads)
+    log_q = student.log_softmax(-1)
+    target = LAMBDA * teacher.softmax(-1)
+    target.scatter_add_(-1, heads.labels.unsqueeze(-1), torch.full((len(target), 1), 1 - LAMBDA))
+    easy = F.kl_div(log_q, target, reduction="none").sum(-1)
+    proxy = BETA * log_q.exp() + (1 - BETA) * target
+    hard = F.kl_div(proxy.log(), target, reduction="none").sum(-1)
+    torch.where(easy.detach() > heads.gamma, hard, easy).mean().backward()
+
+
+def naive_forward_kl(heads: Heads) -> None:
+    """Equation 3 written down with autograd."""
+    student, teacher = naive_logits(heads)
+    divergence = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    (LAMBDA * divergence.mean() + (1 - LAMBDA) * F.cross_entropy(student, heads.labels)).backward()
+
+
+def trl_gkd(heads: Heads) -> None:
+    """The loss of TRL's GKDTrainer as forward KL (beta 0); it has no ground-truth term."""
+    from trl.experimental.gkd import GKDTrainer
+
+    student, teacher = naive_logits(heads)
+    GKDTrainer.generalized_jsd_loss(student.unsqueeze(0), teacher.unsqueeze(0), beta=0.0).backward()
+
+
+def liger_jsd(heads: Heads) -> None:
+    """Liger's chunked loss as forward KL (beta 0) plus cross-entropy, its defaults otherwise, not compiled."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(LAMBDA, 1 - LAMBDA, beta=0.0, compiled=False)
+    loss(heads.hidden, heads.head, heads.teacher_hidden, heads.teacher_head, heads.labels).backward()
+
+
+@torch.no_grad()
+def bare_products(heads: Heads) -> None:
+    """Both logits and both gradients, with nothing in between: the limit."""
+    vocab, dtype = len(heads.head), heads.head.dtype
+    student, teacher = (torch.empty(PRODUCT_CHUNK, vocab, dtype=dtype) for _ in range(2))
+    grad_hidden, grad_head = torch.empty_like(heads.hidden), torch.zeros_like(heads.head)
+    for start in range(0, len(heads.labels), PRODUCT_CHUNK):
+        rows = slice(start, start + PRODUCT_CHUNK)
+        number = len(heads.labels[rows])
+        torch.mm(heads.hidden[rows], heads.head.t(), out=student[:number])
+        torch.mm(heads.teacher_hidden[rows], heads.teacher_head.t(), out=teacher[:number])
+        torch.mm(student[:number], heads.head, out=grad_hidden[rows])
+        grad_head.addmm_(student[:number].t(), heads.hidden[rows])
+
+
+CONTENDERS: dict[str, Callable[[Heads], None]] = {
+    **{f"ours, {name}": functools.partial(fused, kd_loss=name) for name in OBJECTIVES},
+    "naive autograd, self_evolution": naive_self_evolution,
+    "naive autograd, forward_kl": naive_forward_kl,
+    "Liger, JSD": liger_jsd,
+    "TRL, GKD": trl_gkd,
+    "the four products": bare_products,
+}
