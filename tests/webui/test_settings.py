@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+
+from llamafactory_sekd.arguments import KD_LOSSES, KEYS, DistillationArguments, check_distillation_arguments
+from llamafactory_sekd.errors import ArgumentError
+from llamafactory_sekd.webui.settings import check_keys, distillation_keys, unused_keys
+
+
+FIELDS = {
+    **dict.fromkeys(KEYS, ""),  # a field that is not filled in
+    "teacher_model": " some/teacher ",
+    "teacher_model_adapters": [],
+    "teacher_model_quantization_bit": "none",
+    "kd_loss": "self_evolution",
+    "kd_lambda": 0.5,
+    "kd_beta": 0.5,
+    "kd_gamma": "0.4",
+    "kd_topk": "0.5",
+    "kd_temperature": "1.0",
+}
+
+
+@pytest.mark.parametrize("kd_loss", KD_LOSSES)
+def test_the_untouched_panel_gives_keys_that_every_objective_accepts(kd_loss):
+    keys = distillation_keys({**FIELDS, "kd_loss": kd_loss})
+    check_distillation_arguments(DistillationArguments(**keys))
+    assert not unused_keys(kd_loss) & keys.keys()
+    assert KD_LOSSES[kd_loss][1] <= keys.keys()
+
+
+def test_fields_become_numbers_lists_become_commas_and_empty_fields_nothing():
+    fields = {
+        "teacher_model_adapters": ["a", "b/c"],
+        "teacher_model_quantization_bit": "4",
+        "kd_gamma": "inf",
+        "kd_beta_end": "1",
+        "kd_chunk_size": "64",
+    }
+    assert distillation_keys({**FIELDS, **fields}) == {
+        "teacher_model": "some/teacher",
+        "teacher_model_adapters": "a,b/c",
+        "teacher_model_quantization_bit": 4,
+        "kd_loss": "self_evolution",
+        "kd_lambda": 0.5,
+        "kd_beta": 0.5,
+        "kd_beta_end": 1.0,
+        "kd_gamma": float("inf"),
+        "kd_temperature": 1.0,
+        "kd_chunk_size": 64,
+    }
+
+
+def test_a_share_of_zero_is_a_value_and_not_an_empty_field():
+    assert (
+        distillation_keys({**FIELDS, "kd_lambda": 0, "kd_beta": 0.0}).items() >= {"kd_lambda": 0, "kd_beta": 0}.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "message"),
+    [
+        ("kd_temperature", "0", "`kd_temperature: 0.0` cannot be used"),
+        ("kd_temperature", "warm", "`kd_temperature: warm` cannot be used"),
+        ("kd_gamma", "nan", "`kd_gamma: nan` cannot be used"),
+        ("kd_beta_end", "1.5", "`kd_beta_end: 1.5` cannot be used"),
+        ("kd_chunk_size", "2.5", "`kd_chunk_size: 2.5` cannot be used"),
+        ("teacher_model", " ", "`teacher_model` is missing"),
+    ],
+)
+def test_a_wrong_field_is_refused_in_the_words_of_the_command_line(field, text, message):
+    with pytest.raises(ArgumentError, match=message):
+        check_keys({"stage": "sekd", "learning_rate": 1e-5, **distillation_keys({**FIELDS, field: text})})
