@@ -1,4 +1,4 @@
-"""What the objective's benchmark compares, on the same random heads: each contender does one forward and backward pass."""
+"""What the objective's benchmark compares: forward and backward passes through the same random heads."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def objective_keys(heads: Heads, kd_loss: str) -> dict[str, float | str | None]:
     return {"kd_loss": kd_loss, "kd_lambda": LAMBDA, "kd_beta": BETA, "kd_gamma": heads.gamma, "kd_topk": topk}
 
 
-def fused(heads: Heads, kd_loss: str) -> None:
+def fused(heads: Heads, kd_loss: str) -> torch.Tensor:
     loss = fused_linear_distillation(
         heads.hidden,
         heads.head,
@@ -102,6 +102,7 @@ def fused(heads: Heads, kd_loss: str) -> None:
         **objective_keys(heads, kd_loss),  # type: ignore[arg-type]
     ).loss
     loss.backward()
+    return loss
 
 
 def naive_logits(heads: Heads) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,7 +133,7 @@ def naive_forward_kl(heads: Heads) -> None:
 
 def trl_gkd(heads: Heads) -> None:
     """The loss of TRL's GKDTrainer as forward KL (beta 0); it has no ground-truth term."""
-    from trl.experimental.gkd import GKDTrainer
+    from trl import GKDTrainer
 
     student, teacher = naive_logits(heads)
     GKDTrainer.generalized_jsd_loss(student.unsqueeze(0), teacher.unsqueeze(0), beta=0.0).backward()
@@ -161,7 +162,7 @@ def bare_products(heads: Heads) -> None:
         grad_head.addmm_(student[:number].t(), heads.hidden[rows])
 
 
-CONTENDERS: dict[str, Callable[[Heads], None]] = {
+CONTENDERS: dict[str, Callable[[Heads], object]] = {
     **{f"ours, {name}": functools.partial(fused, kd_loss=name) for name in OBJECTIVES},
     "naive autograd, self_evolution": naive_self_evolution,
     "naive autograd, forward_kl": naive_forward_kl,

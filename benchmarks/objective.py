@@ -1,0 +1,241 @@
+"""Time and memory of the fused objective against naive autograd, Liger-Kernel, TRL and the bare matrix products.
+
+    python benchmarks/objective.py [--smoke] [--vocab 32000 128256] [--dtype float32 bfloat16] [--rounds 5]
+
+Forward and backward pass through both heads, 2,048 response tokens, student 512 and teacher 1,024 wide. Memory is the
+peak of the resident set above what stood before the first pass, each contender in a process of its own. Times are
+taken in turns, round by round, and the table gives medians of ratios within one round. Half of the tokens are hard.
+Liger takes part where it is installed (pip install --no-deps liger-kernel==0.8.5).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from support.heads import CONTENDERS, Heads, build_heads, fused, objective_keys
+
+from llamafactory_sekd.data.files import write_atomic
+from llamafactory_sekd.objectives import OBJECTIVES, distillation_loss
+
+
+MIB = 2**20
+PRODUCTS, NAIVE, LIGER = "the four products", "naive autograd, self_evolution", "Liger, JSD"
+OURS = "ours, self_evolution"
+# Our figure divided by another contender's; the memory goals hold for float32 and the large vocabulary.
+TIME_GOALS = {LIGER: 0.9, NAIVE: 0.65, PRODUCTS: 1.4}
+MEMORY_GOALS = {NAIVE: 0.12, LIGER: 0.30}
+AGREEMENT_GOALS = {"float32": 1e-5, "bfloat16": 2e-2}
+console = Console(width=120)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    if arguments.measure_memory:
+        print(json.dumps(extra_memory(arguments)))
+        return
+    contenders = [OURS, NAIVE, PRODUCTS] if arguments.smoke else available_contenders()
+    result: dict[str, Any] = {"machine": machine(arguments), "versions": versions(), "runs": [], "growth": []}
+    for vocab in arguments.vocab:
+        for dtype in arguments.dtype:
+            run = measure(arguments, vocab, dtype, contenders)
+            result["runs"].append(run)
+            show_run(run)
+            write_atomic(arguments.out, json.dumps(result, indent=2).encode())
+    result["growth"] = [growth(arguments, tokens) for tokens in arguments.growth]
+    show_growth(result["growth"])
+    write_atomic(arguments.out, json.dumps(result, indent=2).encode())
+    console.print(f"Written to {arguments.out}", highlight=False)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocab", type=int, nargs="+", default=[32_000, 128_256])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=list(AGREEMENT_GOALS))
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--widths", type=int, nargs=2, default=(512, 1024), help="of student and teacher")
+    parser.add_argument("--growth", type=int, nargs="*", default=[1024, 2048, 4096, 8192, 16384], help="token counts")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after one that warms up")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run?")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "objective.json")
+    parser.add_argument("--measure-memory", metavar="CONTENDER", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.vocab, arguments.dtype, arguments.tokens, arguments.widths = [300], ["float32"], 64, (16, 32)
+        arguments.growth, arguments.rounds = [32], 1
+    return arguments
+
+
+def available_contenders() -> list[str]:
+    if importlib.util.find_spec("liger_kernel"):
+        return list(CONTENDERS)
+    console.print("Liger-Kernel is not installed and left out: pip install --no-deps liger-kernel==0.8.5")
+    return [name for name in CONTENDERS if name != LIGER]
+
+
+def measure(arguments: argparse.Namespace, vocab: int, dtype: str, contenders: list[str]) -> dict[str, Any]:
+    run = {"vocab": vocab, "dtype": dtype, "tokens": arguments.tokens, "widths": list(arguments.widths)}
+    with console.status(f"V = {vocab:,}, {dtype}: agreement"):
+        run["agreement"] = agreement(arguments, vocab, dtype)
+    run["memory"] = {}
+    for name in contenders:
+        with console.status(f"V = {vocab:,}, {dtype}: memory of {name}"):
+            run["memory"][name] = memory_in_a_process(arguments, name, arguments.tokens, vocab, dtype)
+    run["seconds"] = seconds(arguments, vocab, dtype, contenders, max(run["memory"].values()))
+    return run
+
+
+def seconds(
+    arguments: argparse.Namespace, vocab: int, dtype: str, contenders: list[str], needed: int
+) -> dict[str, list[float]]:
+    if psutil.virtual_memory().available < needed + 2**30:
+        raise SystemExit(f"{needed / 2**30:.0f} GiB of free memory are needed for V = {vocab:,}, {dtype}.")
+    heads = build_heads(arguments.tokens, vocab, tuple(arguments.widths), getattr(torch, dtype))
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(arguments.rounds + 1):
+        for name in contenders:
+            with console.status(f"V = {vocab:,}, {dtype}: round {number} of {arguments.rounds}, {name}"):
+                taken = timed(name, heads)
+            if number:
+                times[name].append(taken)
+    return times
+
+
+def timed(name: str, heads: Heads) -> float:
+    heads.clear()
+    start = time.perf_counter()
+    CONTENDERS[name](heads)
+    return time.perf_counter() - start
+
+
+def memory_in_a_process(arguments: argparse.Namespace, name: str, tokens: int, vocab: int, dtype: str) -> int:
+    """Bytes, measured by `extra_memory` in a fresh process, so that no allocator has a history."""
+    sizes = ("--tokens", str(tokens), "--widths", *map(str, arguments.widths), "--vocab", str(vocab), "--dtype", dtype)
+    command = [sys.executable, __file__, "--measure-memory", name, *sizes, "--threads", str(arguments.threads)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return int(json.loads(output.splitlines()[-1]))
+
+
+def extra_memory(arguments: argparse.Namespace) -> int:
+    """Peak of the resident set during one pass minus the resident set before it (Linux)."""
+    dtype, widths = getattr(torch, arguments.dtype[0]), tuple(arguments.widths)
+    contender = CONTENDERS[arguments.measure_memory]
+    contender(build_heads(8, 64, widths, dtype, gamma=1.0))  # what the libraries load and keep
+    heads = build_heads(arguments.tokens, arguments.vocab[0], widths, dtype, gamma=1.0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    contender(heads)
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
+
+
+def agreement(arguments: argparse.Namespace, vocab: int, dtype: str) -> dict[str, list[float]]:
+    """Relative error of loss, hidden and head gradient against the plain path in float64 on the same inputs."""
+    heads = build_heads(min(128, arguments.tokens), vocab, tuple(arguments.widths), getattr(torch, dtype))
+    errors = {}
+    for name in OBJECTIVES:
+        heads.clear()
+        loss = fused(heads, name)
+        exact = [tensor.detach().double().requires_grad_() for tensor in (heads.hidden, heads.head)]
+        reference = distillation_loss(
+            exact[0] @ exact[1].t(),
+            heads.teacher_hidden.double() @ heads.teacher_head.double().t(),
+            heads.labels,
+            **objective_keys(heads, name),
+        ).loss.mean()
+        expected = (reference, *torch.autograd.grad(reference, exact))
+        values = (loss, heads.hidden.grad, heads.head.grad)
+        errors[name] = [
+            float((value.detach().double() - true.detach()).norm() / true.detach().norm())
+            for value, true in zip(values, expected, strict=True)
+        ]
+    return errors
+
+
+def growth(arguments: argparse.Namespace, tokens: int) -> dict[str, float]:
+    """Seconds and bytes of our default objective for a number of tokens, float32, the first vocabulary."""
+    vocab = arguments.vocab[0]
+    with console.status(f"growth: {tokens:,} tokens"):
+        heads = build_heads(tokens, vocab, tuple(arguments.widths), torch.float32)
+        timed(OURS, heads)
+        times = [timed(OURS, heads) for _ in range(min(arguments.rounds, 3))]
+        memory = memory_in_a_process(arguments, OURS, tokens, vocab, "float32")
+    hidden = tokens * arguments.widths[0] * 4
+    return {"tokens": tokens, "vocab": vocab, "seconds": statistics.median(times), "memory": memory, "hidden": hidden}
+
+
+def show_run(run: dict[str, Any]) -> None:
+    title = f"V = {run['vocab']:,}, {run['dtype']}, {run['tokens']:,} tokens: medians (fastest to slowest round)"
+    table = Table("", "seconds", "/ products", "extra MiB", "/ naive", title=title, title_justify="left")
+    for name, times in run["seconds"].items():
+        span = f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
+        memory = run["memory"][name]
+        share = memory / max(run["memory"][NAIVE], 1)
+        table.add_row(name, span, f"{ratio(run, name, PRODUCTS):.2f}", f"{memory / MIB:,.0f}", f"{share:.3f}")
+    console.print(table)
+    for other, goal in TIME_GOALS.items():
+        if other in run["seconds"]:
+            console.print(f"time of {OURS} / {other}: {ratio(run, OURS, other):.2f} (goal {goal})", highlight=False)
+    for other, goal in MEMORY_GOALS.items():
+        if other in run["memory"]:
+            share = run["memory"][OURS] / max(run["memory"][other], 1)
+            console.print(f"memory of {OURS} / {other}: {share:.3f} (goal {goal})", highlight=False)
+    worst = [max(errors) for errors in zip(*run["agreement"].values(), strict=True)]
+    goal = AGREEMENT_GOALS[run["dtype"]]
+    errors = ", ".join(f"{error:.1e}" for error in worst)
+    console.print(f"largest relative error of loss, hidden and head gradient: {errors} (goal {goal})", highlight=False)
+
+
+def ratio(run: dict[str, Any], name: str, other: str) -> float:
+    pairs = zip(run["seconds"][name], run["seconds"][other], strict=True)
+    return statistics.median(ours / theirs for ours, theirs in pairs)
+
+
+def show_growth(rows: list[dict[str, float]]) -> None:
+    table = Table(
+        "tokens", "seconds", "ms / token", "extra MiB", "without hidden gradient", title="Growth with tokens"
+    )
+    for row in rows:
+        milliseconds = 1e3 * row["seconds"] / row["tokens"]
+        rest = (row["memory"] - row["hidden"]) / MIB
+        values = (f"{row['tokens']:,}", f"{row['seconds']:.2f}", f"{milliseconds:.2f}", f"{row['memory'] / MIB:,.0f}")
+        table.add_row(*values, f"{rest:,.0f}")
+    console.print(table)
+
+
+def machine(arguments: argparse.Namespace) -> str:
+    return f"{platform.machine()}, {os.cpu_count()} cores, {arguments.threads} threads"
+
+
+def versions() -> str:
+    names = []
+    for name in ("torch", "liger-kernel", "trl"):
+        try:
+            names.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(names)
+
+
+if __name__ == "__main__":
+    main()
