@@ -37,7 +37,7 @@ class DistillationArguments:
 
     teacher_model: str | None = field(
         default=None,
-        metadata={"help": "Path or hub id of the teacher, any causal language model. Required for the sekd stage."},
+        metadata={"help": "Path or hub id of the teacher, any causal language model. Required without teacher_cache."},
     )
     teacher_model_adapters: str | None = field(
         default=None,
@@ -46,6 +46,15 @@ class DistillationArguments:
     teacher_model_quantization_bit: int | None = field(
         default=None,
         metadata={"help": "The number of bits to quantize the teacher to with bitsandbytes: 4 or 8 (CUDA only)."},
+    )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Folder with the teacher's answers (`sekd cache`), read instead of loading a teacher. With "
+                "teacher_model as well, what the folder lacks is computed and added in the first epoch."
+            )
+        },
     )
     kd_loss: str = field(
         default="self_evolution",
@@ -119,9 +128,15 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
         ArgumentError: a key is missing, out of range, or set where it has no effect.
     """
     if not args.teacher_model:
-        raise ArgumentError(
-            "`teacher_model` is missing: name the teacher's path or hub id, as `stage: sekd` needs one."
-        )
+        if not args.teacher_cache:
+            raise ArgumentError(
+                "`teacher_model` is missing: name the teacher's path or hub id, or a `teacher_cache`, as "
+                "`stage: sekd` needs one."
+            )
+
+        for key in ("teacher_model_adapters", "teacher_model_quantization_bit"):
+            if getattr(args, key) is not None:
+                _refuse(args, key, "it belongs to `teacher_model`, which is missing; leave both out or set both")
 
     if args.teacher_model_quantization_bit not in (None, 4, 8):
         _refuse(args, "teacher_model_quantization_bit", "use 4 or 8, or leave it out")

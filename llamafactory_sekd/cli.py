@@ -11,6 +11,7 @@ from .errors import SekdError
 # Sub-command -> the module whose typer application `app` it is; imported only when it is asked for.
 COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("llamafactory_sekd.data.commands", "prepare ALMA, WMT and your own parallel data"),
+    "cache": ("llamafactory_sekd.host.cache_command", "compute a teacher once, for all runs that follow"),
     "demo": ("llamafactory_sekd.demo.commands", "run the whole job on a small scale"),
 }
 
@@ -26,6 +27,9 @@ def main() -> None:
         sys.exit(f"sekd: error: unknown command {name!r}.\n{_usage()}")
 
     try:
+        if COMMANDS[name][0].startswith("llamafactory_sekd.host."):
+            apply_plugin()
+
         app = import_module(COMMANDS[name][0]).app
         app(args=sys.argv[2:], prog_name=f"sekd {name}")
     except SekdError as error:
@@ -57,3 +61,7 @@ def host_main() -> None:
     from .host.launcher import launch_explicitly
 
     launch_explicitly()
+
+
+if __name__ == "__main__":  # what torchrun starts on each rank: -m llamafactory_sekd.cli
+    main()

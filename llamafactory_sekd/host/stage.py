@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
 
 from ..arguments import DistillationArguments
+from ..demo.missing import check_prepared
 from ..errors import DataError, TeacherError
 
 
@@ -26,6 +27,8 @@ def dispatch(host_run_sft: Callable[..., None]) -> Callable[..., None]:
         callbacks: Any = None,
     ) -> None:
         arguments = (model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
+        teacher_model = getattr(finetuning_args, "teacher_model", None)
+        check_prepared([model_args.model_name_or_path, teacher_model, data_args.dataset_dir])
         if getattr(finetuning_args, "use_sekd", False):
             _run_sekd(host_run_sft, *arguments)
         else:
@@ -48,8 +51,11 @@ def _run_sekd(
         host_run_sft(model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
         return
 
-    check_fit(model_args, finetuning_args)
-    with _our_trainer(model_args, finetuning_args), _empty_dataset_explained(data_args):
+    if finetuning_args.teacher_model:
+        check_fit(model_args, finetuning_args)
+
+    arguments = (model_args, data_args, training_args, finetuning_args)
+    with _our_trainer(*arguments), _empty_dataset_explained(data_args):
         host_run_sft(model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
 
     if training_args.do_train and training_args.should_save and finetuning_args.plot_loss:
@@ -112,12 +118,15 @@ def load_teacher(model_args: Any, finetuning_args: DistillationArguments) -> Any
 
 
 @contextmanager
-def _our_trainer(model_args: Any, finetuning_args: DistillationArguments) -> Iterator[None]:
+def _our_trainer(
+    model_args: Any, data_args: Any, training_args: Any, finetuning_args: DistillationArguments
+) -> Iterator[None]:
     """For the duration, the host's SFT workflow builds our trainer where it names its own."""
     from transformers.utils import logging
 
-    from ..teacher import common_vocabulary
+    from ..teacher import Teacher, TeacherSource, common_vocabulary
     from ..trainer import DistillationTrainer
+    from .cached_teacher import CacheOfRun
 
     workflow: Any = sys.modules["llamafactory.train.sft.workflow"]
     host_trainer = workflow.CustomSeq2SeqTrainer
@@ -126,20 +135,38 @@ def _our_trainer(model_args: Any, finetuning_args: DistillationArguments) -> Ite
         pass
 
     def build(**kwargs: Any) -> Any:
-        teacher = load_teacher(model_args, finetuning_args)
-        rows = [model.get_output_embeddings().weight for model in (kwargs["model"], teacher)]
-        student_rows, teacher_rows = (int(getattr(weight, "ds_shape", weight.shape)[0]) for weight in rows)
-        vocab_size, explanation = common_vocabulary(kwargs["tokenizer"], student_rows, teacher_rows)
+        cache = None
+        if finetuning_args.teacher_cache:
+            cache = open_things.enter_context(
+                CacheOfRun(model_args, data_args, training_args, finetuning_args, kwargs)
+            )
+
+        model: Any = load_teacher(model_args, finetuning_args) if cache is None or cache.needs_model else None
+        teacher_rows = (cache.vocab_size if cache is not None else None) or _head_rows(model)
+        vocab_size, explanation = common_vocabulary(kwargs["tokenizer"], _head_rows(kwargs["model"]), teacher_rows)
         if explanation:
             logging.get_logger(__name__).warning(explanation)
 
-        return SekdTrainer(teacher_model=teacher, distillation=finetuning_args, vocab_size=vocab_size, **kwargs)
+        def make_teacher(accelerator: Any) -> TeacherSource:
+            return cache.make_teacher(model, accelerator) if cache is not None else Teacher(model, accelerator)
+
+        trainer = SekdTrainer(make_teacher=make_teacher, distillation=finetuning_args, vocab_size=vocab_size, **kwargs)
+        if cache is not None:
+            cache.attach(trainer)
+
+        return trainer
 
     workflow.CustomSeq2SeqTrainer = build
     try:
-        yield
+        with ExitStack() as open_things:
+            yield
     finally:
         workflow.CustomSeq2SeqTrainer = host_trainer
+
+
+def _head_rows(model: Any) -> int:
+    weight = model.get_output_embeddings().weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
 @contextmanager

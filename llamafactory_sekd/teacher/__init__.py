@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .files import check_teacher_files
 from .model import Teacher
+from .source import TeacherSource
 from .vocabulary import check_tokenizers, common_vocabulary
 
 
-__all__ = ["Teacher", "check_teacher_files", "check_tokenizers", "common_vocabulary"]
+__all__ = ["Teacher", "TeacherSource", "check_teacher_files", "check_tokenizers", "common_vocabulary"]

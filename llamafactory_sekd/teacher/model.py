@@ -26,6 +26,8 @@ class Teacher:
         accelerator: the trainer's accelerator; the teacher is sharded and placed where it puts models.
     """
 
+    collated_keys: tuple[str, ...] = ()
+
     def __init__(self, model: nn.Module, accelerator: Any) -> None:
         model.requires_grad_(False)
         self.head: Any = model.get_output_embeddings()  # type: ignore[operator]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..heads import (
 )
 from ..objectives import TokenStatistics, default_chunk_size, distillation_loss, fused_linear_distillation
 from ..objectives.schedules import linear
-from ..teacher import Teacher
+from ..teacher import TeacherSource
 from .metrics import TokenMeans
 
 
@@ -33,7 +34,7 @@ class DistillationTrainer(Seq2SeqTrainer):
     divided by their number in the global batch: all accumulation steps, all ranks.
 
     Args:
-        teacher_model: the loaded teacher; it is frozen and placed here.
+        make_teacher: from the trainer's accelerator to the teacher, computed or read from a cache.
         distillation: the stage's keys.
         vocab_size: how many rows of both heads to read, None for all.
     """
@@ -41,7 +42,7 @@ class DistillationTrainer(Seq2SeqTrainer):
     def __init__(
         self,
         *args: Any,
-        teacher_model: nn.Module,
+        make_teacher: Callable[[Any], TeacherSource],
         distillation: DistillationArguments,
         vocab_size: int | None = None,
         **kwargs: Any,
@@ -51,7 +52,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         self.model_accepts_loss_kwargs = True
         self.distillation = distillation
         self.vocab_size = vocab_size
-        self.teacher = Teacher(teacher_model, self.accelerator)
+        self.teacher = make_teacher(self.accelerator)
         self.student_head: Any = self.accelerator.unwrap_model(self.model).get_output_embeddings()
         self.train_means = TokenMeans()
         self.eval_means = TokenMeans()
@@ -66,7 +67,8 @@ class DistillationTrainer(Seq2SeqTrainer):
     ) -> Any:
         """Return the loss of a micro-batch, a scalar; with ``return_outputs`` also a dict for the prediction loop."""
         rows, targets = response_positions(inputs["labels"])
-        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        batch = {name: value for name, value in inputs.items() if name != "labels"}
+        inputs = self._without_the_teachers(batch)
         num_items = targets.numel() if num_items_in_batch is None else num_items_in_batch
         num_items = torch.as_tensor(num_items, device=targets.device).clamp(min=1)
 
@@ -74,16 +76,14 @@ class DistillationTrainer(Seq2SeqTrainer):
         if return_outputs and self.compute_metrics is not None:
             logits = model(**inputs).logits  # the host's accuracy reads logits of every position
             outputs["logits"] = logits
-            loss, statistics = self._loss_of_logits(
-                logits[rows], self.teacher.logits(inputs, rows), targets, num_items
-            )
+            loss, statistics = self._loss_of_logits(logits[rows], self.teacher.logits(batch, rows), targets, num_items)
         elif self._use_fused_path(model, inputs):
-            loss, statistics = self._fused_loss(model, inputs, rows, targets, num_items)
+            loss, statistics = self._fused_loss(model, batch, rows, targets, num_items)
         else:
             with selected_rows(self.student_head, rows):
                 student_logits = model(**inputs, use_cache=False).logits[0]
             loss, statistics = self._loss_of_logits(
-                student_logits, self.teacher.logits(inputs, rows), targets, num_items
+                student_logits, self.teacher.logits(batch, rows), targets, num_items
             )
 
         means = self.train_means if model.training else self.eval_means
@@ -115,13 +115,13 @@ class DistillationTrainer(Seq2SeqTrainer):
     def _fused_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        batch: dict[str, Any],
         rows: torch.Tensor,
         targets: torch.Tensor,
         num_items: torch.Tensor,
     ) -> tuple[torch.Tensor, TokenStatistics]:
         """Compute the objective inside of the student's head, where every wrapper has its weight whole."""
-        teacher_hidden = self.teacher.hidden_states(inputs, rows)
+        teacher_hidden = self.teacher.hidden_states(batch, rows)
         caught: list[TokenStatistics] = []
 
         def objective(hidden: torch.Tensor) -> torch.Tensor:
@@ -144,7 +144,7 @@ class DistillationTrainer(Seq2SeqTrainer):
             return output.loss.reshape(1, 1, 1)
 
         with replaced_forward(self.student_head, objective):
-            loss = model(**inputs, use_cache=False).logits
+            loss = model(**self._without_the_teachers(batch), use_cache=False).logits
 
         return loss.reshape(()), caught[0]
 
@@ -163,6 +163,16 @@ class DistillationTrainer(Seq2SeqTrainer):
             **self._objective_keywords(),
         )
         return output.loss.sum() / num_items, output.statistics
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Generation gets the student's inputs alone; everything else is the host's."""
+        if self.args.predict_with_generate:
+            inputs = self._without_the_teachers(inputs)
+
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _without_the_teachers(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in batch.items() if name not in self.teacher.collated_keys}
 
     def _objective_keywords(self) -> dict[str, Any]:
         return {**self.distillation.objective_keywords(), "kd_beta": self._beta(self.state.global_step)}

@@ -117,6 +117,9 @@ class TopKFormat:
         return out.scatter_(-1, ids, log_probs.to(out.dtype))
 
 
+FORMATS: tuple[str, ...] = (HiddenFormat.name, TopKFormat.name)
+
+
 def bytes_per_token(kept: Format) -> int:
     """What one response token takes on disk."""
     total = 0

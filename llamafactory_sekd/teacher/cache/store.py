@@ -50,7 +50,7 @@ class ShardWriter:
         self.listed: list[dict[str, Any]] = read_json(path)["shards"] if path.is_file() else []
         self._clear()
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self.waiting
 
     def add(self, key: Key, record: Record) -> None:
@@ -108,7 +108,7 @@ class ShardReader:
     def __len__(self) -> int:
         return len(self._high)
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, key: object) -> bool:
         return self._find(key) is not None
 
     def refresh(self) -> bool:
@@ -146,7 +146,7 @@ class ShardReader:
         for high, place in zip(self._high, self._places, strict=True):
             yield int(high), int(place[0])
 
-    def _find(self, key: Key) -> tuple[int, int, int] | None:
+    def _find(self, key: Any) -> tuple[int, int, int] | None:
         high, low = key
         row = int(np.searchsorted(self._high, high))
         while row < len(self._high) and self._high[row] == high:

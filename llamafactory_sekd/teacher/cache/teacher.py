@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from ...errors import TeacherError
 from ..source import TeacherSource
 from .collator import FOUND, PREFIX, SEGMENTS, TOKENS
 from .formats import Format, HiddenFormat, TopKFormat
+from .ranks import on_any_rank
 from .store import Record, ShardReader, ShardWriter
 
 
@@ -124,7 +124,7 @@ class FillingTeacher(CachedTeacher):
     def _records(self, inputs: dict[str, Any], rows: torch.Tensor) -> Record:
         table = inputs[SEGMENTS]
         lacking = (table[..., TOKENS] > 0) & (table[..., FOUND] == 0)
-        if not _on_any_rank(lacking.any()):
+        if not on_any_rank(lacking.any()):
             return self._collated(inputs)
 
         plain = {name: value for name, value in inputs.items() if name not in self.collated_keys}
@@ -147,12 +147,3 @@ def missing_example(directory: Path, text: str) -> str:
         f"`teacher_cache: {directory}` lacks the example {shown!r}: run `sekd cache` with this YAML to add what is "
         "missing, or name the teacher under `teacher_model` as well."
     )
-
-
-def _on_any_rank(flag: torch.Tensor) -> bool:
-    """A sharded teacher computes on all ranks or on none."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        flag = flag.to(torch.int32)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-
-    return bool(flag)

@@ -1,0 +1,267 @@
+"""The teacher cache and the host: its arguments, data sets and models for building, its trainer for reading."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..arguments import STAGE
+from ..errors import ArgumentError, TeacherError
+from ..teacher import Teacher
+from ..teacher.cache import (
+    Fingerprints,
+    Manifest,
+    Plan,
+    Session,
+    Settings,
+    bytes_per_token,
+    fill,
+    fingerprints,
+    make_plan,
+)
+
+
+# What a template makes of this tells two templates of one name apart.
+_CONVERSATION = (
+    {"role": "user", "content": "Translate the following sentences from English to German.\n\n### Input:\nA dog."},
+    {"role": "assistant", "content": "Ein Hund."},
+    {"role": "user", "content": "And this one:\nTwo cats."},
+    {"role": "assistant", "content": "Zwei Katzen."},
+)
+# A cache needs a little more than its records: keys, offsets, headers.
+_HEADROOM = 1.05
+
+
+def fingerprints_of(
+    tokenizer: Any, template: Any, model_args: Any, data_args: Any, finetuning_args: Any
+) -> Fingerprints:
+    """What decides the examples' ids and, where the run names a teacher, the teacher's answers."""
+    encoded = template.encode_multiturn(tokenizer, [dict(message) for message in _CONVERSATION], None, None)
+    return Fingerprints(
+        data={
+            "tokenizer": fingerprints.of_tokenizer(tokenizer),
+            "template": data_args.template,
+            "template_text": fingerprints.of_ids(encoded),
+            "cutoff_len": data_args.cutoff_len,
+            "train_on_prompt": bool(data_args.train_on_prompt),
+            "mask_history": bool(data_args.mask_history),
+            # Examples that are packed apart are the same as unpacked ones.
+            "packing": bool(data_args.packing) and not data_args.neat_packing,
+        },
+        teacher=(lambda: _teacher_fields(model_args, finetuning_args)) if finetuning_args.teacher_model else None,
+    )
+
+
+def used_ids(tokenizer: Any) -> int:
+    """How many ids the tokenizer uses: its largest and one."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def build_cache(
+    config: dict[str, Any],
+    out: Path,
+    settings: Settings,
+    *,
+    batch_size: int | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Let the teacher of a training configuration compute what the cache lacks of its data sets.
+
+    Args:
+        config: the training YAML's keys.
+        out: the cache; made where it is not there, continued where it is.
+        settings: what to keep.
+        batch_size: examples per forward pass and rank; None for `per_device_train_batch_size`.
+        say: called with lines for the user, on the first rank.
+
+    Raises:
+        ArgumentError: the configuration is not one of the stage, or names no teacher.
+        TeacherError: the cache is of something else, the disk is too small, the teacher does not fit.
+    """
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.extras.misc import infer_optim_dtype
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_config, load_tokenizer
+
+    from .stage import check_fit
+
+    model_args, data_args, training_args, finetuning_args, _ = get_train_args(_for_building(config))
+    check_fit(model_args, finetuning_args)
+    if model_args.compute_dtype is None:  # in training the student, loaded first, decides
+        model_args.compute_dtype = infer_optim_dtype(getattr(load_config(model_args), "torch_dtype", None))
+
+    tokenizer_module = load_tokenizer(model_args)
+    tokenizer = tokenizer_module["tokenizer"]
+    template = get_template_and_fix_tokenizer(tokenizer, data_args)
+    module = get_dataset(template, model_args, data_args, training_args, stage="sft", **tokenizer_module)
+    datasets = _datasets(module, skip_evaluation=training_args.predict_with_generate)
+
+    session = Session(out, fingerprints_of(tokenizer, template, model_args, data_args, finetuning_args), settings)
+    try:
+        with _bar(sum(map(len, datasets)), "Examples", "ex", session.rank) as bar:
+            plan = make_plan(datasets, session.reader, lambda count: bar.update(count) and None)
+
+        if session.rank == 0:
+            _announce(plan, session, model_args, finetuning_args, used_ids(tokenizer), say)
+
+        if plan.missing or not session.head_is_intact:
+            size = batch_size or training_args.per_device_train_batch_size
+            _compute(plan, datasets, session, size, tokenizer, model_args, training_args, finetuning_args)
+
+        if session.rank == 0:
+            session.reader.refresh()
+            say(f"{out} holds {len(session.reader):,} examples. In the training YAML: teacher_cache: {out}")
+    finally:
+        session.close()
+
+
+def _compute(
+    plan: Plan,
+    datasets: list[Any],
+    session: Session,
+    batch_size: int,
+    tokenizer: Any,
+    model_args: Any,
+    training_args: Any,
+    finetuning_args: Any,
+) -> None:
+    from transformers import Trainer
+
+    from .stage import load_teacher
+
+    # The trainer's accelerator, so that the teacher is placed and sharded as it is in training.
+    accelerator = Trainer(model=torch.nn.Identity(), args=training_args).accelerator
+    teacher = Teacher(load_teacher(model_args, finetuning_args), accelerator)
+    device = training_args.device
+    probe = {"input_ids": torch.zeros(1, 8, dtype=torch.int64, device=device)}
+    manifest = session.admit(teacher, used_ids(tokenizer), probe)
+    with _bar(plan.tokens, "Teacher", "tok", session.rank) as bar:
+        fill(
+            plan,
+            datasets,
+            teacher=teacher,
+            kept=manifest.kept(),
+            writer=session.writer(),
+            batch_size=batch_size,
+            pad_id=tokenizer.pad_token_id,
+            device=device,
+            rank=session.rank,
+            ranks=session.ranks,
+            progress=lambda count: bar.update(count) and None,
+        )
+    accelerator.wait_for_everyone()
+
+
+def _for_building(config: dict[str, Any]) -> dict[str, Any]:
+    """The training configuration without what only training needs; nothing is written to its output folder."""
+    if config.get("stage") != STAGE:
+        raise ArgumentError(
+            f"`stage: {config.get('stage')}` has no teacher: give the YAML of a run with `stage: {STAGE}`."
+        )
+
+    if not config.get("teacher_model"):
+        raise ArgumentError("`teacher_model` is missing: name the teacher that is to fill the cache.")
+
+    if config.get("streaming"):
+        raise ArgumentError("`streaming: true` cannot be planned ahead: set it to false to build a cache.")
+
+    kept = {key: value for key, value in config.items() if key not in ("teacher_cache", "resume_from_checkpoint")}
+    return {**kept, "report_to": "none", "overwrite_output_dir": True}
+
+
+def _datasets(module: dict[str, Any], *, skip_evaluation: bool) -> list[Any]:
+    found = [module["train_dataset"]] if "train_dataset" in module else []
+    evaluation = module.get("eval_dataset")
+    if evaluation is not None and not skip_evaluation:
+        found += list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
+
+    return found
+
+
+def _teacher_fields(model_args: Any, finetuning_args: Any) -> dict[str, Any]:
+    adapters = finetuning_args.teacher_model_adapters or ""
+    return {
+        "teacher_weights": _weights_of(finetuning_args.teacher_model),
+        "teacher_adapters": fingerprints.of_folders([Path(name.strip()) for name in adapters.split(",") if name]),
+        "teacher_model_quantization_bit": finetuning_args.teacher_model_quantization_bit,
+        "compute_dtype": str(model_args.compute_dtype).removeprefix("torch."),
+        "rope_scaling": str(getattr(model_args.rope_scaling, "value", model_args.rope_scaling)),
+    }
+
+
+def _weights_of(name: str) -> str:
+    """The content of a local folder; of a hub id the commit, which stands for the content."""
+    if Path(name).expanduser().is_dir():
+        return fingerprints.of_folder(Path(name).expanduser())
+
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    config = cached_file(name, "config.json")
+    return f"{name}@{extract_commit_hash(config, None)}"
+
+
+def _announce(
+    plan: Plan,
+    session: Session,
+    model_args: Any,
+    finetuning_args: Any,
+    vocab_size: int,
+    say: Callable[[str], None],
+) -> None:
+    """Say what is missing and how large it will be; refuse where the disk is too small."""
+    if not plan.missing:
+        return
+
+    manifest = session.manifest or _expected(session.settings, model_args, finetuning_args, vocab_size)
+    per_token = bytes_per_token(manifest.kept())
+    head = 0 if session.manifest else (manifest.head or {}).get("bytes", 0)
+    total = int((plan.response_tokens * per_token + plan.missing * 24) * _HEADROOM) + head
+    free = shutil.disk_usage(session.directory).free
+    there = f" ({plan.present:,} are there already)" if plan.present else ""
+    say(
+        f"{plan.missing:,} examples{there} with {plan.tokens:,} tokens, {plan.response_tokens:,} in responses: "
+        f"{_size(total)} ({per_token:,} bytes per response token, {manifest.format}, {manifest.dtype}); "
+        f"{_size(free)} are free."
+    )
+    if total > free:
+        raise TeacherError(
+            f"the cache needs {_size(total)} and {session.directory} has {_size(free)}: choose another --out, "
+            "`--dtype bfloat16`, or `--format topk`."
+        )
+
+
+def _expected(settings: Settings, model_args: Any, finetuning_args: Any, vocab_size: int) -> Manifest:
+    """The manifest of a cache that is not there yet, from the teacher's configuration alone."""
+    from llamafactory.model import load_config
+
+    from .stage import teacher_model_arguments
+
+    config = load_config(teacher_model_arguments(model_args, finetuning_args)).get_text_config()
+    dtype = model_args.compute_dtype
+    head = config.vocab_size * config.hidden_size * dtype.itemsize if settings.format == "hidden" else 0
+    return settings.manifest(
+        vocab_size=vocab_size,
+        rows=config.vocab_size,
+        width=config.hidden_size,
+        computed_in=dtype,
+        head={"bytes": head},
+    )
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}"
+        count /= 1024
+
+    return f"{count:,.1f} GiB"
+
+
+def _bar(total: int, what: str, unit: str, rank: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=rank != 0)

@@ -1,0 +1,69 @@
+"""The command line ``sekd cache``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def cache(
+    config: Annotated[Path, typer.Argument(help="The training YAML, with `teacher_model`.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for `llamafactory-cli train`.")] = None,
+    out: Annotated[Path, typer.Option(help="The cache; an interrupted one is continued.")] = Path("teacher_cache"),
+    kept: Annotated[str, typer.Option("--format", help="hidden (exact) or topk.")] = "hidden",
+    k: Annotated[int, typer.Option("--k", help="Probabilities per token for topk, 8 to 512.")] = 64,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16 [default: the teacher's for hidden, float16 for topk]."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Examples per forward pass [default: per_device_train_batch_size].", min=1)
+    ] = None,
+) -> None:
+    """Compute the teacher once, over the training and evaluation sets of a YAML, for all runs that follow.
+
+    Several devices: torchrun --nproc-per-node N -m llamafactory_sekd.cli cache X.yaml --out DIR
+    """
+    from ..errors import ArgumentError
+    from ..teacher.cache import DTYPES, FORMATS, Settings
+
+    if kept not in FORMATS:
+        raise ArgumentError(f"`--format {kept}` cannot be used: choose {' or '.join(FORMATS)}.")
+
+    if dtype is not None and dtype not in DTYPES:
+        raise ArgumentError(f"`--dtype {dtype}` cannot be used: choose one of {', '.join(DTYPES)}.")
+
+    from .cache import build_cache
+
+    build_cache(_read(config, overrides or []), out, Settings(kept, dtype, k), batch_size=batch_size)
+
+
+def _read(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """The keys of a training YAML with the overrides, as the host reads them."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    from ..errors import ArgumentError
+
+    malformed = next((text for text in overrides if "=" not in text), None)
+    if malformed is not None:
+        raise ArgumentError(f"{malformed!r} is not an override: write key=value.")
+
+    try:
+        config = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_cli(overrides)))
+    except OSError as error:
+        raise ArgumentError(f"{path} cannot be read: {error.strerror}.") from None
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise ArgumentError(f"{path} cannot be parsed: {' '.join(str(error).split())}") from None
+
+    if not isinstance(config, dict):
+        raise ArgumentError(f"{path} must hold keys and values.")
+
+    return {str(key): value for key, value in config.items()}

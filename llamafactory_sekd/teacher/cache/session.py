@@ -1,0 +1,126 @@
+"""A run that adds to a cache: one lock, and one writer per rank."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...data.files import locked
+from ...errors import DataError, TeacherError
+from ..source import TeacherSource
+from .manifest import MANIFEST, Manifest
+from .opening import Fingerprints, Settings, head_damage, open_for_writing
+from .ranks import position, wait_for_all
+from .records import write_tensors
+from .store import ShardReader, ShardWriter
+from .teacher import HEAD
+
+
+class Session:
+    """Opens a cache for writing, or says that there is none yet; all ranks construct it together.
+
+    Args:
+        directory: of the cache, shared by all ranks.
+        run: this run's fingerprints.
+        settings: what a new cache keeps and an old one must keep; None for whatever an old one keeps.
+
+    Attributes:
+        manifest: None until there is one.
+        reader: of what is there.
+
+    Raises:
+        TeacherError: another run writes to it, or it was built with something else.
+    """
+
+    def __init__(self, directory: Path, run: Fingerprints, settings: Settings | None = None) -> None:
+        self.directory = directory
+        self.run = run
+        self.settings = settings or Settings()
+        self.rank, self.ranks = position()
+        self._stack = ExitStack()
+        try:
+            if self.rank == 0:
+                self._lock()
+                open_for_writing(directory, run, settings)
+
+            wait_for_all()
+            self.manifest = Manifest.load(directory) if (directory / MANIFEST).is_file() else None
+            self.head_is_intact = self.manifest is not None and head_damage(directory, self.manifest) is None
+            wait_for_all()
+        except BaseException:
+            self.close()
+            raise
+
+        self.reader = ShardReader(directory)
+
+    def admit(self, teacher: TeacherSource, vocab_size: int, probe: dict[str, Any]) -> Manifest:
+        """Take a teacher in, placed: write its head and the manifest where they are not there yet.
+
+        Args:
+            teacher: the teacher that will compute the records.
+            vocab_size: ids that the tokenizer uses.
+            probe: any batch, to find out whether the head says it all.
+
+        Raises:
+            TeacherError: hidden states are to be kept of a teacher whose logits are more than its head's product.
+        """
+        kind = self.manifest.format if self.manifest is not None else self.settings.format
+        is_exact = teacher.can_hand_out_hidden_states(probe)
+        if kind == "hidden" and not is_exact:
+            raise TeacherError(
+                "the teacher's logits are more than a product of its LM head (adapter, quantisation, soft-capping or "
+                "scaling), so hidden states do not keep them: build the cache with `sekd cache … --format topk`."
+            )
+
+        if not self.head_is_intact:
+            with teacher.head_parameters() as (weight, bias):
+                if self.rank == 0:
+                    self._create(weight, bias, vocab_size, kind)
+
+            wait_for_all()
+            self.head_is_intact = True
+
+        self.manifest = Manifest.load(self.directory)
+        return self.manifest
+
+    def writer(self, **limits: Any) -> ShardWriter:
+        """The writer of this rank; see :class:`ShardWriter` for the limits."""
+        return ShardWriter(self.directory, self.rank, **limits)
+
+    def close(self) -> None:
+        """Let other runs write."""
+        self._stack.close()
+
+    def _create(self, weight: torch.Tensor, bias: torch.Tensor | None, vocab_size: int, kind: str) -> None:
+        entry = None
+        if kind == "hidden":
+            tensors = {"weight": weight.detach().cpu()}
+            if bias is not None:
+                tensors["bias"] = bias.detach().cpu()
+            entry = write_tensors(self.directory / HEAD, tensors)
+
+        if self.manifest is None:
+            manifest = self.settings.manifest(
+                vocab_size=vocab_size,
+                rows=weight.shape[0],
+                width=weight.shape[1],
+                computed_in=weight.dtype,
+                head=entry,
+                data=self.run.data,
+                teacher=self.run.teacher() if self.run.teacher is not None else {},
+                software=self.run.software,
+            )
+            manifest.save(self.directory)
+        elif entry != self.manifest.head:
+            raise TeacherError(
+                f"{self.directory / HEAD} was damaged, and this teacher's head is another one: build a new cache."
+            )
+
+    def _lock(self) -> None:
+        try:
+            self._stack.enter_context(locked(self.directory))
+        except DataError as error:
+            raise TeacherError(str(error)) from error
