@@ -88,7 +88,7 @@ def _gen_loss_plot(host_plot: Any) -> Any:
 
 
 def _runner(host_class: type) -> type:
-    from .webui import extend_runner
+    from .webui_runner import extend_runner
 
     return extend_runner(host_class)
 
@@ -218,7 +218,7 @@ PATCHES: tuple[Patch, ...] = (
         module="llamafactory.webui.runner",
         attribute="Runner",
         replace=_runner,
-        what=f"adds the panel's keys to runs of `stage: {STAGE}` and checks them before the start",
+        what=f"adds the panel's keys to runs of `stage: {STAGE}`, checks them, lets several pages watch such a run",
         why="the runner builds its arguments from a fixed list of fields",
         remove_when=_WHEN_THE_PAGE_IS_PLUGGABLE,
     ),

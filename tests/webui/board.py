@@ -52,8 +52,9 @@ def served(directory: Path, **environment: str) -> Iterator[str]:
             _wait_for(address, process, directory / "webui.log")
             yield address
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=30)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait(timeout=30)
 
 
 def _wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -133,10 +133,14 @@ def distilled(browser: Any, address: str, folder: Path) -> dict[str, Any]:
         "document.body.innerText.includes('Running') || document.querySelector('code')", timeout=60_000
     )
 
+    colleague = browser.new_page()
+    colleague.goto(address)
     Board(page).open(address)  # the user reloads the page
     page.locator("#sekd_tab").wait_for()
     found_again = {label: board.field(label).input_value() for label in ("Teacher model", "Stage", "Model path")}
-    page.get_by_text("Finished.", exact=True).first.wait_for(timeout=120_000)
+    for watcher in (page, colleague):
+        watcher.get_by_text("Finished.", exact=True).first.wait_for(timeout=120_000)
+    colleague.close()
     plot = page.locator(PLOT).filter(visible=True)
     plot.wait_for()
     part(page, page.get_by_role("button", name="Preview command").first, plot, "training")
