@@ -50,9 +50,6 @@ def demo(
         console.print("Interrupted. The same command continues from here.")
         raise typer.Exit(130) from None
 
-    console.print(f"\nModels:  {places.model('*')}", highlight=False)
-    console.print(f"Data:    {places.data}", highlight=False)
-    if not prepare:
-        console.print(f"Plots:   {places.model('self_evolution')}/*.png", highlight=False)
-        console.print(f"Scores:  {places.evaluation / 'results.json'}", highlight=False)
-        console.print(f"[bold]Report:  {places.report.resolve()}[/]", highlight=False, soft_wrap=True)
+    console.print()
+    for what, where in places.results(everything=not prepare):
+        console.print(f"{what:<8} {where}", highlight=False, soft_wrap=True)

@@ -27,10 +27,10 @@ HOME = "demo"
 STUDENTS = ("student_sft", "forward_kl", "self_evolution")
 # Training -> its YAML file and its seconds on two cores.
 TRAININGS = {
-    "teacher": ("demo_sft_teacher.yaml", 250.0),
-    "student_sft": ("demo_sft_student.yaml", 45.0),
-    "forward_kl": ("demo_forward_kl.yaml", 60.0),
-    "self_evolution": ("demo_sekd.yaml", 60.0),
+    "teacher": ("demo_sft_teacher.yaml", 210.0),
+    "student_sft": ("demo_sft_student.yaml", 50.0),
+    "forward_kl": ("demo_forward_kl.yaml", 50.0),
+    "self_evolution": ("demo_sekd.yaml", 50.0),
 }
 EVALUATION = "demo_eval.yaml"
 
@@ -63,6 +63,18 @@ class Places:
 
     def model(self, name: str) -> Path:
         return self.work / "models" / name
+
+    def results(self, everything: bool) -> Iterator[tuple[str, str]]:
+        """Yield what a user looks for, and where it is; not ``everything`` after the preparation alone."""
+        yield "Data:", str(self.data)
+        yield (
+            "Models:",
+            f"{self.model('')} ({', '.join(('teacher', *STUDENTS) if everything else ('teacher', 'student_init'))})",
+        )
+        if everything:
+            yield "Plots:", str(self.model("self_evolution") / "*.png")
+            yield "Scores:", f"{self.evaluation / 'results.json'}, {self.evaluation / 'report.html'}"
+            yield "Report:", str(self.report.resolve())
 
     def log(self, name: str) -> Path:
         return self.work / "logs" / f"{name}.log"
@@ -134,7 +146,7 @@ def comparison(work: Path, say: Say) -> list[Step]:
         Step(
             "eval",
             "Evaluation: translations, scores, significance",
-            40,
+            20,
             evaluate,
             (places.evaluation,),
             _read(yaml_folder() / EVALUATION) + __version__,

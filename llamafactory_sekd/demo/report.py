@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +22,7 @@ from llamafactory_sekd.evaluation.significance import Paired, is_significant, pa
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 PLOTS = {
-    "training_loss.png": "Loss of the Self-Evolution run (equation 9), per step and smoothed",
+    "training_loss.png": "Loss of the Self-Evolution run (equation 9), as logged and smoothed",
     "training_kd.png": "Difficulty d and the share of hard tokens (d > Γ) in the same run",
 }
 EXAMPLES, EXAMPLE_WORDS = 5, 6
@@ -76,6 +77,7 @@ class Example:
     """A held-out sentence, its reference, and (label, translation) per system."""
 
     source: str
+    has_duplicate: bool
     reference: str
     outputs: list[tuple[str, str]]
 
@@ -129,10 +131,11 @@ def collect(
         examples=[
             Example(
                 sources[index],
+                duplicates[index],
                 references[index],
                 [(LABELS.get(name, (name, ""))[0], texts[index]) for name, texts in lines.items()],
             )
-            for index in [index for index in new if len(sources[index].split()) >= EXAMPLE_WORDS][:EXAMPLES]
+            for index in [i for i, source in enumerate(sources) if len(source.split()) >= EXAMPLE_WORDS][:EXAMPLES]
         ],
         signature=results["signatures"][str(DIRECTION)]["bleu"],
     )
@@ -192,13 +195,14 @@ def write_report(path: Path, contents: Contents, trained: Path, commands: Sequen
 
 def print_table(console: Console, contents: Contents) -> None:
     """Print the scores and what they mean."""
-    table = Table(title=f"{contents.sentences:,} held-out sentences, English to German", title_justify="left")
-    table.add_column("system")
-    for head in ("BLEU", "p", f"BLEU, {contents.new:,} new", "chrF2", "like the teacher"):
-        table.add_column(head, justify="right")
+    title = f"{contents.sentences:,} held-out sentences, English to German"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("system", no_wrap=True)
+    for head in ("BLEU", "p", "BLEU, new", "chrF2", "as teacher"):
+        table.add_column(head, justify="right", no_wrap=True)
     for row in contents.rows:
         table.add_row(
-            row.label,
+            row.name,
             f"{row.bleu:.1f} ± {row.ci:.1f}{'†' if row.significant else ''}",
             p_text(row.p),
             f"{row.bleu_new:.1f} ± {row.ci_new:.1f}{'†' if row.significant_new else ''}",
@@ -206,10 +210,10 @@ def print_table(console: Console, contents: Contents) -> None:
             "–" if row.similarity is None else f"{row.similarity:.1f}",
         )
     console.print(table)
+    share = f"{contents.duplicates / contents.sentences:.0%}"
     console.print(
-        f"± 95 % interval; p and † (p < 0.05) against {contents.baseline_label}; new: without the "
-        f"{contents.duplicates / contents.sentences:.0%} that have a near-duplicate in the training data; "
-        "like the teacher: BLEU with its translations as references.",
+        f"± 95 % interval; p and † (p < 0.05) against {contents.baseline}; new: the {contents.new:,} without a "
+        f"near-duplicate in the training data ({share} have one); as teacher: BLEU with its translations as references.",
         style="dim",
         highlight=False,
     )
@@ -220,4 +224,4 @@ def p_text(p: float | None) -> str:
     """Return p with three digits; the bootstrap of 1,000 samples knows nothing below 1/1001."""
     if p is None:
         return "–"
-    return "≤ 0.001" if p < 0.00105 else f"{p:.3f}"
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
