@@ -1,6 +1,6 @@
 """Sentences per second of `llamafactory-cli eval` against the host's own prediction, on WMT22 en-de.
 
-    python benchmarks/generate.py --alma DIR [--sentences 256] [--batch-size 16]
+    python benchmarks/generate.py --alma DIR [--sentences 256] [--batch-size 8]
 
 Both sides run the real command on the same model, sentences and generation keys, one after the other, in float32 and
 greedy: the host with `do_predict` and `predict_with_generate`, we once with the host's batch size and once with the
@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, default=1, help="the best of so many counts, should the machine be shared"
     )
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--batch-tokens", type=int, default=16384)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--width", type=int, default=384)

@@ -1,20 +1,21 @@
 """Greedy decoding without the waste of fixed batches.
 
 A sentence that has ended would cost as much as one that has not for as long as its batch lasts; here it leaves, and
-the next one takes its place. And all prompts of a direction begin alike, so the beginning goes through the model
-once and not once per sentence. Both rest on what transformers has: ``generate`` goes on from a cache that it is
-given, and it counts positions from the attention mask, so the rows of a batch may be padded anywhere.
+the next one takes its place. All prompts of a direction begin alike, so the beginning goes through the model once
+and not once per sentence. And the attention mask is kept, where ``generate`` has the model build it anew for every
+token.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache
 
 from llamafactory_sekd.evaluation.batching import batch_size
 from llamafactory_sekd.evaluation.translator import BatchLimits
@@ -51,11 +52,10 @@ def greedy_search(
     """Yield groups of ``(index into prompts, new tokens)`` as they end, all of them in the end.
 
     The tokens are those that ``model.generate`` finds for each prompt alone, rounding aside, up to and including the
-    stop token. ``model.generation_config`` must ask for greedy search.
+    stop token; what stands behind that is without meaning.
     """
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
-    shared = _common_prefix(prompts)
-    batch = _Batch(model, prompts, shared, torch.tensor(list(stop_ids), device=model.device), pad_id, max_new_tokens)
+    batch = _Batch(model, prompts, _common_prefix(prompts), stop_ids, pad_id, max_new_tokens)
     waiting = 0
     while waiting < len(order) or batch.places:
         longest = max(len(prompts[index]) for index in [*batch.places, *order[waiting : waiting + 1]])
@@ -74,8 +74,9 @@ def greedy_search(
 class _Batch:
     """The sentences that are being decoded.
 
-    ``places`` are their indices, ``made`` their new tokens. ``_tokens`` and ``_mask`` are int64 ``[rows, width]``;
-    the cache holds all columns but the last, whose token has not gone through the model yet.
+    ``places`` are their indices, ``made`` their new tokens. ``_mask``, bool ``[rows, width]``, says which columns of
+    the cache belong to a row: padding may stand anywhere, since positions are counted from the mask. ``_last``,
+    int64 ``[rows]``, are the newest tokens, which have not gone through the model yet.
     """
 
     def __init__(
@@ -83,122 +84,142 @@ class _Batch:
         model: Any,
         prompts: Sequence[list[int]],
         shared: int,
-        stops: torch.Tensor,
+        stop_ids: Sequence[int],
         pad_id: int,
         max_new_tokens: int,
     ) -> None:
         self.places: list[int] = []
         self.made: list[list[int]] = []
-        self._model = model
+        self._forward = _Forward(model)
         self._prompts = prompts
-        self._stops = stops
+        self._stop_ids = frozenset(stop_ids)
+        self._stops = torch.tensor(list(stop_ids), device=model.device)
         self._pad_id = pad_id
         self._max_new_tokens = max_new_tokens
         self._prefix = prompts[0][:shared]
-        self._prefix_cache = self._run_prefix()
-        self._tokens = torch.empty((0, 0), dtype=torch.long, device=model.device)
-        self._mask = self._tokens
-        self._cache: DynamicCache | None = None
+        self._prefix_cache = DynamicCache(config=model.config)
+        if shared:
+            prefix = torch.tensor([self._prefix], device=model.device)
+            self._forward(prefix, torch.ones_like(prefix, dtype=torch.bool), self._prefix_cache)
+        self._last = torch.empty(0, dtype=torch.long, device=model.device)
+        self._mask = torch.empty((0, 0), dtype=torch.bool, device=model.device)
+        self._cache = DynamicCache(config=model.config)
 
     def admit(self, places: list[int]) -> None:
         """Take in new sentences and find their first tokens."""
-        tokens, mask = self._pad_between([self._prompts[place] for place in places])
+        tokens, mask = self._pad_rest([self._prompts[place] for place in places])
         cache = deepcopy(self._prefix_cache)
         if self._prefix:
             cache.batch_repeat_interleave(len(places))
-        tokens = self._model.generate(input_ids=tokens, attention_mask=mask, past_key_values=cache, max_new_tokens=1)
+        first = self._forward(tokens, mask, cache)
+        self._join(first, mask, cache)
         self.places += places
-        self.made += tokens[:, -1:].tolist()
-        self._join(tokens, pad(mask, (0, 1), value=1), cache)
+        self.made += [[token] for token in first.tolist()]
 
     def decode(self) -> None:
         """Decode until so many sentences have ended, or one has come to its limit, that it is time to repack."""
-        steps = self._max_new_tokens - max(map(len, self.made))
-        criteria = StoppingCriteriaList([_EnoughEnded(self._stops, len(self.places))])
-        width = self._tokens.shape[1]
-        self._tokens = self._model.generate(
-            input_ids=self._tokens,
-            attention_mask=self._mask,
-            past_key_values=self._cache,
-            max_new_tokens=steps,
-            stopping_criteria=criteria,
-        )
-        self._mask = pad(self._mask, (0, self._tokens.shape[1] - width), value=1)
-        for row, new in zip(self.made, self._tokens[:, width:].tolist(), strict=True):
-            row += new
+        enough = max(1, int(len(self.places) * _ENDED_SHARE))
+        ended = torch.zeros(len(self.places), dtype=torch.bool, device=self._last.device)
+        new: list[torch.Tensor] = []
+        for _ in range(self._max_new_tokens - max(map(len, self.made))):
+            self._mask = pad(self._mask, (0, 1), value=True)
+            self._last = self._forward(self._last[:, None], self._mask, self._cache)
+            new.append(self._last)
+            ended |= torch.isin(self._last, self._stops)
+            if int(ended.sum()) >= enough:
+                break
+        for row, tokens in zip(self.made, torch.stack(new, dim=1).tolist(), strict=True):
+            row += tokens
 
     def release(self) -> list[tuple[int, list[int]]]:
         """Let the sentences go that have ended, and return them; columns that nobody needs any more go with them."""
-        stops = set(self._stops.tolist())
-        ended = [len(row) >= self._max_new_tokens or not stops.isdisjoint(row) for row in self.made]
+        ended = [len(row) >= self._max_new_tokens or not self._stop_ids.isdisjoint(row) for row in self.made]
         if not any(ended):
             return []
         gone = [(place, row) for place, row, out in zip(self.places, self.made, ended, strict=True) if out]
         staying = [number for number, out in enumerate(ended) if not out]
         self.places = [self.places[number] for number in staying]
         self.made = [self.made[number] for number in staying]
-        rows = torch.tensor(staying, dtype=torch.long, device=self._tokens.device)
+        rows = torch.tensor(staying, dtype=torch.long, device=self._last.device)
         columns = self._mask[rows].any(dim=0).nonzero().flatten()
-        self._tokens, self._mask = self._tokens[rows][:, columns], self._mask[rows][:, columns]
-        assert self._cache is not None
+        self._last, self._mask = self._last[rows], self._mask[rows][:, columns]
         for layer in self._cache.layers:
-            layer.keys = layer.keys[rows][:, :, columns[:-1]]
-            layer.values = layer.values[rows][:, :, columns[:-1]]
+            layer.keys = layer.keys[rows][:, :, columns]
+            layer.values = layer.values[rows][:, :, columns]
         return gone
 
-    def _join(self, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> None:
+    def _join(self, last: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> None:
         """Put new rows below the present ones; the narrower of the two is padded on the left."""
-        if self._cache is None or not len(self._tokens):
-            self._tokens, self._mask, self._cache = tokens, mask, cache
+        if not self.places:
+            self._last, self._mask, self._cache = last, mask, cache
             return
-        width = max(self._tokens.shape[1], tokens.shape[1])
-        before, after = width - self._tokens.shape[1], width - tokens.shape[1]
-        self._tokens = torch.cat(
-            [pad(self._tokens, (before, 0), value=self._pad_id), pad(tokens, (after, 0), value=self._pad_id)]
-        )
+        width = max(self._mask.shape[1], mask.shape[1])
+        before, after = width - self._mask.shape[1], width - mask.shape[1]
+        self._last = torch.cat([self._last, last])
         self._mask = torch.cat([pad(self._mask, (before, 0)), pad(mask, (after, 0))])
         for old, new in zip(self._cache.layers, cache.layers, strict=True):
             old.keys = torch.cat([pad(old.keys, (0, 0, before, 0)), pad(new.keys, (0, 0, after, 0))])
             old.values = torch.cat([pad(old.values, (0, 0, before, 0)), pad(new.values, (0, 0, after, 0))])
 
-    def _run_prefix(self) -> DynamicCache:
-        cache = DynamicCache(config=self._model.config)
-        if self._prefix:
-            self._model(
-                input_ids=torch.tensor([self._prefix], device=self._model.device),
-                past_key_values=cache,
-                use_cache=True,
-            )
-        return cache
-
-    def _pad_between(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return tokens and mask with the padding between the shared beginning and the rest of the prompts."""
-        width, shared = max(map(len, prompts)), len(self._prefix)
+    def _pad_rest(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what follows the shared beginning, int64 ``[rows, rest]``, padded on the left, and the mask of all
+        columns, bool ``[rows, shared + rest]``.
+        """
+        shared = len(self._prefix)
+        width = max(map(len, prompts)) - shared
         tokens = torch.full((len(prompts), width), self._pad_id, dtype=torch.long)
-        mask = torch.zeros((len(prompts), width), dtype=torch.long)
+        mask = torch.zeros((len(prompts), shared + width), dtype=torch.bool)
+        mask[:, :shared] = True
         for row, prompt in enumerate(prompts):
             start = width - len(prompt) + shared
-            tokens[row, :shared], tokens[row, start:] = torch.tensor(prompt[:shared]), torch.tensor(prompt[shared:])
-            mask[row, :shared], mask[row, start:] = 1, 1
-        return tokens.to(self._model.device), mask.to(self._model.device)
+            tokens[row, start:] = torch.tensor(prompt[shared:])
+            mask[row, shared + start :] = True
+        return tokens.to(self._last.device), mask.to(self._last.device)
 
 
-class _EnoughEnded(StoppingCriteria):
-    """Interrupts ``generate`` when so many sentences have ended that repacking the batch pays."""
+class _Forward:
+    """Calls the model and returns the most likely next tokens."""
 
-    def __init__(self, stops: torch.Tensor, size: int) -> None:
-        self._stops = stops
-        self._ended = torch.zeros(size, dtype=torch.bool, device=stops.device)
-        self._enough = max(1, int(size * _ENDED_SHARE))
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        # Only the last position's logits are wanted; a long prompt's would fill the memory.
+        only_last = "logits_to_keep" in inspect.signature(inner.forward).parameters
+        self._keys = {"logits_to_keep": 1} if only_last else {}
+        # Other attention kernels take no four-dimensional mask; they get the plain one.
+        self._plain_mask = getattr(model.config, "_attn_implementation", None) not in ("sdpa", "eager")
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        self._ended |= torch.isin(input_ids[:, -1], self._stops)
-        return self._ended | (self._ended.sum() >= self._enough)
+    def __call__(self, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """Append ``tokens`` (int64 ``[rows, new]``) to ``cache`` and return the next token of each row, int64
+        ``[rows]``.
+
+        ``mask`` (bool ``[rows, cached + new]``) says which columns hold a token of the row.
+        """
+        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        output = self._model(
+            input_ids=tokens,
+            attention_mask=mask.long() if self._plain_mask else self._additive(mask, tokens.shape[1]),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **self._keys,
+        )
+        return output.logits[:, -1].float().argmax(dim=-1)
+
+    def _additive(self, mask: torch.Tensor, new: int) -> torch.Tensor:
+        """Return what is added to the attention scores, ``[rows, 1, new, columns]`` in the model's dtype."""
+        visible = mask[:, None, None, :]
+        if new > 1:
+            columns = torch.arange(mask.shape[1], device=mask.device)
+            visible = visible & (columns <= columns[-new:, None])
+        dtype = self._model.dtype
+        return torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)
 
 
 def _common_prefix(prompts: Sequence[list[int]]) -> int:
-    """Return how many tokens all prompts begin with; one of each is left over, for there must be something to
-    decode.
+    """Return how many tokens all prompts begin with.
+
+    One of each is left over, for there must be something to decode.
     """
     first, last = min(prompts), max(prompts)
     limit = min(map(len, prompts)) - 1
