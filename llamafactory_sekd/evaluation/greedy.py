@@ -28,10 +28,12 @@ _ENDED_SHARE = 0.25
 def can_share_cache(model: Any) -> bool:
     """Tell whether every layer keeps the keys and values of all positions, which is what :func:`greedy_search` needs.
 
-    Sliding windows, recurrent states, multimodal positions and older releases of transformers are left to
-    ``generate``.
+    Sliding windows, recurrent states, multimodal positions, code that comes with a checkpoint and older releases of
+    transformers are left to ``generate``.
     """
     config = model.config
+    if type(_inner(model)).__module__.startswith("transformers_modules"):
+        return False
     if config.is_encoder_decoder or getattr(model, "_is_stateful", False) or config.get_text_config() is not config:
         return False
     try:
@@ -144,6 +146,8 @@ class _Batch:
         columns = self._mask[rows].any(dim=0).nonzero().flatten()
         self._last, self._mask = self._last[rows], self._mask[rows][:, columns]
         for layer in self._cache.layers:
+            # The layers of a large model may lie on several devices.
+            rows, columns = rows.to(layer.keys.device), columns.to(layer.keys.device)
             layer.keys = layer.keys[rows][:, :, columns]
             layer.values = layer.values[rows][:, :, columns]
         return gone
@@ -182,12 +186,10 @@ class _Forward:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         # Only the last position's logits are wanted; a long prompt's would fill the memory.
-        only_last = "logits_to_keep" in inspect.signature(inner.forward).parameters
+        only_last = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
         self._keys = {"logits_to_keep": 1} if only_last else {}
-        # Other attention kernels take no four-dimensional mask; they get the plain one.
-        self._plain_mask = getattr(model.config, "_attn_implementation", None) not in ("sdpa", "eager")
+        self._attention = getattr(model.config, "_attn_implementation", None)
 
     def __call__(self, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         """Append ``tokens`` (int64 ``[rows, new]``) to ``cache`` and return the next token of each row, int64
@@ -198,22 +200,36 @@ class _Forward:
         positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         output = self._model(
             input_ids=tokens,
-            attention_mask=mask.long() if self._plain_mask else self._additive(mask, tokens.shape[1]),
+            attention_mask=self._attention_mask(mask, tokens.shape[1]),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
             **self._keys,
         )
-        return output.logits[:, -1].float().argmax(dim=-1)
+        return output.logits[:, -1].float().argmax(dim=-1).to(tokens.device)
 
-    def _additive(self, mask: torch.Tensor, new: int) -> torch.Tensor:
-        """Return what is added to the attention scores, ``[rows, 1, new, columns]`` in the model's dtype."""
+    def _attention_mask(self, mask: torch.Tensor, new: int) -> torch.Tensor:
+        """Return what the model's attention takes: ``[rows, 1, new, columns]``, bool or added to the scores.
+
+        Kernels that know no such mask get the plain one, int64 ``[rows, columns]``.
+        """
+        if self._attention not in ("sdpa", "eager"):
+            return mask.long()
         visible = mask[:, None, None, :]
         if new > 1:
             columns = torch.arange(mask.shape[1], device=mask.device)
-            visible = visible & (columns <= columns[-new:, None])
+            own = columns[-new:, None]
+            # Padding sees itself: attention over nothing would be NaN, and NaN survives being masked afterwards.
+            visible = (visible & (columns < own)) | (columns == own)
+        if self._attention == "sdpa":
+            return visible
         dtype = self._model.dtype
         return torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)
+
+
+def _inner(model: Any) -> Any:
+    """Return the model inside an adapter, or the model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _common_prefix(prompts: Sequence[list[int]]) -> int:

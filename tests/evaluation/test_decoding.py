@@ -89,6 +89,25 @@ def test_greedy_output_is_that_of_one_sentence_at_a_time(
     assert translate(model, tokenizer, prompts, limits) == expected
 
 
+def test_eager_attention_decodes_alike(models: dict[str, Path], tokenizer: Any, prompts: list[list[int]]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        models["one"], dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    assert translate(model, tokenizer, prompts, BatchLimits(1 << 20, 3)) == alone(model, tokenizer, prompts)
+
+
+def test_an_adapter_that_is_not_merged_decodes_alike(model: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    plain = alone(model, tokenizer, prompts)
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["gate_proj"], init_lora_weights=False)).eval()
+    expected = alone(adapted, tokenizer, prompts)
+    assert expected != plain
+    assert can_share_cache(adapted)
+    assert translate(adapted, tokenizer, prompts, BatchLimits(1 << 20, 4)) == expected
+
+
 def test_prompts_that_share_nothing_or_everything_decode_alike(model: Any, tokenizer: Any) -> None:
     prompts = [[5, 6, 7], [9], [9], [8, 8, 8, 8, 8, 8]]
     assert translate(model, tokenizer, prompts, BatchLimits(1 << 20)) == alone(model, tokenizer, prompts)
