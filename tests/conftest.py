@@ -15,3 +15,15 @@ def alma_dir() -> Path:
     if not directory.is_dir():
         pytest.skip(f"the ALMA files are not at {directory}: clone fe1ixxu/ALMA and set SEKD_ALMA")
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory) -> Path:
+    """A folder with `teacher`, `student` and the data sets `tiny` and `tiny_valid`."""
+    import tiny  # torch, which not every test needs
+
+    root = tmp_path_factory.mktemp("tiny")
+    tiny.save_llama(root / "teacher", seed=1, width=48, layers=3)
+    tiny.save_llama(root / "student", seed=2)
+    tiny.save_dataset(root / "data")
+    return root

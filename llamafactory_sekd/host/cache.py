@@ -32,6 +32,7 @@ _CONVERSATION = (
     {"role": "user", "content": "And this one:\nTwo cats."},
     {"role": "assistant", "content": "Zwei Katzen."},
 )
+_ONLY_FOR_TRAINING = ("teacher_cache", "resume_from_checkpoint", "load_best_model_at_end", "early_stopping_steps")
 # A cache needs a little more than its records: keys, offsets, headers.
 _HEADROOM = 1.05
 
@@ -46,7 +47,7 @@ def fingerprints_of(
             "tokenizer": fingerprints.of_tokenizer(tokenizer),
             "template": data_args.template,
             "template_text": fingerprints.of_ids(encoded),
-            "cutoff_len": data_args.cutoff_len,
+            "cutoff_len": data_args.cutoff_len + bool(data_args.packing),  # the host takes one off for packing
             "train_on_prompt": bool(data_args.train_on_prompt),
             "mask_history": bool(data_args.mask_history),
             # Examples that are packed apart are the same as unpacked ones.
@@ -59,6 +60,11 @@ def fingerprints_of(
 def used_ids(tokenizer: Any) -> int:
     """How many ids the tokenizer uses: its largest and one."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def autocast_type(accelerator: Any) -> torch.dtype | None:
+    """The type that products are cast to in mixed precision; None without."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
 
 
 def build_cache(
@@ -138,7 +144,7 @@ def _compute(
     teacher = Teacher(load_teacher(model_args, finetuning_args), accelerator)
     device = training_args.device
     probe = {"input_ids": torch.zeros(1, 8, dtype=torch.int64, device=device)}
-    manifest = session.admit(teacher, used_ids(tokenizer), probe)
+    manifest = session.admit(teacher, used_ids(tokenizer), probe, autocast_type(accelerator))
     with _bar(plan.tokens, "Teacher", "tok", session.rank) as bar:
         fill(
             plan,
@@ -169,8 +175,8 @@ def _for_building(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("streaming"):
         raise ArgumentError("`streaming: true` cannot be planned ahead: set it to false to build a cache.")
 
-    kept = {key: value for key, value in config.items() if key not in ("teacher_cache", "resume_from_checkpoint")}
-    return {**kept, "report_to": "none", "overwrite_output_dir": True}
+    kept = {key: value for key, value in config.items() if key not in _ONLY_FOR_TRAINING}
+    return {**kept, "report_to": "none", "overwrite_output_dir": True, "eval_strategy": "no", "save_strategy": "no"}
 
 
 def _datasets(module: dict[str, Any], *, skip_evaluation: bool) -> list[Any]:

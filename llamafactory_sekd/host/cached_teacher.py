@@ -25,7 +25,7 @@ from ..teacher.cache import (
     open_for_reading,
 )
 from ..teacher.source import TeacherSource
-from .cache import fingerprints_of, used_ids
+from .cache import autocast_type, fingerprints_of, used_ids
 
 
 class CacheOfRun:
@@ -85,7 +85,7 @@ class CacheOfRun:
         assert model is not None
         online = Teacher(model, accelerator)
         probe = {"input_ids": torch.zeros(1, 8, dtype=torch.int64, device=self.device)}
-        self.manifest = self.session.admit(online, used_ids(self.tokenizer), probe)
+        self.manifest = self.session.admit(online, used_ids(self.tokenizer), probe, autocast_type(accelerator))
         return FillingTeacher(
             self.directory,
             self.manifest.kept(),

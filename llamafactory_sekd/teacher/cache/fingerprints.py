@@ -20,10 +20,14 @@ _INCIDENTAL = ("_name_or_path", "base_model_name_or_path", "transformers_version
 
 
 def of_tokenizer(tokenizer: Any) -> str:
-    """The vocabulary, the special tokens, and what becomes of text in several scripts."""
+    """The vocabulary, the special and the added tokens, and what becomes of text in several scripts."""
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    added = [
+        [number, token.content, token.lstrip, token.rstrip, token.single_word, token.normalized, token.special]
+        for number, token in sorted(tokenizer.added_tokens_decoder.items())
+    ]
     encoded = [tokenizer.encode(text, add_special_tokens=False) for text in SAMPLES]
-    return _of([sorted(tokenizer.get_vocab().items()), special, encoded])
+    return _of([sorted(tokenizer.get_vocab().items()), special, added, encoded])
 
 
 def of_ids(encoded: Any) -> str:

@@ -48,7 +48,7 @@ class Settings:
             vocab_size: ids that the tokenizer uses.
             rows: of the teacher's head.
             width: of the teacher.
-            computed_in: the teacher's type.
+            computed_in: the type of its head's products.
             more: the parts ``data``, ``teacher``, ``software``, and ``head``.
 
         Raises:

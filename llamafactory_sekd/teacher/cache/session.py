@@ -56,13 +56,16 @@ class Session:
 
         self.reader = ShardReader(directory)
 
-    def admit(self, teacher: TeacherSource, vocab_size: int, probe: dict[str, Any]) -> Manifest:
+    def admit(
+        self, teacher: TeacherSource, vocab_size: int, probe: dict[str, Any], autocast: torch.dtype | None = None
+    ) -> Manifest:
         """Take a teacher in, placed: write its head and the manifest where they are not there yet.
 
         Args:
             teacher: the teacher that will compute the records.
             vocab_size: ids that the tokenizer uses.
             probe: any batch, to find out whether the head says it all.
+            autocast: the type of the products where it is not the head's: hidden states in it lose nothing.
 
         Raises:
             TeacherError: hidden states are to be kept of a teacher whose logits are more than its head's product.
@@ -78,7 +81,7 @@ class Session:
         if not self.head_is_intact:
             with teacher.head_parameters() as (weight, bias):
                 if self.rank == 0:
-                    self._create(weight, bias, vocab_size, kind)
+                    self._create(weight, bias, vocab_size, kind, autocast or weight.dtype)
 
             wait_for_all()
             self.head_is_intact = True
@@ -94,7 +97,14 @@ class Session:
         """Let other runs write."""
         self._stack.close()
 
-    def _create(self, weight: torch.Tensor, bias: torch.Tensor | None, vocab_size: int, kind: str) -> None:
+    def _create(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        vocab_size: int,
+        kind: str,
+        product_type: torch.dtype,
+    ) -> None:
         entry = None
         if kind == "hidden":
             tensors = {"weight": weight.detach().cpu()}
@@ -107,7 +117,7 @@ class Session:
                 vocab_size=vocab_size,
                 rows=weight.shape[0],
                 width=weight.shape[1],
-                computed_in=weight.dtype,
+                computed_in=product_type,
                 head=entry,
                 data=self.run.data,
                 teacher=self.run.teacher() if self.run.teacher is not None else {},

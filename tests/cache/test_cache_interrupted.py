@@ -1,0 +1,144 @@
+"""A build or a filling run that is killed is continued, by one rank or two, to what an uninterrupted one makes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from cached_runs import assert_same_content, build, content, from_cache, losses
+from runs import CLI, base_config, command, logged, train, write_yaml
+
+from llamafactory_sekd.teacher.cache.store import damaged_shards
+
+
+SEKD = str(Path(CLI).with_name("sekd"))
+
+KILLED_BUILD = """
+import json, os, signal, sys
+from pathlib import Path
+from llamafactory_sekd.host import cache
+from llamafactory_sekd.teacher.cache import Session, Settings
+
+write = Session.writer
+Session.writer = lambda self: write(self, shard_bytes=1)  # a shard per example
+fill = cache.fill
+
+def killed_fill(*args, progress, **kwargs):
+    rounds = []
+    def count(tokens):
+        rounds.append(tokens)
+        progress(tokens)
+        if len(rounds) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+    fill(*args, progress=count, **kwargs)
+
+cache.fill = killed_fill
+cache.build_cache(json.load(open(sys.argv[1])), Path(sys.argv[2]), Settings())
+"""
+
+KILLED_FILL = """
+import json, os, signal, sys
+from transformers import TrainerCallback
+from llamafactory.train.tuner import run_exp
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+run_exp(json.load(open(sys.argv.pop(1))), callbacks=[Kill()])
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_root, tmp_path_factory):
+    config = base_config(tiny_root, output_dir="unused")
+    return build(config, tmp_path_factory.mktemp("whole") / "cache")
+
+
+def as_json(path: Path, config: dict) -> str:
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def test_a_killed_build_is_continued_by_the_real_command(tiny_root, tmp_path, whole):
+    config = base_config(tiny_root, output_dir=str(tmp_path / "out"))
+    arguments = [as_json(tmp_path / "x.json", config), str(tmp_path / "cache")]
+    assert command([sys.executable, "-c", KILLED_BUILD, *arguments]).returncode == -signal.SIGKILL
+    before = content(tmp_path / "cache")
+    assert len(before) == 12  # three rounds of four
+
+    yaml = str(write_yaml(tmp_path / "x.yaml", config))
+    result = command([SEKD, "cache", yaml, "--out", str(tmp_path / "cache")])
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "20 examples (12 are there already)" in result.stdout
+    assert "tok/s" in result.stderr
+    assert_same_content(tmp_path / "cache", whole)
+    assert damaged_shards(tmp_path / "cache") == {}
+
+    refused = command([SEKD, "cache", yaml, "--out", str(tmp_path / "cache"), "--format", "topk"])
+    assert refused.returncode == 2
+    assert refused.stderr.strip().splitlines()[-1].startswith("sekd cache: error: `--out ")
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_run_killed_in_its_filling_epoch_is_continued(tiny_root, tmp_path, whole):
+    config = base_config(
+        tiny_root,
+        output_dir=str(tmp_path / "out"),
+        teacher_cache=str(tmp_path / "cache"),
+        save_strategy="steps",
+        save_steps=2,
+        max_steps=16,
+    )
+    killed = command([sys.executable, "-c", KILLED_FILL, as_json(tmp_path / "x.json", config)])
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert len(content(tmp_path / "cache")) == 16  # what was there at the checkpoint of step 4
+
+    resumed = train({**config, "resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-4")})
+    assert_same_content(tmp_path / "cache", whole)
+    online = train({**config, "teacher_cache": str(whole), "output_dir": str(tmp_path / "online")})
+    assert logged(resumed, "kd/difficulty") == pytest.approx(logged(online, "kd/difficulty"), abs=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "zero3"])
+def test_two_ranks_build_fill_and_read_what_one_rank_does(tiny_root, tmp_path, whole, sharded):
+    config = base_config(tiny_root, output_dir=str(tmp_path / "out"), ddp_backend="gloo")
+    if sharded:
+        zero = {
+            "train_batch_size": "auto",
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+        }
+        config["deepspeed"] = as_json(tmp_path / "zero3.json", zero)
+
+    two = [str(Path(CLI).with_name("torchrun")), "--nproc-per-node", "2", "--master-port", "29611"]
+    yaml = str(write_yaml(tmp_path / "x.yaml", config))
+    built = tmp_path / "built"
+    result = command([*two, "-m", "llamafactory_sekd.cli", "cache", yaml, "--out", str(built)], cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-6000:]
+    assert len(list(built.glob("index-*.json"))) == 2
+    assert_same_content(built, whole)
+
+    reference = train(base_config(tiny_root, output_dir=str(tmp_path / "one"), per_device_train_batch_size=8))
+    runs = {
+        "read": from_cache(config, built),
+        "fill": {**config, "teacher_cache": str(tmp_path / "filled"), "output_dir": str(tmp_path / "fill")},
+    }
+    for name, run in runs.items():
+        path = str(write_yaml(tmp_path / f"{name}.yaml", run))
+        result = command([CLI, "train", path], env={"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr[-6000:]
+        for key in ("loss", "kd/difficulty", "kd/hard_ratio"):
+            assert logged(Path(run["output_dir"]), key) == pytest.approx(logged(reference, key), abs=2e-4), (name, key)
+
+    assert_same_content(tmp_path / "filled", whole)
+    single = base_config(tiny_root, output_dir=str(tmp_path / "single"))
+    assert losses(from_cache(single, tmp_path / "filled")) == pytest.approx(losses(single), rel=1e-6)
