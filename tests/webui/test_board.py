@@ -114,7 +114,10 @@ def fill_in(board: Board, output_dir: str = RUN) -> None:
 def command(board: Board) -> dict[str, str]:
     """The previewed command as keys and values."""
     board.press("Preview command")
-    board.page.wait_for_function("document.body.innerText.includes('llamafactory-cli train')")
+    try:
+        board.page.wait_for_function("document.body.innerText.includes('llamafactory-cli train')")
+    except playwright.TimeoutError:
+        pytest.fail(f"no preview; the page says: {board.page.locator('.toast-body').all_inner_texts()}")
     lines = board.page.locator("code").filter(has_text="llamafactory-cli train").inner_text().split("\\\n")
     pairs = [line.strip().removeprefix("--").split(" ", 1) for line in lines[1:]]
     return {key: value.strip() for key, value in pairs}
@@ -245,9 +248,9 @@ def test_a_saved_configuration_comes_back_after_a_reload_with_its_data_set(board
     board.press("Load arguments")
     playwright.expect(board.page.locator("#sekd_tab")).to_be_visible()
     playwright.expect(board.field("β at the end")).to_have_value("1.0")
-    board.page.wait_for_timeout(1000)  # the events that follow the loaded values
     board.write("Model path", "student")  # the host keeps neither it nor the output dir in a configuration
     board.write("Output dir", "kept")
+    board.page.wait_for_timeout(1500)  # the events that follow loaded and written values
     assert command(board) == before
     assert before["kd_beta_end"] == "1.0"
     assert "kd_gamma" not in before
