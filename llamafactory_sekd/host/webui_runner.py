@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from subprocess import Popen, TimeoutExpired
 from threading import Lock
 from types import SimpleNamespace
@@ -65,13 +66,16 @@ def extend_runner(host_class: type) -> type:
             return distillation_keys(values)
 
         def _refusal(self, data: dict[Any, Any]) -> str:
-            from ..teacher import check_teacher_files
             from ..webui.labels import alert
             from ..webui.settings import check_keys
             from .arguments import check_run
 
-            if not data[self.manager.get_elem_by_id("train.teacher_model")]:
-                return alert("no_teacher", data[self.manager.get_elem_by_id("top.lang")])
+            language, *teachers = (
+                data[self.manager.get_elem_by_id(name)]
+                for name in ("top.lang", "train.teacher_model", "train.teacher_cache")
+            )
+            if not any(teachers):
+                return alert("no_teacher_or_cache", language)
 
             if os.getenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") != "1":
                 return "TORCH_DEVICE_BACKEND_AUTOLOAD keeps the plug-in out of the runs started here: unset it."
@@ -80,7 +84,7 @@ def extend_runner(host_class: type) -> type:
             try:
                 check_keys(args)
                 check_run(SimpleNamespace(**args))
-                check_teacher_files(args["teacher_model"])
+                _check_teacher_files(args)
             except SekdError as error:
                 return str(error)
 
@@ -116,6 +120,16 @@ def extend_runner(host_class: type) -> type:
     Runner.__module__ = host_class.__module__
     Runner.__qualname__ = host_class.__qualname__
     return Runner
+
+
+def _check_teacher_files(args: dict[str, Any]) -> None:
+    from ..teacher import check_teacher_files
+    from ..teacher.cache import Manifest
+
+    if args.get("teacher_model"):
+        check_teacher_files(args["teacher_model"])
+    else:  # with a teacher the cache may be empty
+        Manifest.load(Path(args["teacher_cache"]))
 
 
 _SHOWN_AT_THE_END = ("output_box", "progress_bar")

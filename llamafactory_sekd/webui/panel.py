@@ -66,6 +66,7 @@ def build_panel() -> Panel:
                 scale=2,
                 **_texts("teacher_model_quantization_bit"),
             )
+            built["teacher_cache"] = _text("teacher_cache", scale=3)
 
         with gr.Row():
             built["kd_loss"] = gr.Dropdown(value=_default("kd_loss"), scale=3, **_texts("kd_loss"))
@@ -126,7 +127,7 @@ def _share(key: str, **layout: Any) -> gr.Slider:
     return gr.Slider(minimum=0, maximum=1, step=0.01, value=_default(key), **_texts(key), **layout)
 
 
-def _text(key: str, value: str | None = None) -> gr.Textbox:
+def _text(key: str, value: str | None = None, **layout: Any) -> gr.Textbox:
     """A field for text or for a number: Gradio's own number field shows an empty value as 0."""
     default = "" if _default(key) is None else str(_default(key))
-    return gr.Textbox(value=default if value is None else value, **_texts(key))
+    return gr.Textbox(value=default if value is None else value, **_texts(key), **layout)

@@ -203,7 +203,10 @@ def test_a_wrong_value_warns_before_anything_starts(board: Board, folder: Path) 
 
     board.write("Teacher model", "")
     board.press("Preview command")
-    playwright.expect(toast.filter(has_text=alert("no_teacher", "en"))).to_be_visible()
+    playwright.expect(toast.filter(has_text=alert("no_teacher_or_cache", "en"))).to_be_visible()
+    board.write("Teacher cache", "no-cache")
+    board.press("Preview command")
+    playwright.expect(toast.filter(has_text="`teacher_cache: no-cache` holds no")).to_be_visible()
     picture(board.page, "warning")
     assert not (folder / "saves/Custom/full/never").exists()
 

@@ -36,11 +36,13 @@ def test_fields_become_numbers_lists_become_commas_and_empty_fields_nothing():
         "kd_gamma": "inf",
         "kd_beta_end": "1",
         "kd_chunk_size": "64",
+        "teacher_cache": "cache/dir",
     }
     assert distillation_keys({**FIELDS, **fields}) == {
         "teacher_model": "some/teacher",
         "teacher_model_adapters": "a,b/c",
         "teacher_model_quantization_bit": 4,
+        "teacher_cache": "cache/dir",
         "kd_loss": "self_evolution",
         "kd_lambda": 0.5,
         "kd_beta": 0.5,
