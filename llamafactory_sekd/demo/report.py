@@ -213,7 +213,7 @@ def print_table(console: Console, contents: Contents) -> None:
     share = f"{contents.duplicates / contents.sentences:.0%}"
     console.print(
         f"± 95 % interval; p and † (p < 0.05) against {contents.baseline}; new: the {contents.new:,} without a "
-        f"near-duplicate in the training data ({share} have one); as teacher: BLEU with its translations as references.",
+        f"near-duplicate in the training data ({share} have one); as teacher: BLEU against its translations.",
         style="dim",
         highlight=False,
     )

