@@ -24,8 +24,7 @@ def extend_create_train_tab(host_create: Callable[[Any], dict[str, Any]]) -> Cal
             elements = host_create(engine)
 
         _move_after(Context.block, panel.accordion, elements["rlhf_tab"])
-        panel.show_for(elements["training_stage"], STAGE_LABEL)
-        panel.suggest(list_teachers, list_adapters)
+        panel.connect(elements["training_stage"], STAGE_LABEL, list_teachers, list_adapters)
         return {**elements, **panel.elements()}
 
     return create_train_tab

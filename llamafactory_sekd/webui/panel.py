@@ -31,23 +31,29 @@ class Panel:
         """All of it by name, for the host's manager."""
         return {"sekd_tab": self.accordion, **self.fields}
 
-    def show_for(self, training_stage: gr.Dropdown, stage_label: str) -> None:
-        """Show the panel where the dropdown names our stage."""
-        training_stage.change(
-            lambda label: gr.Accordion(visible=label == stage_label), [training_stage], [self.accordion], queue=False
-        )
-
-    def suggest(
-        self, list_teachers: Callable[[], Sequence[Any]], list_adapters: Callable[[str | None], Sequence[str]]
+    def connect(
+        self,
+        training_stage: gr.Dropdown,
+        stage_label: str,
+        list_teachers: Callable[[], Sequence[str]],
+        list_adapters: Callable[[str | None], Sequence[str]],
     ) -> None:
-        """Fill the suggestions of both teacher fields when they are opened.
+        """Show the panel where the stage is ours, with the suggestions of that moment.
 
         Args:
+            training_stage: the host's dropdown.
+            stage_label: what it calls our stage.
             list_teachers: checkpoints and models to offer as a teacher.
             list_adapters: from the chosen teacher to the adapters that were trained for it.
         """
         teacher, adapters = self.fields["teacher_model"], self.fields["teacher_model_adapters"]
-        teacher.focus(lambda: gr.Dropdown(choices=list(list_teachers())), None, [teacher], queue=False)
+
+        def show(label: str) -> tuple[gr.Accordion, gr.Dropdown]:
+            ours = label == stage_label
+            return gr.Accordion(visible=ours), gr.Dropdown(choices=list(list_teachers()) if ours else [])
+
+        # Not when the field is opened: Gradio filters new suggestions by what stands in it.
+        training_stage.change(show, [training_stage], [self.accordion, teacher], queue=False)
         adapters.focus(lambda name: gr.Dropdown(choices=list(list_adapters(name))), [teacher], [adapters], queue=False)
 
 

@@ -207,6 +207,7 @@ def test_a_wrong_value_warns_before_anything_starts(board: Board, folder: Path) 
     board.write("Teacher cache", "no-cache")
     board.press("Preview command")
     playwright.expect(toast.filter(has_text="`teacher_cache: no-cache` holds no")).to_be_visible()
+    board.page.wait_for_timeout(1000 if PICTURES else 0)  # until the message has slid in
     picture(board.page, "warning")
     assert not (folder / "saves/Custom/full/never").exists()
 
@@ -291,6 +292,7 @@ def test_the_evaluation_runs_from_the_page_and_shows_its_report(
     board.choose_several("Checkpoints", RUN)
     board.page.get_by_label("Also the teacher").check()
     board.choose("Baseline", "base")
+    board.choose_several("Metrics", "bleu", "chrf")
     board.write("Results folder", "results/tiny")
     board.press("Start evaluation")
     report = board.page.locator("#quality_report")
@@ -303,6 +305,12 @@ def test_the_evaluation_runs_from_the_page_and_shows_its_report(
     results = json.loads((folder / "results/tiny/results.json").read_text(encoding="utf-8"))
     assert set(results["systems"]) == {"base", RUN, "teacher"}
     assert results["systems"][RUN]["scores"]["en-de"]["bleu"] > results["systems"]["base"]["scores"]["en-de"]["bleu"]
+
+
+def test_checkpoints_of_the_page_are_suggested_as_teachers(board: Board, distilled: dict[str, Any]) -> None:
+    board.choose("Stage", STAGE)
+    board.choose("Teacher model", f"saves/Custom/full/{RUN}")
+    playwright.expect(board.field("Teacher model")).to_have_value(f"saves/Custom/full/{RUN}")
 
 
 def test_the_tokens_of_a_sentence_are_easier_after_the_distillation(board: Board, distilled: dict[str, Any]) -> None:
@@ -356,6 +364,7 @@ def test_an_evaluation_can_be_stopped(board: Board, folder: Path, distilled: dic
     board.open_section("Translation quality")
     board.write("Test set folder", "wmt")
     board.choose_several("Directions", "en-de")
+    board.choose_several("Metrics", "bleu")
     board.write("Results folder", "results/stopped")
     board.press("Start evaluation")
     deadline = time.monotonic() + 10

@@ -15,7 +15,7 @@ from ...data.layout import TASKS
 from ...errors import SekdError
 from ..labels import alert, element_labels
 from ..page import Page
-from .config import TEACHER, as_yaml, check_config, evaluation_config, system_names
+from .config import BASE, TEACHER, as_yaml, check_config, evaluation_config, system_names
 from .process import EvaluationProcess
 from .report import draw_report, read_report
 
@@ -39,7 +39,9 @@ def build_quality_section(page: Page) -> QualitySection:
     fields: dict[str, Any] = {}
     with gr.Accordion(open=False, **_texts("tab")) as accordion:
         with gr.Row():
-            fields["task"] = gr.Dropdown(choices=list(TASKS), value=next(iter(TASKS)), **_texts("task"))
+            fields["task"] = gr.Dropdown(
+                choices=list(TASKS), value=next(iter(TASKS)), allow_custom_value=True, **_texts("task")
+            )
             fields["task_dir"] = gr.Textbox(value=DEFAULT_OUT, **_texts("task_dir"))
             fields["directions"] = gr.Dropdown(
                 choices=list(_DIRECTIONS),
@@ -57,21 +59,24 @@ def build_quality_section(page: Page) -> QualitySection:
             with gr.Column():
                 fields["with_base"] = gr.Checkbox(value=True, **_texts("with_base"))
                 fields["with_teacher"] = gr.Checkbox(value=False, **_texts("with_teacher"))
-            fields["baseline"] = gr.Dropdown(allow_custom_value=True, value="", scale=2, **_texts("baseline"))
+            fields["baseline"] = gr.Dropdown(
+                choices=["", BASE], allow_custom_value=True, value="", scale=2, **_texts("baseline")
+            )
 
         with gr.Row():
             fields["metrics"] = gr.Dropdown(
                 choices=["bleu", "chrf", "comet", "comet?"],
-                value=["bleu", "chrf"],
+                value=["bleu", "chrf", "comet?"],
                 multiselect=True,
+                scale=4,
                 **_texts("metrics"),
             )
-            fields["comet_model"] = gr.Textbox(value="Unbabel/wmt22-comet-da", **_texts("comet_model"))
-            fields["num_beams"] = gr.Slider(minimum=1, maximum=16, value=1, step=1, **_texts("num_beams"))
+            fields["comet_model"] = gr.Textbox(value="Unbabel/wmt22-comet-da", scale=3, **_texts("comet_model"))
+            fields["num_beams"] = gr.Slider(minimum=1, maximum=16, value=1, step=1, scale=2, **_texts("num_beams"))
             fields["max_new_tokens"] = gr.Slider(
-                minimum=8, maximum=4096, value=256, step=1, **_texts("max_new_tokens")
+                minimum=8, maximum=4096, value=256, step=1, scale=2, **_texts("max_new_tokens")
             )
-            fields["save_dir"] = gr.Textbox(value="results/wmt22", **_texts("save_dir"))
+            fields["save_dir"] = gr.Textbox(value="results/wmt22", scale=2, **_texts("save_dir"))
 
         with gr.Row():
             preview = gr.Button(**_texts("preview_btn"))
@@ -88,7 +93,8 @@ def build_quality_section(page: Page) -> QualitySection:
     everything = {*fields.values(), *page.elements.values()}
     shown = [bar, output, plot, report]
     fields["checkpoints"].focus(events.list_checkpoints, everything, [fields["checkpoints"]], queue=False)
-    fields["baseline"].focus(events.list_systems, everything, [fields["baseline"]], queue=False)
+    systems = [fields[name].change for name in ("checkpoints", "with_base", "with_teacher")]
+    gr.on(systems, events.list_systems, everything, [fields["baseline"]], queue=False)
     preview.click(events.preview, everything, shown, concurrency_limit=None)
     start.click(events.start, everything, shown)
     stop.click(process.stop, queue=False)

@@ -37,7 +37,9 @@ def build_tokens_section(page: Page) -> dict[str, Any]:
             fields["direction"] = gr.Dropdown(
                 choices=list(_DIRECTIONS), value=_DIRECTIONS[0], allow_custom_value=True, **_texts("direction")
             )
-            fields["task"] = gr.Dropdown(choices=list(TASKS), value=next(iter(TASKS)), **_texts("task"))
+            fields["task"] = gr.Dropdown(
+                choices=list(TASKS), value=next(iter(TASKS)), allow_custom_value=True, **_texts("task")
+            )
             fields["task_dir"] = gr.Textbox(value=DEFAULT_OUT, **_texts("task_dir"))
             fields["number"] = gr.Textbox(value="1", **_texts("number"))
             pick = gr.Button(**_texts("pick_btn"))
