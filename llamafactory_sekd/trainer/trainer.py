@@ -101,7 +101,7 @@ class DistillationTrainer(Seq2SeqTrainer):
             )
             self._fused = student_fits and self.teacher.can_hand_out_hidden_states(inputs)
             if self._fused:
-                size = self._chunk_size(len(self.student_head.weight))
+                size = self._chunk_size(self.student_head.out_features)  # the weight itself may be sharded
                 logger.info(f"The objective takes {size} response tokens at a time in the LM head (`kd_chunk_size`).")
             else:
                 who = "teacher" if student_fits else "student"

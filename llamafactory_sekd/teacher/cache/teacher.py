@@ -64,7 +64,8 @@ class CachedTeacher:
     def head_parameters(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Weight and bias of the teacher's head."""
         if self._head is None:
-            self._head = load_file(self.directory / HEAD, device=str(self.device))
+            head = load_file(self.directory / HEAD)
+            self._head = {name: tensor.to(self.device) for name, tensor in head.items()}
 
         yield self._head["weight"], self._head.get("bias")
 
