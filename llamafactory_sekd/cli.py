@@ -12,6 +12,7 @@ from .errors import SekdError
 COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("llamafactory_sekd.data.commands", "prepare ALMA, WMT and your own parallel data"),
     "cache": ("llamafactory_sekd.host.cache_command", "compute a teacher once, for all runs that follow"),
+    "doctor": ("llamafactory_sekd.host.doctor", "estimate a run's memory before any weight is read"),
     "demo": ("llamafactory_sekd.demo.commands", "run the whole job on a small scale"),
 }
 

@@ -17,6 +17,7 @@ LAYERS = (
     "webui",
     "demo",
     "study",
+    "planner",
     "evaluation",
     "trainer",
     "teacher",

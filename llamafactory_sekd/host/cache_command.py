@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -40,30 +40,6 @@ def cache(
         raise ArgumentError(f"`--dtype {dtype}` cannot be used: choose one of {', '.join(DTYPES)}.")
 
     from .cache import build_cache
+    from .configuration import read_training_config
 
-    build_cache(_read(config, overrides or []), out, Settings(kept, dtype, k), batch_size=batch_size)
-
-
-def _read(path: Path, overrides: list[str]) -> dict[str, Any]:
-    """The keys of a training YAML with the overrides, as the host reads them."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    from ..errors import ArgumentError
-
-    malformed = next((text for text in overrides if "=" not in text), None)
-    if malformed is not None:
-        raise ArgumentError(f"{malformed!r} is not an override: write key=value.")
-
-    try:
-        config = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_cli(overrides)))
-    except OSError as error:
-        raise ArgumentError(f"{path} cannot be read: {error.strerror}.") from None
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise ArgumentError(f"{path} cannot be parsed: {' '.join(str(error).split())}") from None
-
-    if not isinstance(config, dict):
-        raise ArgumentError(f"{path} must hold keys and values.")
-
-    return {str(key): value for key, value in config.items()}
+    build_cache(read_training_config(config, overrides or []), out, Settings(kept, dtype, k), batch_size=batch_size)

@@ -1,0 +1,102 @@
+"""The command line ``sekd doctor``."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..planner import Run
+    from .plan import Parsed
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path, typer.Argument(help="A training YAML, of `stage: sekd` or `sft`.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for `llamafactory-cli train`.")] = None,
+    devices: Annotated[
+        int | None, typer.Option(help="Devices that take part [default: as the launcher would find them].", min=1)
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Memory of one accelerator, such as 80GB [default: this machine's CUDA device, else RAM]."),
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of the longest example [default: cutoff_len].", min=1)
+    ] = None,
+    responses: Annotated[
+        float,
+        typer.Option(help="Share of the tokens that are responses; translations are less than half.", min=0, max=1),
+    ] = 0.5,
+) -> None:
+    """Estimate a run's memory and check that its teacher fits, before any weight is read."""
+    for name in ("LLAMAFACTORY_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+
+    warnings.simplefilter("ignore")
+    from rich.console import Console
+
+    from ..planner import devices as machine
+    from ..planner import estimate
+    from ..planner.estimate import CONTEXT
+    from ..planner.remedies import price
+    from ..planner.report import fits, print_estimate, print_remedies
+    from .configuration import read_training_config
+    from .plan import parse, run_of
+
+    keys = read_training_config(config, overrides or [])
+    parsed = parse(keys)
+    given = machine.parse_memory(memory) if memory is not None else machine.device_memory()
+    accelerator = given is not None and not parsed.training.use_cpu
+    count = devices or machine.devices_of_the_environment()
+
+    def describe(arguments: Parsed) -> Run:
+        return run_of(arguments, count, accelerator=accelerator, length=length, responses=responses)
+
+    run = describe(parsed)
+    libraries = CONTEXT if accelerator else machine.resident_memory()
+    available = given if accelerator and given is not None else machine.main_memory() // count
+
+    console = Console()
+    with console.status("Rehearsing a step"):
+        result = estimate(run, libraries)
+
+    print_estimate(console, result, run, available)
+    if not fits(result, available):
+
+        def plan(changed: Mapping[str, Any]) -> Any:
+            return estimate(describe(parse(changed)), libraries)
+
+        with console.status("Looking for remedies"):
+            priced = list(price(keys, run, result.device, available, plan))
+
+        print_remedies(console, priced, available)
+
+    _check_teacher(console, parsed)
+
+
+def _check_teacher(console: Console, parsed: Parsed) -> None:
+    if not parsed.finetuning.use_sekd or not parsed.finetuning.teacher_model:
+        return
+
+    from .plan import missing_tokenizer, vocabulary_line
+    from .stage import check_fit
+
+    missing = missing_tokenizer(parsed)
+    if missing:
+        console.print(f"Teacher: not checked, {missing}.", highlight=False, markup=False, soft_wrap=True)
+        return
+
+    check_fit(parsed.model, parsed.finetuning)
+    line = vocabulary_line(parsed) or "its tokenizer is the student's, and so is the size of its head."
+    console.print(f"Teacher: {line}", highlight=False, markup=False, soft_wrap=True)

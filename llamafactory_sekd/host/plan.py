@@ -1,0 +1,238 @@
+"""From a training YAML to the planner's description of the run, through the host's own classes and functions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..arguments import STAGE
+from ..errors import ArgumentError
+from ..planner import Blueprint, Run, Sharding
+from ..planner.sharding import read_deepspeed
+from ..teacher import common_vocabulary
+from .arguments import check_run
+from .stage import teacher_model_arguments
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """The host's argument objects of one run."""
+
+    model: Any
+    data: Any
+    training: Any
+    finetuning: Any
+
+
+def parse(config: Mapping[str, Any]) -> Parsed:
+    """Parse a training YAML's keys with the host's classes, without asking for the hardware that it names.
+
+    Raises:
+        ArgumentError: a key is unknown, or a value cannot be used.
+    """
+    from llamafactory.hparams import parser
+    from transformers import HfArgumentParser
+
+    class TrainingArguments(parser.TrainingArguments):
+        def __post_init__(self) -> None:
+            """Looks for devices and starts DeepSpeed, which a plan must not."""
+
+    classes = [
+        parser.ModelArguments,
+        parser.DataArguments,
+        TrainingArguments,
+        parser.FinetuningArguments,
+        parser.GeneratingArguments,
+    ]
+    try:
+        model, data, training, finetuning, _ = HfArgumentParser(classes).parse_dict(dict(config))
+        parser._verify_model_args(model, data, finetuning)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ArgumentError):
+            raise
+
+        raise ArgumentError(f"the host refuses the configuration: {' '.join(str(error).split())}") from error
+
+    if not finetuning.use_sekd and finetuning.stage != "sft":
+        raise ArgumentError(f"`stage: {finetuning.stage}` cannot be planned: `sekd doctor` knows {STAGE} and sft.")
+
+    if finetuning.use_sekd:
+        check_run(SimpleNamespace(**{**config, "teacher_model_quantization_bit": None}))  # that asks for CUDA
+
+    if training.fsdp:
+        raise ArgumentError(f"`fsdp: {training.fsdp}` cannot be planned: `sekd doctor` knows DDP and DeepSpeed.")
+
+    return Parsed(model, data, training, finetuning)
+
+
+def run_of(
+    parsed: Parsed, devices: int, *, accelerator: bool, length: int | None = None, responses: float = 0.5
+) -> Run:
+    """Describe a run.
+
+    Args:
+        parsed: its arguments.
+        devices: how many take part.
+        accelerator: whether the devices are accelerators.
+        length: tokens of the longest example, None for `cutoff_len`.
+        responses: the share of the tokens that belong to responses.
+
+    Raises:
+        ArgumentError: a model's or DeepSpeed's configuration cannot be read.
+    """
+    model, training, finetuning = parsed.model, parsed.training, parsed.finetuning
+    student_config = _load_config(model, "model_name_or_path")
+    half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
+    deepspeed = _read_json(training.deepspeed)
+    sharding: Sharding | None = None
+    engine_dtype = None
+    if deepspeed is not None:
+        sharding = read_deepspeed(deepspeed, student_config.get_text_config().hidden_size)
+        engine_dtype = _engine_dtype(deepspeed, half)
+
+    has_teacher = finetuning.use_sekd and finetuning.teacher_model
+    tokens = length or parsed.data.cutoff_len
+    return Run(
+        student=Blueprint(
+            lambda: _build_student(parsed, student_config), model.quantization_bit, model.double_quantization
+        ),
+        teacher=_teacher_blueprint(parsed) if has_teacher else None,
+        distillation=finetuning if finetuning.use_sekd else None,
+        batch_size=training.per_device_train_batch_size,
+        length=-(-tokens // 8) * 8,  # the host's collator pads to multiples of eight
+        responses=responses,
+        accumulation=training.gradient_accumulation_steps,
+        autocast=half if deepspeed is None and not finetuning.pure_bf16 else None,
+        engine_dtype=engine_dtype,
+        optimizer=_optimizer(parsed),
+        devices=devices,
+        sharding=sharding,
+        accelerator=accelerator,
+    )
+
+
+def _optimizer(parsed: Parsed) -> str:
+    own = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")  # the host's, instead of `optim`
+    chosen = next((key.removeprefix("use_") for key in own if getattr(parsed.finetuning, key, False)), None)
+    return chosen or str(getattr(parsed.training.optim, "value", parsed.training.optim))
+
+
+def _teacher_blueprint(parsed: Parsed) -> Blueprint:
+    arguments = teacher_model_arguments(parsed.model, parsed.finetuning)
+    config = _load_config(arguments, "teacher_model")
+    return Blueprint(
+        lambda: _build(config, arguments, is_trainable=False),
+        arguments.quantization_bit,
+        arguments.double_quantization,
+    )
+
+
+def _build_student(parsed: Parsed, config: Any) -> nn.Module:
+    from llamafactory.model.adapter import init_adapter
+
+    model = _build(config, parsed.model, is_trainable=True)
+    finetuning = copy(parsed.finetuning)
+    finetuning.pissa_init = False  # it would decompose weights; its adapters are of the same size
+    return init_adapter(config, model, _weightless(parsed.model), finetuning, is_trainable=True)
+
+
+def _build(config: Any, model_args: Any, is_trainable: bool) -> nn.Module:
+    """A model as the host's `load_model` makes it, up to the adapters."""
+    from llamafactory.model import load_tokenizer
+    from llamafactory.model.patcher import patch_config, patch_model
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    arguments = _weightless(model_args)
+    tokenizer = load_tokenizer(arguments)["tokenizer"] if arguments.resize_vocab else None
+    patch_config(config, tokenizer, arguments, {}, is_trainable)
+    composite = type(config) in AutoModelForImageTextToText._model_mapping
+    auto_class = AutoModelForImageTextToText if composite else AutoModelForCausalLM
+    model = auto_class.from_config(
+        config,
+        torch_dtype=getattr(config, "torch_dtype", None) or torch.float32,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    patch_model(model, tokenizer, arguments, is_trainable, add_valuehead=False)
+    return model
+
+
+def _weightless(model_args: Any) -> Any:
+    """The arguments without what would read weights or call for a device; sizes of adapters come from `lora_rank`."""
+    from llamafactory.hparams import ModelArguments
+
+    flash_attn = "sdpa" if str(model_args.flash_attn) == "fa2" else model_args.flash_attn  # as little memory
+    return ModelArguments.copyfrom(
+        model_args, adapter_name_or_path=None, quantization_bit=None, flash_attn=flash_attn, enable_liger_kernel=False
+    )
+
+
+def _load_config(model_args: Any, key: str) -> Any:
+    from llamafactory.model import load_config
+
+    try:
+        return load_config(model_args)
+    except (OSError, ValueError) as error:
+        lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise ArgumentError(
+            f"`{key}: {model_args.model_name_or_path}` has no configuration that can be read ({lines[0]}): give the "
+            f"folder or hub id of a model, or plan with one of its size: sekd doctor X.yaml {key}=PATH"
+        ) from error
+
+
+def _read_json(source: Any) -> dict[str, Any] | None:
+    if source is None or isinstance(source, dict):
+        return source
+
+    try:
+        return json.loads(Path(source).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArgumentError(f"`deepspeed: {source}` cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ArgumentError(f"`deepspeed: {source}` is not JSON: {error}.") from error
+
+
+def _engine_dtype(deepspeed: dict[str, Any], half: torch.dtype | None) -> torch.dtype | None:
+    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        enabled = deepspeed.get(key, {}).get("enabled", False)
+        if enabled is True or (enabled == "auto" and half is dtype):
+            return dtype
+
+    return None
+
+
+def missing_tokenizer(parsed: Parsed) -> str:
+    """Say which model's tokenizer cannot be read; empty where both can."""
+    from llamafactory.model import load_tokenizer
+
+    teacher = teacher_model_arguments(parsed.model, parsed.finetuning)
+    for who, arguments in (("student", parsed.model), ("teacher", teacher)):
+        try:
+            load_tokenizer(arguments)
+        except (OSError, ValueError):
+            return f"the {who}'s tokenizer cannot be read from {arguments.model_name_or_path}"
+
+    return ""
+
+
+def vocabulary_line(parsed: Parsed) -> str:
+    """What the objective reads of two heads of different sizes; empty where they are the same.
+
+    Raises:
+        TeacherError: a head is smaller than the tokenizer.
+    """
+    from llamafactory.model import load_tokenizer
+
+    teacher = teacher_model_arguments(parsed.model, parsed.finetuning)
+    rows = [
+        _load_config(arguments, key).get_text_config().vocab_size
+        for arguments, key in ((parsed.model, "model_name_or_path"), (teacher, "teacher_model"))
+    ]
+    return common_vocabulary(load_tokenizer(parsed.model)["tokenizer"], *rows)[1]

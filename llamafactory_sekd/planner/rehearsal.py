@@ -1,0 +1,251 @@
+"""One training step on tensors without content: the real models and the real objective, and no memory or arithmetic.
+
+PyTorch's fake tensors have shapes, types and lifetimes, so what is alive at each moment is what will be alive in
+training, whatever the architecture, the adapters or the gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils.operations import convert_outputs_to_fp32
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..arguments import DistillationArguments
+from ..heads import is_plain_product, replaced_forward
+from ..objectives import default_chunk_size, distillation_loss, fused_linear_distillation
+from ..objectives.blocks import ACCELERATOR_BUFFER, CPU_BUFFER
+from .contentless import build_without_content, to_fake
+from .live import LiveMemory
+from .run import Run
+from .sizes import ModelSize, size_of
+
+
+# Of the objective's blocks, each `[rows, vocab]` in float32.
+BUFFERS = 6
+# What depends on which tokens are hard cannot be rehearsed; all of them hard takes as much memory.
+_ALL_HARD = {"self_evolution": "skew", "self_evolution_topk": "skew"}
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a step needs beyond the models themselves.
+
+    Attributes:
+        student, teacher: sizes of the models (the teacher's is None without one).
+        peak: bytes by purpose (`activations`, `gradients`, `objective`, `teacher`) when their sum is largest.
+        fused: whether the objective is computed chunk by chunk in the head.
+        obstacle: why the step could not be rehearsed (`peak` is empty then); empty where it could.
+    """
+
+    student: ModelSize
+    teacher: ModelSize | None
+    peak: Counter[str]
+    fused: bool
+    obstacle: str = ""
+
+
+def rehearse(run: Run) -> Rehearsal:
+    """Build both models without content and take one step."""
+    student = build_without_content(run.student.build)
+    teacher = None if run.teacher is None else build_without_content(run.teacher.build)
+    with FakeTensorMode():
+        to_fake(student, run.engine_dtype)
+        student_size, teacher_size = size_of(student, run.student), None
+        if teacher is not None and run.teacher is not None:
+            quantized = run.teacher.quantization_bit is not None  # then DeepSpeed does not touch it
+            to_fake(teacher, None if quantized else run.engine_dtype)
+            teacher_size = size_of(teacher, run.teacher)
+
+        try:
+            peak, fused = _Stage(run, student, teacher).step()
+        except Exception as error:  # a model's own code may look into tensors, as experts' routing does
+            obstacle = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            return Rehearsal(student_size, teacher_size, Counter(), False, obstacle)
+
+    return Rehearsal(student_size, teacher_size, peak, fused)
+
+
+def _keywords_without_choice(keys: DistillationArguments) -> dict[str, Any]:
+    keywords = keys.objective_keywords()
+    return {**keywords, "kd_loss": _ALL_HARD.get(keys.kd_loss, keys.kd_loss), "kd_topk": None}
+
+
+class _Stage:
+    """Student, teacher and batch, ready for one step; to be used where tensors have no content."""
+
+    def __init__(self, run: Run, student: nn.Module, teacher: nn.Module | None) -> None:
+        self.run = run
+        self.student, self.teacher = student.train(), teacher
+        if teacher is not None:
+            teacher.eval().requires_grad_(False)
+
+        self.tokens = max(1, round(run.responses * run.batch_size * run.length))
+        # A mask of four dimensions is what padded batches get from the models; two dimensions would be looked into.
+        shape = (run.batch_size, 1, run.length, run.length)
+        self.inputs = {
+            "input_ids": torch.zeros(run.batch_size, run.length, dtype=torch.int64),
+            "attention_mask": torch.ones(shape, dtype=torch.bool),
+        }
+        self.targets = torch.zeros(self.tokens, dtype=torch.int64)
+        self.live = LiveMemory()
+
+    def step(self) -> tuple[Counter[str], bool]:
+        """Forward and backward pass; returns the peak and whether the objective was fused with the head."""
+        fused = self._is_fused()
+        self._watch_gradients()
+        for model in (self.student, self.teacher):
+            for tensor in () if model is None else (*model.parameters(), *model.buffers()):
+                self.live.ignore(tensor)
+
+        with self.live:
+            if self.run.accumulation > 1 and not self._gradients_are_sharded:
+                for parameter in self.student.parameters():
+                    if parameter.requires_grad:
+                        parameter.grad = torch.zeros_like(parameter)
+                        self.live.relabel(parameter.grad, "gradients")
+
+            loss = self._loss(fused)
+            loss.backward(torch.tensor(1.0))
+
+        return self.live.peak, fused
+
+    @property
+    def _gradients_are_sharded(self) -> bool:
+        return self.run.sharding is not None and self.run.sharding.shards_gradients
+
+    def _watch_gradients(self) -> None:
+        def arrived(parameter: torch.Tensor) -> None:
+            if self._gradients_are_sharded:
+                parameter.grad = None  # reduced to its partition at once
+            elif parameter.grad is not None:
+                self.live.relabel(parameter.grad, "gradients")
+
+        for parameter in self.student.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(arrived)
+
+    def _forward(self, model: nn.Module, **inputs: Any) -> Any:
+        """A forward pass as accelerate wraps it: autocast around it, results in float32."""
+        if self.run.autocast is None:
+            return model(**self.inputs, **inputs, use_cache=False)
+
+        with torch.autocast("cpu", torch.bfloat16):  # float16 takes the same room
+            outputs = model(**self.inputs, **inputs, use_cache=False)
+
+        return convert_outputs_to_fp32(lambda: outputs)()
+
+    def _is_fused(self) -> bool:
+        models = [self.student, *([self.teacher] if self.teacher is not None else [])]
+        return self.run.distillation is not None and all(
+            is_plain_product(model.get_output_embeddings()) and self._hands_out(model)  # type: ignore[operator]
+            for model in models
+        )
+
+    def _hands_out(self, model: nn.Module) -> bool:
+        """Whether the model returns what its head does, the very tensor."""
+        made: list[torch.Tensor] = []
+
+        def head(hidden: torch.Tensor) -> torch.Tensor:
+            made.append(hidden.new_zeros(1, 1, 1))
+            return made[0]
+
+        with torch.no_grad(), replaced_forward(model.get_output_embeddings(), head):  # type: ignore[operator]
+            return model(**self.inputs, use_cache=False).logits is made[0]
+
+    def _loss(self, fused: bool) -> torch.Tensor:
+        keys = self.run.distillation
+        if keys is None:
+            labels = torch.zeros(self.run.batch_size, self.run.length, dtype=torch.int64)
+            return self._forward(self.student, labels=labels).loss
+
+        return self._fused_loss(keys) if fused else self._plain_loss(keys)
+
+    def _fused_loss(self, keys: DistillationArguments) -> torch.Tensor:
+        head: Any = self.student.get_output_embeddings()  # type: ignore[operator]
+        vocab_size = self._common_vocabulary()
+        chunk_size = keys.kd_chunk_size or default_chunk_size(len(head.weight))
+        teacher_hidden, teacher_weight = self._teacher_hidden(head)
+
+        def objective(hidden: torch.Tensor) -> torch.Tensor:
+            rows = self._responses(hidden)
+            with self.live.labelled("objective"):
+                beyond = torch.empty(self._buffers_beyond_a_cpus(vocab_size, chunk_size))
+                output = fused_linear_distillation(
+                    rows,
+                    head.weight,
+                    teacher_hidden,
+                    teacher_weight,
+                    self.targets,
+                    student_bias=head.bias,
+                    vocab_size=vocab_size,
+                    num_items=self.tokens,
+                    chunk_size=chunk_size,
+                    **_keywords_without_choice(keys),
+                )
+                del beyond
+            return output.loss.reshape(1, 1, 1)
+
+        with replaced_forward(head, objective):
+            return self._forward(self.student).logits.reshape(())
+
+    def _teacher_hidden(self, student_head: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teacher's hidden states of all tokens, and its head (of the student's size where they are cached)."""
+        with self.live.labelled("teacher"):
+            if self.teacher is None:
+                weight = student_head.weight.detach()
+                return torch.empty(self.tokens, weight.shape[1], dtype=weight.dtype), weight
+
+            caught: list[torch.Tensor] = []
+
+            def catch(hidden: torch.Tensor) -> torch.Tensor:
+                caught.append(self._responses(hidden))
+                return hidden.new_zeros(1, 1, 1)
+
+            head: Any = self.teacher.get_output_embeddings()  # type: ignore[operator]
+            with torch.no_grad(), replaced_forward(head, catch):
+                self._forward(self.teacher)
+
+            return caught[0], head.weight
+
+    def _plain_loss(self, keys: DistillationArguments) -> torch.Tensor:
+        vocab_size = self._common_vocabulary()
+        student_logits = self._row_logits(self.student)[:, :vocab_size]
+        with torch.no_grad(), self.live.labelled("teacher"):
+            teacher = student_logits.detach() if self.teacher is None else self._row_logits(self.teacher)
+
+        with self.live.labelled("objective"):
+            output = distillation_loss(
+                student_logits, teacher[:, :vocab_size], self.targets, **_keywords_without_choice(keys)
+            )
+            return output.loss.sum() / self.tokens
+
+    def _row_logits(self, model: nn.Module) -> torch.Tensor:
+        """Logits of all tokens as response tokens, `[tokens, vocab]`."""
+
+        def select(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (self._responses(arguments[0]).unsqueeze(0),)
+
+        handle = model.get_output_embeddings().register_forward_pre_hook(select)  # type: ignore[operator]
+        try:
+            return self._forward(model).logits[0]
+        finally:
+            handle.remove()
+
+    def _responses(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As many tokens as responses have, `[tokens, width]`, copied as the selection copies them."""
+        return hidden.reshape(-1, hidden.shape[-1])[: self.tokens].clone()
+
+    def _buffers_beyond_a_cpus(self, vocab_size: int, chunk_size: int) -> int:
+        """Numbers in the objective's buffers that an accelerator has and a CPU, on which this runs, has not."""
+        rows = (min(numbers // vocab_size, chunk_size, self.tokens) for numbers in (ACCELERATOR_BUFFER, CPU_BUFFER))
+        accelerators, cpus = rows
+        return BUFFERS * vocab_size * (accelerators - cpus) if self.run.accelerator else 0
+
+    def _common_vocabulary(self) -> int:
+        models = [self.student, *([self.teacher] if self.teacher is not None else [])]
+        return min(len(model.get_output_embeddings().weight) for model in models)  # type: ignore[operator]

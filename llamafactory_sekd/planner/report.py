@@ -1,0 +1,73 @@
+"""The estimate as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from .estimate import Estimate
+from .remedies import Priced
+from .run import Run
+
+
+# Of the memory: beyond it the allocator's gaps may be one too many.
+TIGHT = 0.95
+
+
+def print_estimate(console: Console, result: Estimate, run: Run, memory: int) -> None:
+    """Print the parts at the peak of the backward pass and in the optimizer's step, and whether `memory` is enough."""
+    table = Table("GiB per device", "backward", "step", "", title=_title(run))
+    for column in table.columns[1:3]:
+        column.justify = "right"
+
+    for row in result.rows:
+        table.add_row(row.name, _gib(row.backward), _gib(row.step), row.why)
+
+    table.add_section()
+    table.add_row("[bold]sum[/]", *(f"[bold]{_gib(size)}[/]" for size in (result.backward, result.step)))
+    table.add_row("device", "", _gib(memory), _verdict(result, memory))
+    if result.host:
+        table.add_row("main memory", "", _gib(result.host * run.devices), "of the ranks of all devices together")
+
+    console.print(table)
+    for note in result.notes:
+        console.print(f"Note: {note}.", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_remedies(console: Console, priced: Iterable[Priced], memory: int) -> None:
+    """Print the remedies of a run that does not fit, as they are estimated."""
+    table = Table("What would help, the cheapest first", "alone", "with those above", "price")
+    table.columns[0].no_wrap = True
+    for item in priced:
+        cells = [f"[green]{_gib(size)}[/]" if size <= memory else _gib(size) for size in (item.alone, item.together)]
+        table.add_row(item.remedy.text, *cells, item.remedy.cost)
+
+    console.print(table if table.rows else "It does not fit, and no remedy is known: use larger or more devices.")
+
+
+def fits(result: Estimate, memory: int) -> bool:
+    """Whether the peak is within the device's memory."""
+    return result.device <= memory
+
+
+def _verdict(result: Estimate, memory: int) -> str:
+    if not fits(result, memory):
+        return "[bold red]does not fit[/]"
+
+    return "[yellow]fits, tightly[/]" if result.device > TIGHT * memory else "[green]fits[/]"
+
+
+def _title(run: Run) -> str:
+    devices = "1 device" if run.devices == 1 else f"{run.devices} devices"
+    how = f"DeepSpeed ZeRO-{run.sharding.stage}" if run.sharding else "DDP" if run.devices > 1 else ""
+    tokens = f"{run.batch_size} × {run.length} tokens"
+    return ", ".join(part for part in (devices, how, tokens) if part)
+
+
+def _gib(size: int) -> str:
+    if size == 0:
+        return "-"
+
+    return f"{size / 2**30:.2f}" if size >= 0.01 * 2**30 else "<0.01"
