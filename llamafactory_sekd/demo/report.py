@@ -30,11 +30,12 @@ EXAMPLES, EXAMPLE_WORDS = 5, 6
 # Says what this setting can show, whatever comes out of one run of it; docs/demo.md has the figures of several seeds.
 MEANING = (
     "At this size the demo shows the machine working, not the paper's ranking: two-layer students with 1.7 million "
-    "parameters, one pass over the text, one seed, a thousand short strings. A † says that a difference is unlikely "
-    "to come from the choice of these strings; another seed alone moves a student by about one BLEU. Self-Evolution KD "
-    "may well come out behind here: the gradient of a hard token fades with the probability that the student gives to the "
-    "ground truth, and about half of the tokens are hard for a student this weak. The paper's students are "
-    "pretrained, with 7 billion parameters; examples/yamls/sekd_llama7b.yaml is the recipe to test its claims."
+    "parameters, one pass over the text, one seed, a thousand short strings. A † says that a difference is unlikely"
+    " to come from the choice of these strings; another seed alone moves a student by about one BLEU. Self-"
+    "Evolution KD may well come out behind here: the gradient of a hard token fades with the probability that the "
+    "student gives to the ground truth, and about half of the tokens are hard for a student this weak. The paper's "
+    "students are pretrained, with 7 billion parameters; examples/yamls/sekd_llama7b.yaml is the recipe to test its"
+    " claims."
 )
 LABELS = {
     "student_untrained": ("Student, untrained", "the teacher's first and last layer, nothing more"),
