@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.objectives.blocks import BlockProcessor
-from llamafactory_sekd.objectives.heads import Head, HeadGradients
+from llamafactory_sekd.objectives.heads import Head, HeadGradients, LogitsSource, product_type
 from llamafactory_sekd.objectives.losses import OBJECTIVES, check_objective
 from llamafactory_sekd.objectives.selection import select_hard
 from llamafactory_sekd.objectives.settings import Settings, check_same_vocabulary, check_tokens
@@ -93,46 +93,80 @@ def fused_linear_distillation(
     """
     check_objective(kd_loss)
     check_tokens(student_hidden, teacher_hidden, labels, ("student_hidden", "teacher_hidden"))
-    settings = Settings(kd_loss, kd_lambda, kd_beta, kd_gamma, kd_topk, kd_temperature)
-    plan = _Plan(
-        settings=settings,
-        num_items=_divisor(num_items),
-        chunk_size=chunk_size,
-        vocab_size=_used_vocabulary(student_head, teacher_head, vocab_size),
-        may_be_infinite=student_bias is not None or teacher_bias is not None,
-        grad_enabled=torch.is_grad_enabled(),
-    )
-    loss, values = _FusedLinearDistillation.apply(
+    used = _used_vocabulary(student_head, teacher_head, vocab_size)
+    return fused_distillation(
         student_hidden,
         student_head,
-        student_bias,
-        teacher_hidden,
-        teacher_head,
-        teacher_bias,
+        Head(teacher_hidden, teacher_head, teacher_bias, used, product_type(teacher_head)),
         labels,
-        plan,
+        num_items=num_items,
+        chunk_size=chunk_size,
+        student_bias=student_bias,
+        kd_loss=kd_loss,
+        kd_lambda=kd_lambda,
+        kd_beta=kd_beta,
+        kd_gamma=kd_gamma,
+        kd_topk=kd_topk,
+        kd_temperature=kd_temperature,
     )
+
+
+def fused_distillation(
+    student_hidden: torch.Tensor,
+    student_head: torch.Tensor,
+    teacher: LogitsSource,
+    labels: torch.Tensor,
+    *,
+    num_items: int | torch.Tensor,
+    chunk_size: int,
+    student_bias: torch.Tensor | None = None,
+    **settings: Any,
+) -> FusedOutput:
+    """The same for any teacher that can write the logits of a few tokens.
+
+    Args:
+        student_hidden, student_head, labels, num_items, chunk_size, student_bias: see `fused_linear_distillation`.
+        teacher: of the same tokens, over the first `teacher.vocab_size` entries of the student's head.
+        settings: `kd_loss`, `kd_lambda`, `kd_beta`, `kd_gamma`, `kd_topk`, `kd_temperature`.
+
+    Raises:
+        ArgumentError: shapes that do not fit, an unknown `kd_loss`, a missing `kd_topk`.
+    """
+    chosen = Settings(**settings)
+    check_objective(chosen.kd_loss)
+    check_tokens(student_hidden, student_hidden, labels, ("student_hidden", "student_hidden"))
+    if len(teacher) != len(labels) or teacher.vocab_size > len(student_head):
+        raise ArgumentError(
+            f"the teacher has logits of {len(teacher)} tokens over {teacher.vocab_size} entries, the student of "
+            f"{len(labels)} over {len(student_head)}: pass one row per response token and the common vocabulary."
+        )
+    plan = _Plan(
+        settings=chosen,
+        num_items=_divisor(num_items),
+        chunk_size=chunk_size,
+        vocab_size=teacher.vocab_size,
+        may_be_infinite=student_bias is not None or teacher.may_be_infinite,
+        grad_enabled=torch.is_grad_enabled(),
+    )
+    loss, values = _FusedDistillation.apply(student_hidden, student_head, student_bias, teacher, labels, plan)
     return FusedOutput(loss=loss, statistics=TokenStatistics(*values.unbind()))
 
 
-class _FusedLinearDistillation(torch.autograd.Function):
+class _FusedDistillation(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         student_hidden: torch.Tensor,
         student_weight: torch.Tensor,
         student_bias: torch.Tensor | None,
-        teacher_hidden: torch.Tensor,
-        teacher_weight: torch.Tensor,
-        teacher_bias: torch.Tensor | None,
+        teacher: LogitsSource,
         labels: torch.Tensor,
         plan: _Plan,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wants = tuple(plan.grad_enabled and needed for needed in ctx.needs_input_grad[:3])
-        student_type, teacher_type = _product_type(student_weight), _product_type(teacher_weight)
+        student_type = product_type(student_weight)
         with torch.autocast(student_hidden.device.type, enabled=False):
             student = Head(student_hidden, student_weight, student_bias, plan.vocab_size, student_type)
-            teacher = Head(teacher_hidden, teacher_weight, teacher_bias, plan.vocab_size, teacher_type)
             gradients = HeadGradients(student, student_weight, wants, plan.num_items)
             values = _sweep(student, teacher, labels, plan, gradients if any(wants) else None)
         ctx.gradients = gradients
@@ -150,11 +184,11 @@ class _FusedLinearDistillation(torch.autograd.Function):
             )
         # Handed over, not kept: the optimizer's .grad can then take the buffers instead of copying them.
         gradients, ctx.gradients = ctx.gradients, None
-        return (*gradients.finish(grad_loss), None, None, None, None, None)
+        return (*gradients.finish(grad_loss), None, None, None)
 
 
 def _sweep(
-    student: Head, teacher: Head, labels: torch.Tensor, plan: _Plan, gradients: HeadGradients | None
+    student: Head, teacher: LogitsSource, labels: torch.Tensor, plan: _Plan, gradients: HeadGradients | None
 ) -> torch.Tensor:
     """Go through the tokens chunk by chunk; `[7, tokens]` as `BlockProcessor.process` returns them."""
     chunk, device = min(plan.chunk_size, len(labels)), labels.device
@@ -186,13 +220,6 @@ def _sweep(
         if gradients is not None:
             gradients.add(tokens, z)
     return torch.cat(values, dim=1)
-
-
-def _product_type(weight: torch.Tensor) -> torch.dtype:
-    device = weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
 
 
 def _divisor(num_items: int | torch.Tensor) -> float | torch.Tensor:

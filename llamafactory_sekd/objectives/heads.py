@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 
 # Rows of the head whose gradient is formed at once where it cannot be added by the product itself.
 TILE = 8192
+
+
+class LogitsSource(Protocol):
+    """Something that knows the logits of every response token, and writes them out a few tokens at a time.
+
+    Attributes:
+        vocab_size: the number of logits of a token.
+        dtype: the type that they are best written in.
+        may_be_infinite: whether a logit can be `-inf`.
+    """
+
+    vocab_size: int
+    dtype: torch.dtype
+    may_be_infinite: bool
+
+    def __len__(self) -> int:
+        """The number of tokens."""
+
+    def logits(self, tokens: slice, out: torch.Tensor) -> torch.Tensor:
+        """Write the logits of some tokens to the first rows of `out`, `[chunk, vocab]`, and return these rows."""
+
+
+def product_type(weight: torch.Tensor) -> torch.dtype:
+    """The type of a product with this weight: autocast's where that is on, otherwise the weight's."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 class Head:
@@ -29,10 +59,15 @@ class Head:
         dtype: torch.dtype,
     ) -> None:
         self.hidden = hidden.detach()
+        self.vocab_size = vocab_size
+        self.may_be_infinite = bias is not None
         self.dtype = dtype
         self.weight = weight.detach()[:vocab_size].to(dtype)
         self.bias = None if bias is None else bias.detach()[:vocab_size].to(dtype)
         self.bias_type = None if bias is None else bias.dtype
+
+    def __len__(self) -> int:
+        return len(self.hidden)
 
     def rows(self, tokens: slice) -> torch.Tensor:
         """The hidden states of some tokens in the type of the products."""

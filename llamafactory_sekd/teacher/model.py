@@ -16,6 +16,8 @@ from ..heads import (
     selected_rows,
     whole_parameters,
 )
+from ..objectives import LogitsSource
+from .source import Answers, product
 
 
 class Teacher:
@@ -66,6 +68,21 @@ class Teacher:
             self.model(**inputs, use_cache=False)
 
         return caught[0]
+
+    def can_answer_in_chunks(self, inputs: dict[str, Any]) -> bool:
+        """Where its logits are a product that can be formed anywhere."""
+        return self.can_hand_out_hidden_states(inputs)
+
+    def answers(self, inputs: dict[str, Any], rows: torch.Tensor) -> Answers:
+        """One forward pass; see :class:`TeacherSource`."""
+        hidden = self.hidden_states(inputs, rows)
+
+        @contextmanager
+        def opened(vocab_size: int | None) -> Iterator[LogitsSource]:
+            with self.head_parameters() as (weight, bias):
+                yield product(hidden, weight, bias, vocab_size)
+
+        return opened
 
     @contextmanager
     def head_parameters(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
+
+from ..objectives import Head, LogitsSource, product_type
+
+
+Answers = Callable[[int | None], AbstractContextManager[LogitsSource]]
 
 
 class TeacherSource(Protocol):
@@ -17,8 +23,8 @@ class TeacherSource(Protocol):
 
     collated_keys: tuple[str, ...]
 
-    def can_hand_out_hidden_states(self, inputs: dict[str, Any]) -> bool:
-        """Whether logits are exactly head times hidden states, and the head can be read outside of a forward pass."""
+    def can_answer_in_chunks(self, inputs: dict[str, Any]) -> bool:
+        """Whether :meth:`answers` works: the logits of a few tokens can be had without those of all."""
 
     def logits(self, inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
         """Teacher logits ``[tokens, vocab]`` at the response positions.
@@ -28,8 +34,17 @@ class TeacherSource(Protocol):
             rows: ``[batch, length]`` bool, from :func:`llamafactory_sekd.heads.response_positions`.
         """
 
-    def hidden_states(self, inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
-        """Teacher hidden states ``[tokens, width]`` at the response positions, as its head would read them."""
+    def answers(self, inputs: dict[str, Any], rows: torch.Tensor) -> Answers:
+        """Compute or fetch what the teacher has to say on the response positions.
 
-    def head_parameters(self) -> AbstractContextManager[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Weight ``[vocab, width]`` and bias ``[vocab]`` (or None) of the head, whole, for the duration."""
+        Returns:
+            A function from the size of the common vocabulary (None for the teacher's own) to a context in which the
+            logits can be read, a few tokens at a time; a sharded head is whole inside of it.
+        """
+
+
+def product(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, vocab_size: int | None
+) -> LogitsSource:
+    """Logits as products of hidden states ``[tokens, width]`` with a head, over its first ``vocab_size`` rows."""
+    return Head(hidden, weight, bias, len(weight) if vocab_size is None else vocab_size, product_type(weight))

@@ -18,7 +18,7 @@ from ..heads import (
     response_positions,
     selected_rows,
 )
-from ..objectives import TokenStatistics, default_chunk_size, distillation_loss, fused_linear_distillation
+from ..objectives import TokenStatistics, default_chunk_size, distillation_loss, fused_distillation
 from ..objectives.schedules import linear
 from ..teacher import TeacherSource
 from .metrics import TokenMeans
@@ -99,7 +99,7 @@ class DistillationTrainer(Seq2SeqTrainer):
             student_fits = is_plain_product(self.student_head) and hands_out_what_the_head_returns(
                 model, self.student_head, inputs
             )
-            self._fused = student_fits and self.teacher.can_hand_out_hidden_states(inputs)
+            self._fused = student_fits and self.teacher.can_answer_in_chunks(inputs)
             if self._fused:
                 size = self._chunk_size(self.student_head.out_features)  # the weight itself may be sharded
                 logger.info(f"The objective takes {size} response tokens at a time in the LM head (`kd_chunk_size`).")
@@ -121,21 +121,18 @@ class DistillationTrainer(Seq2SeqTrainer):
         num_items: torch.Tensor,
     ) -> tuple[torch.Tensor, TokenStatistics]:
         """Compute the objective inside of the student's head, where every wrapper has its weight whole."""
-        teacher_hidden = self.teacher.hidden_states(batch, rows)
+        answers = self.teacher.answers(batch, rows)
         caught: list[TokenStatistics] = []
 
         def objective(hidden: torch.Tensor) -> torch.Tensor:
             weight, bias = self.student_head.weight, self.student_head.bias
-            with self.teacher.head_parameters() as (teacher_weight, teacher_bias):
-                output = fused_linear_distillation(
+            with answers(self.vocab_size) as teacher:
+                output = fused_distillation(
                     hidden[rows.to(hidden.device)],
                     weight,
-                    teacher_hidden,
-                    teacher_weight,
+                    teacher,
                     targets,
                     student_bias=bias,
-                    teacher_bias=teacher_bias,
-                    vocab_size=self.vocab_size,
                     num_items=num_items,
                     chunk_size=self._chunk_size(weight.shape[0]),
                     **self._objective_keywords(),

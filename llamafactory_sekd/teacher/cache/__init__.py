@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .build import Plan, collate, fill, first_missing, make_plan
 from .collator import CacheCollator
-from .formats import DTYPES, FORMATS, Format, HiddenFormat, TopKFormat, bytes_per_token
+from .formats import DTYPES, FORMATS, Format, HiddenFormat, TopKFormat, TopKLogits, bytes_per_token
 from .manifest import Manifest
 from .opening import Fingerprints, Settings, open_for_reading
 from .ranks import on_any_rank
@@ -29,6 +29,7 @@ __all__ = [
     "ShardReader",
     "ShardWriter",
     "TopKFormat",
+    "TopKLogits",
     "bytes_per_token",
     "collate",
     "fill",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..source import TeacherSource
+from ..model import Teacher
 from .formats import Format
 from .segments import Segment, segments
 from .store import Key, ShardWriter
@@ -109,7 +109,7 @@ def fill(
     plan: Plan,
     datasets: Sequence[Any],
     *,
-    teacher: TeacherSource,
+    teacher: Teacher,
     kept: Format,
     writer: ShardWriter,
     batch_size: int,

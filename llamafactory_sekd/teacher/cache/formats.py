@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from ...errors import ArgumentError
-from ..source import TeacherSource
+from ..model import Teacher
 from .store import Record
 
 
@@ -17,6 +17,8 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+# The logarithm of a probability that counts for nothing, and is still a number.
+_NOTHING = -1e4
 TOPK_RANGE = (8, 512)
 # Integers of the same width: nothing on the way from file to device rounds or casts them.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -30,7 +32,7 @@ class Format(Protocol):
     def fields(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Type and shape of what is kept for one token, by name."""
 
-    def encode(self, teacher: TeacherSource, inputs: dict[str, Any], rows: torch.Tensor) -> Record:
+    def encode(self, teacher: Teacher, inputs: dict[str, Any], rows: torch.Tensor) -> Record:
         """One forward pass of the teacher: tensors ``[tokens, ...]`` for the response positions."""
 
 
@@ -52,7 +54,7 @@ class HiddenFormat:
         """``hidden`` ``[width]``."""
         return {"hidden": (self.dtype, (self.width,))}
 
-    def encode(self, teacher: TeacherSource, inputs: dict[str, Any], rows: torch.Tensor) -> Record:
+    def encode(self, teacher: Teacher, inputs: dict[str, Any], rows: torch.Tensor) -> Record:
         """See :class:`Format`."""
         return {"hidden": teacher.hidden_states(inputs, rows).to(self.dtype)}
 
@@ -89,7 +91,7 @@ class TopKFormat:
             "log_tail": (torch.float32, ()),
         }
 
-    def encode(self, teacher: TeacherSource, inputs: dict[str, Any], rows: torch.Tensor) -> Record:
+    def encode(self, teacher: Teacher, inputs: dict[str, Any], rows: torch.Tensor) -> Record:
         """See :class:`Format`."""
         return self.compress(teacher.logits(inputs, rows))
 
@@ -101,20 +103,35 @@ class TopKFormat:
         log_tail = logits.scatter(-1, ids, -torch.inf).logsumexp(-1) - norm.squeeze(-1)
         return {"ids": ids.to(self.id_type), "log_probs": (top - norm).to(self.dtype), "log_tail": log_tail}
 
-    def logits(self, record: Record, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The distribution that a record stands for, as logits ``[tokens, vocab]``.
 
-        Args:
-            record: tensors ``[tokens, ...]`` with the names of :meth:`fields`.
-            out: where to write them, any floating type.
-        """
-        ids, log_probs, log_tail = record["ids"].long(), record["log_probs"], record["log_tail"]
-        if out is None:
-            out = torch.empty(len(ids), self.vocab_size, device=ids.device)
+class TopKLogits:
+    """The distributions that records stand for, as logits, written a few tokens at a time.
 
-        even = log_tail - math.log(self.vocab_size - self.k)
-        out.copy_(even.unsqueeze(-1).expand_as(out))
-        return out.scatter_(-1, ids, log_probs.to(out.dtype))
+    The mass of the ids that were not kept is spread evenly over them.
+
+    Args:
+        kept: the format.
+        record: tensors ``[tokens, ...]`` with the names of its fields.
+    """
+
+    dtype = torch.float32
+    may_be_infinite = False
+
+    def __init__(self, kept: TopKFormat, record: Record) -> None:
+        self.vocab_size = kept.vocab_size
+        self.ids = record["ids"]
+        self.log_probs = record["log_probs"]
+        self.even = record["log_tail"] - math.log(kept.vocab_size - kept.k)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def logits(self, tokens: slice, out: torch.Tensor) -> torch.Tensor:
+        """Write the logits of some tokens to the first rows of ``out``, ``[chunk, vocab]``, and return these rows."""
+        ids = self.ids[tokens].long()
+        out = out[: len(ids)]
+        out.copy_(self.even[tokens].clamp_min(_NOTHING).unsqueeze(-1).expand_as(out))
+        return out.scatter_(-1, ids, self.log_probs[tokens].to(out.dtype).clamp_min_(_NOTHING))
 
 
 FORMATS: tuple[str, ...] = (HiddenFormat.name, TopKFormat.name)

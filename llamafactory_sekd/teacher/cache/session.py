@@ -10,7 +10,7 @@ import torch
 
 from ...data.files import locked
 from ...errors import DataError, TeacherError
-from ..source import TeacherSource
+from ..model import Teacher
 from .manifest import MANIFEST, Manifest
 from .opening import Fingerprints, Settings, head_damage, open_for_writing
 from .ranks import position, wait_for_all
@@ -57,7 +57,7 @@ class Session:
         self.reader = ShardReader(directory)
 
     def admit(
-        self, teacher: TeacherSource, vocab_size: int, probe: dict[str, Any], autocast: torch.dtype | None = None
+        self, teacher: Teacher, vocab_size: int, probe: dict[str, Any], autocast: torch.dtype | None = None
     ) -> Manifest:
         """Take a teacher in, placed: write its head and the manifest where they are not there yet.
 

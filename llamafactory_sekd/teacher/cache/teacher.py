@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from ...errors import TeacherError
-from ..source import TeacherSource
+from ...objectives import LogitsSource
+from ..model import Teacher
+from ..source import Answers, product
 from .collator import FOUND, PREFIX, SEGMENTS, TOKENS
-from .formats import Format, HiddenFormat, TopKFormat
+from .formats import Format, TopKFormat, TopKLogits
 from .ranks import on_any_rank
 from .store import Record, ShardReader, ShardWriter
 
@@ -43,31 +45,30 @@ class CachedTeacher:
         self.collated_keys = (SEGMENTS, *(PREFIX + name for name in kept.fields()))
         self._head: dict[str, torch.Tensor] | None = None
 
-    def can_hand_out_hidden_states(self, inputs: dict[str, Any]) -> bool:
-        """True for the format ``hidden``: only heads that are plain products are kept."""
-        return isinstance(self.kept, HiddenFormat)
+    def can_answer_in_chunks(self, inputs: dict[str, Any]) -> bool:
+        """Always: hidden states are kept only where the head says the rest."""
+        return True
 
     def logits(self, inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
         """Logits ``[tokens, vocab]``: exact for ``hidden``, with an even tail for ``topk``."""
+        source = self._source(self._records(inputs, rows), None)
+        out = torch.empty(len(source), source.vocab_size, dtype=source.dtype, device=self.device)
+        return source.logits(slice(None), out)
+
+    def answers(self, inputs: dict[str, Any], rows: torch.Tensor) -> Answers:
+        """What the batch brought; see :class:`TeacherSource`."""
+        records = self._records(inputs, rows)
+        return lambda vocab_size: nullcontext(self._source(records, vocab_size))
+
+    def _source(self, records: Record, vocab_size: int | None) -> LogitsSource:
         if isinstance(self.kept, TopKFormat):
-            return self.kept.logits(self._records(inputs, rows))
+            return TopKLogits(self.kept, records)
 
-        hidden = self.hidden_states(inputs, rows)
-        with self.head_parameters() as (weight, bias):
-            return torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
-
-    def hidden_states(self, inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
-        """Hidden states ``[tokens, width]`` in the type that they were kept in."""
-        return self._records(inputs, rows)["hidden"]
-
-    @contextmanager
-    def head_parameters(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Weight and bias of the teacher's head."""
         if self._head is None:
             head = load_file(self.directory / HEAD)
             self._head = {name: tensor.to(self.device) for name, tensor in head.items()}
 
-        yield self._head["weight"], self._head.get("bias")
+        return product(records["hidden"], self._head["weight"], self._head.get("bias"), vocab_size)
 
     def _records(self, inputs: dict[str, Any], rows: torch.Tensor) -> Record:
         table = inputs[SEGMENTS]
@@ -108,7 +109,7 @@ class FillingTeacher(CachedTeacher):
         device: torch.device,
         describe: Callable[[torch.Tensor], str],
         *,
-        online: TeacherSource,
+        online: Teacher,
         writer: ShardWriter,
         reader: ShardReader,
     ) -> None:
