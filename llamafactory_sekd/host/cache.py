@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,39 @@ def build_cache(
         ArgumentError: the configuration is not one of the stage, or names no teacher.
         TeacherError: the cache is of something else, the disk is too small, the teacher does not fit.
     """
+    data = tokenised(config)
+    session = Session(out, data.fingerprints, settings)
+    try:
+        with _bar(sum(map(len, data.datasets)), "Examples", "ex", session.rank) as bar:
+            plan = make_plan(data.datasets, session.reader, lambda count: bar.update(count) and None)
+
+        if session.rank == 0:
+            _announce(plan, session, data, say)
+
+        if plan.missing or not session.head_is_intact:
+            _compute(plan, session, data, batch_size or data.training_args.per_device_train_batch_size)
+
+        if session.rank == 0:
+            session.reader.refresh()
+            say(f"{out} holds {len(session.reader):,} examples. In the training YAML: teacher_cache: {out}")
+    finally:
+        session.close()
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """A training configuration's examples, as the host makes them, and what they were made with."""
+
+    datasets: list[Any]
+    tokenizer: Any
+    fingerprints: Fingerprints
+    model_args: Any
+    training_args: Any
+    finetuning_args: Any
+
+
+def tokenised(config: dict[str, Any]) -> Tokenised:
+    """Read the data sets of a configuration that names a teacher; see :func:`build_cache` for what it raises."""
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.extras.misc import infer_optim_dtype
     from llamafactory.hparams import get_train_args
@@ -104,56 +138,36 @@ def build_cache(
     tokenizer = tokenizer_module["tokenizer"]
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
     module = get_dataset(template, model_args, data_args, training_args, stage="sft", **tokenizer_module)
-    datasets = _datasets(module, skip_evaluation=training_args.predict_with_generate)
-
-    session = Session(out, fingerprints_of(tokenizer, template, model_args, data_args, finetuning_args), settings)
-    try:
-        with _bar(sum(map(len, datasets)), "Examples", "ex", session.rank) as bar:
-            plan = make_plan(datasets, session.reader, lambda count: bar.update(count) and None)
-
-        if session.rank == 0:
-            _announce(plan, session, model_args, finetuning_args, used_ids(tokenizer), say)
-
-        if plan.missing or not session.head_is_intact:
-            size = batch_size or training_args.per_device_train_batch_size
-            _compute(plan, datasets, session, size, tokenizer, model_args, training_args, finetuning_args)
-
-        if session.rank == 0:
-            session.reader.refresh()
-            say(f"{out} holds {len(session.reader):,} examples. In the training YAML: teacher_cache: {out}")
-    finally:
-        session.close()
+    return Tokenised(
+        datasets=_datasets(module, skip_evaluation=training_args.predict_with_generate),
+        tokenizer=tokenizer,
+        fingerprints=fingerprints_of(tokenizer, template, model_args, data_args, finetuning_args),
+        model_args=model_args,
+        training_args=training_args,
+        finetuning_args=finetuning_args,
+    )
 
 
-def _compute(
-    plan: Plan,
-    datasets: list[Any],
-    session: Session,
-    batch_size: int,
-    tokenizer: Any,
-    model_args: Any,
-    training_args: Any,
-    finetuning_args: Any,
-) -> None:
+def _compute(plan: Plan, session: Session, data: Tokenised, batch_size: int) -> None:
     from transformers import Trainer
 
     from .stage import load_teacher
 
     # The trainer's accelerator, so that the teacher is placed and sharded as it is in training.
-    accelerator = Trainer(model=torch.nn.Identity(), args=training_args).accelerator
-    teacher = Teacher(load_teacher(model_args, finetuning_args), accelerator)
-    device = training_args.device
+    accelerator = Trainer(model=torch.nn.Identity(), args=data.training_args).accelerator
+    teacher = Teacher(load_teacher(data.model_args, data.finetuning_args), accelerator)
+    device = data.training_args.device
     probe = {"input_ids": torch.zeros(1, 8, dtype=torch.int64, device=device)}
-    manifest = session.admit(teacher, used_ids(tokenizer), probe, autocast_type(accelerator))
+    manifest = session.admit(teacher, used_ids(data.tokenizer), probe, autocast_type(accelerator))
     with _bar(plan.tokens, "Teacher", "tok", session.rank) as bar:
         fill(
             plan,
-            datasets,
+            data.datasets,
             teacher=teacher,
             kept=manifest.kept(),
             writer=session.writer(),
             batch_size=batch_size,
-            pad_id=tokenizer.pad_token_id,
+            pad_id=data.tokenizer.pad_token_id,
             device=device,
             rank=session.rank,
             ranks=session.ranks,
@@ -210,19 +224,12 @@ def _weights_of(name: str) -> str:
     return f"{name}@{extract_commit_hash(config, None)}"
 
 
-def _announce(
-    plan: Plan,
-    session: Session,
-    model_args: Any,
-    finetuning_args: Any,
-    vocab_size: int,
-    say: Callable[[str], None],
-) -> None:
+def _announce(plan: Plan, session: Session, data: Tokenised, say: Callable[[str], None]) -> None:
     """Say what is missing and how large it will be; refuse where the disk is too small."""
     if not plan.missing:
         return
 
-    manifest = session.manifest or _expected(session.settings, model_args, finetuning_args, vocab_size)
+    manifest = session.manifest or _expected(session.settings, data)
     per_token = bytes_per_token(manifest.kept())
     head = 0 if session.manifest else (manifest.head or {}).get("bytes", 0)
     total = int((plan.response_tokens * per_token + plan.missing * 24) * _HEADROOM) + head
@@ -240,17 +247,17 @@ def _announce(
         )
 
 
-def _expected(settings: Settings, model_args: Any, finetuning_args: Any, vocab_size: int) -> Manifest:
+def _expected(settings: Settings, data: Tokenised) -> Manifest:
     """The manifest of a cache that is not there yet, from the teacher's configuration alone."""
     from llamafactory.model import load_config
 
     from .stage import teacher_model_arguments
 
-    config = load_config(teacher_model_arguments(model_args, finetuning_args)).get_text_config()
-    dtype = model_args.compute_dtype
+    config = load_config(teacher_model_arguments(data.model_args, data.finetuning_args)).get_text_config()
+    dtype = data.model_args.compute_dtype
     head = config.vocab_size * config.hidden_size * dtype.itemsize if settings.format == "hidden" else 0
     return settings.manifest(
-        vocab_size=vocab_size,
+        vocab_size=used_ids(data.tokenizer),
         rows=config.vocab_size,
         width=config.hidden_size,
         computed_in=dtype,

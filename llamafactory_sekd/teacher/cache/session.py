@@ -49,12 +49,11 @@ class Session:
             wait_for_all()
             self.manifest = Manifest.load(directory) if (directory / MANIFEST).is_file() else None
             self.head_is_intact = self.manifest is not None and head_damage(directory, self.manifest) is None
-            wait_for_all()
+            self.reader = ShardReader(directory)
+            wait_for_all()  # so that all ranks have seen the same before any of them writes
         except BaseException:
             self.close()
             raise
-
-        self.reader = ShardReader(directory)
 
     def admit(
         self, teacher: Teacher, vocab_size: int, probe: dict[str, Any], autocast: torch.dtype | None = None
