@@ -19,6 +19,7 @@ from ..planner import Blueprint, Run, Sharding
 from ..planner.sharding import read_deepspeed
 from ..teacher import common_vocabulary
 from .arguments import check_run
+from .model_arguments import copy_model_arguments
 from .stage import teacher_model_arguments
 
 
@@ -141,7 +142,9 @@ def _build_student(parsed: Parsed, config: Any) -> nn.Module:
     model = _build(config, parsed.model, is_trainable=True)
     finetuning = copy(parsed.finetuning)
     finetuning.pissa_init = False  # it would decompose weights; its adapters are of the same size
-    return init_adapter(config, model, _weightless(parsed.model), finetuning, is_trainable=True)
+    arguments = _weightless(parsed.model)
+    arguments.resize_vocab = parsed.model.resize_vocab  # then LoRA trains the embeddings, too
+    return init_adapter(config, model, arguments, finetuning, is_trainable=True)
 
 
 def _build(config: Any, model_args: Any, is_trainable: bool) -> nn.Module:
@@ -151,8 +154,7 @@ def _build(config: Any, model_args: Any, is_trainable: bool) -> nn.Module:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     arguments = _weightless(model_args)
-    tokenizer = load_tokenizer(arguments)["tokenizer"] if arguments.resize_vocab else None
-    patch_config(config, tokenizer, arguments, {}, is_trainable)
+    patch_config(config, None, arguments, {}, is_trainable)
     composite = type(config) in AutoModelForImageTextToText._model_mapping
     auto_class = AutoModelForImageTextToText if composite else AutoModelForCausalLM
     model = auto_class.from_config(
@@ -160,17 +162,20 @@ def _build(config: Any, model_args: Any, is_trainable: bool) -> nn.Module:
         torch_dtype=getattr(config, "torch_dtype", None) or torch.float32,
         trust_remote_code=arguments.trust_remote_code,
     )
-    patch_model(model, tokenizer, arguments, is_trainable, add_valuehead=False)
+    if model_args.resize_vocab:  # as the host does, but for the values of the new rows
+        tokens = len(load_tokenizer(model_args)["tokenizer"])
+        if tokens > len(model.get_input_embeddings().weight):
+            model.resize_token_embeddings(tokens, pad_to_multiple_of=64, mean_resizing=False)
+
+    patch_model(model, None, arguments, is_trainable, add_valuehead=False)
     return model
 
 
 def _weightless(model_args: Any) -> Any:
     """The arguments without what would read weights or call for a device; sizes of adapters come from `lora_rank`."""
-    from llamafactory.hparams import ModelArguments
-
     flash_attn = "sdpa" if str(model_args.flash_attn) == "fa2" else model_args.flash_attn  # as little memory
-    return ModelArguments.copyfrom(
-        model_args, adapter_name_or_path=None, quantization_bit=None, flash_attn=flash_attn, enable_liger_kernel=False
+    return copy_model_arguments(
+        model_args, adapter_name_or_path=None, quantization_bit=None, flash_attn=flash_attn, resize_vocab=False
     )
 
 

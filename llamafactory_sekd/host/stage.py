@@ -12,6 +12,7 @@ from typing import Any
 from ..arguments import DistillationArguments
 from ..demo.missing import check_prepared
 from ..errors import DataError, TeacherError
+from .model_arguments import copy_model_arguments
 
 
 def dispatch(host_run_sft: Callable[..., None]) -> Callable[..., None]:
@@ -95,9 +96,7 @@ def check_fit(model_args: Any, finetuning_args: DistillationArguments) -> None:
 
 def teacher_model_arguments(model_args: Any, finetuning_args: DistillationArguments) -> Any:
     """The host's model arguments for the teacher: the student's, as for a reference model, with our keys."""
-    from llamafactory.hparams import ModelArguments
-
-    return ModelArguments.copyfrom(
+    return copy_model_arguments(
         model_args,
         model_name_or_path=finetuning_args.teacher_model,
         adapter_name_or_path=finetuning_args.teacher_model_adapters,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def build_without_content(build: Callable[[], nn.Module]) -> nn.Module:
@@ -42,3 +43,22 @@ def to_fake(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
                     attributes[name] = fake(value)
 
     return model
+
+
+class AnswerQuestions(TorchDispatchMode):
+    """While entered, whoever asks for a tensor's content gets an answer, as if it were zero, and all of it selected.
+
+    So code that looks for NaN finds none, and code that takes the tokens with a property takes all of them.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answer, or run the operation."""
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return False if args[0].dtype == torch.bool else 0.0 if args[0].is_floating_point() else 0
+
+        if func is torch.ops.aten.nonzero.default:
+            return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64)
+
+        return func(*args, **(kwargs or {}))

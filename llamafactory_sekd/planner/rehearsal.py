@@ -19,7 +19,7 @@ from ..arguments import DistillationArguments
 from ..heads import is_plain_product, replaced_forward
 from ..objectives import default_chunk_size, distillation_loss, fused_linear_distillation
 from ..objectives.blocks import ACCELERATOR_BUFFER, CPU_BUFFER
-from .contentless import build_without_content, to_fake
+from .contentless import AnswerQuestions, build_without_content, to_fake
 from .live import LiveMemory
 from .run import Run
 from .sizes import ModelSize, size_of
@@ -27,8 +27,6 @@ from .sizes import ModelSize, size_of
 
 # Of the objective's blocks, each `[rows, vocab]` in float32.
 BUFFERS = 6
-# What depends on which tokens are hard cannot be rehearsed; all of them hard takes as much memory.
-_ALL_HARD = {"self_evolution": "skew", "self_evolution_topk": "skew"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def rehearse(run: Run) -> Rehearsal:
     """Build both models without content and take one step."""
     student = build_without_content(run.student.build)
     teacher = None if run.teacher is None else build_without_content(run.teacher.build)
-    with FakeTensorMode():
+    with FakeTensorMode(), AnswerQuestions():
         to_fake(student, run.engine_dtype)
         student_size, teacher_size = size_of(student, run.student), None
         if teacher is not None and run.teacher is not None:
@@ -63,16 +61,11 @@ def rehearse(run: Run) -> Rehearsal:
 
         try:
             peak, fused = _Stage(run, student, teacher).step()
-        except Exception as error:  # a model's own code may look into tensors, as experts' routing does
+        except Exception as error:  # a model's own code may do what tensors without content cannot
             obstacle = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             return Rehearsal(student_size, teacher_size, Counter(), False, obstacle)
 
     return Rehearsal(student_size, teacher_size, peak, fused)
-
-
-def _keywords_without_choice(keys: DistillationArguments) -> dict[str, Any]:
-    keywords = keys.objective_keywords()
-    return {**keywords, "kd_loss": _ALL_HARD.get(keys.kd_loss, keys.kd_loss), "kd_topk": None}
 
 
 class _Stage:
@@ -110,7 +103,7 @@ class _Stage:
                         self.live.relabel(parameter.grad, "gradients")
 
             loss = self._loss(fused)
-            loss.backward(torch.tensor(1.0))
+            loss.backward()
 
         return self.live.peak, fused
 
@@ -185,7 +178,7 @@ class _Stage:
                     vocab_size=vocab_size,
                     num_items=self.tokens,
                     chunk_size=chunk_size,
-                    **_keywords_without_choice(keys),
+                    **keys.objective_keywords(),
                 )
                 del beyond
             return output.loss.reshape(1, 1, 1)
@@ -220,7 +213,7 @@ class _Stage:
 
         with self.live.labelled("objective"):
             output = distillation_loss(
-                student_logits, teacher[:, :vocab_size], self.targets, **_keywords_without_choice(keys)
+                student_logits, teacher[:, :vocab_size], self.targets, **keys.objective_keywords()
             )
             return output.loss.sum() / self.tokens
 
