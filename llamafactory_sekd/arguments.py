@@ -56,6 +56,15 @@ class DistillationArguments:
             )
         },
     )
+    teacher_max_nonfinite: float = field(
+        default=0.01,
+        metadata={
+            "help": (
+                "The share of response tokens of a logging window, from 0 to 1, at which the teacher's logits may be "
+                "NaN or infinite; such tokens are left out, and more of them stop the run."
+            )
+        },
+    )
     kd_loss: str = field(
         default="self_evolution",
         metadata={
@@ -144,6 +153,7 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
     if args.kd_loss not in KD_LOSSES:
         _refuse(args, "kd_loss", f"choose one of {', '.join(KD_LOSSES)}")
 
+    _check_range(args, "teacher_max_nonfinite", 0, 1)
     _check_range(args, "kd_lambda", 0, 1)
     _check_range(args, "kd_beta", 0, 1)
     if args.kd_beta_end is not None:

@@ -15,6 +15,7 @@ from ..arguments import (
     check_no_distillation_arguments,
 )
 from ..errors import ArgumentError
+from .resume import resume_from_whole_checkpoint
 
 
 def extend_finetuning_arguments(host_class: type) -> type:
@@ -100,6 +101,7 @@ def check_together(host_parse: Callable[..., tuple[Any, ...]]) -> Callable[..., 
             _check_model_arguments(model_args)
             _check_training_arguments(training_args)
             _check_quantization(finetuning_args)
+            resume_from_whole_checkpoint(training_args)
 
         return parsed
 

@@ -13,6 +13,7 @@ from ..arguments import DistillationArguments
 from ..demo.missing import check_prepared
 from ..errors import DataError, TeacherError
 from .model_arguments import copy_model_arguments
+from .resume import check_same_teacher, teacher_fingerprint
 
 
 def dispatch(host_run_sft: Callable[..., None]) -> Callable[..., None]:
@@ -54,6 +55,7 @@ def _run_sekd(
 
     if finetuning_args.teacher_model:
         check_fit(model_args, finetuning_args)
+        check_same_teacher(training_args, finetuning_args)
 
     arguments = (model_args, data_args, training_args, finetuning_args)
     with _our_trainer(*arguments), _empty_dataset_explained(data_args):
@@ -149,7 +151,13 @@ def _our_trainer(
         def make_teacher(accelerator: Any) -> TeacherSource:
             return cache.make_teacher(model, accelerator) if cache is not None else Teacher(model, accelerator)
 
-        trainer = SekdTrainer(make_teacher=make_teacher, distillation=finetuning_args, vocab_size=vocab_size, **kwargs)
+        trainer = SekdTrainer(
+            make_teacher=make_teacher,
+            distillation=finetuning_args,
+            vocab_size=vocab_size,
+            teacher_fingerprint=teacher_fingerprint(training_args, finetuning_args),
+            **kwargs,
+        )
         if cache is not None:
             cache.attach(trainer)
 

@@ -70,7 +70,8 @@ class BlockProcessor:
             hard: bool `[tokens]` where the selection has been made already.
 
         Returns:
-            `[7, tokens]`: the statistics in the order of `TokenStatistics`, then the loss.
+            `[7, tokens]`: the statistics in the order of `TokenStatistics`, then the loss. Where the teacher's logits
+            hold NaN or +inf the loss and its gradient are 0 and `teacher_ce` is NaN.
         """
         results = []
         for rows in self._split(labels):
@@ -78,6 +79,11 @@ class BlockProcessor:
             if hard is not None:
                 block.hard = hard[rows]
             loss = self.closed_form(block)
+            # NaN or +inf among the logits of the teacher: no target, so no loss and no gradient of this token.
+            broken = block.teacher_ce.isnan()
+            loss = loss.masked_fill(broken, 0.0)
+            if self.wants_gradient:
+                _clear(block.gradient, broken)
             if self.wants_gradient and block.gradient.dtype != z.dtype:
                 z[rows].copy_(block.gradient)
             statistics = (
@@ -94,7 +100,8 @@ class BlockProcessor:
     def difficulty(self, z: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Equation 5 of one chunk, `[tokens]`, for a selection that spans all chunks. May destroy the logits."""
         blocks = [self._measure(z[rows], w[rows], labels[rows].unsqueeze(-1)) for rows in self._split(labels)]
-        return torch.cat([block.difficulty for block in blocks])
+        difficulties = [block.difficulty.masked_fill(block.teacher_ce.isnan(), -math.inf) for block in blocks]
+        return torch.cat(difficulties)
 
     def _split(self, labels: torch.Tensor) -> list[slice]:
         return [slice(start, start + self.rows) for start in range(0, len(labels), self.rows)]
@@ -163,6 +170,12 @@ def _softmax(logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """
     torch.softmax(logits, -1, out=out)
     return logits.amax(-1) - out.amax(-1).log()
+
+
+def _clear(gradient: torch.Tensor, rows: torch.Tensor) -> None:
+    """Set rows to zero; on the CPU a look spares the pass, elsewhere looking would cost a synchronisation."""
+    if gradient.device.type != "cpu" or bool(rows.any()):
+        gradient.masked_fill_(rows.unsqueeze(-1), 0.0)
 
 
 def _pick(matrix: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,10 @@ METRICS: dict[str, str] = {
 }
 
 
+# Share of the response tokens that were left out because the teacher's logits were NaN or infinite; absent where none.
+NONFINITE = "kd/teacher_nonfinite"
+
+
 class TokenMeans:
     """Sums of token statistics since the last reading; adding costs no synchronisation with the host."""
 
@@ -30,12 +34,13 @@ class TokenMeans:
         """Add a micro-batch.
 
         Args:
-            statistics: per token, each ``[tokens]``.
+            statistics: per token, each ``[tokens]``; a `teacher_ce` of NaN marks a token that was left out.
             loss: the objective summed over these tokens, a scalar.
         """
-        columns = [getattr(statistics, name) for name in METRICS.values()]
-        count = torch.full_like(loss, columns[0].numel(), dtype=torch.float64)
-        sums = torch.stack([count, loss.double(), *(column.sum(dtype=torch.float64) for column in columns)])
+        left_out = statistics.teacher_ce.isnan()
+        columns = [getattr(statistics, name).masked_fill(left_out, 0.0) for name in METRICS.values()]
+        totals = [(~left_out).sum(), left_out.sum(), loss, *(column.sum(dtype=torch.float64) for column in columns)]
+        sums = torch.stack([total.double() for total in totals])
         self.sums = sums if self.sums is None else self.sums + sums
 
     def read(self, accelerator: Any) -> tuple[float | None, dict[str, float]]:
@@ -43,10 +48,19 @@ class TokenMeans:
 
         All ranks call this together. Without any response token there are no means: None and an empty dict.
         """
-        sums = self.sums if self.sums is not None else torch.zeros(len(METRICS) + 2, dtype=torch.float64)
+        count, left_out, loss, *rest = self.total(accelerator)
         self.sums = None
-        count, loss, *rest = accelerator.reduce(sums.to(accelerator.device), reduction="sum").tolist()
+        nonfinite = {NONFINITE: left_out / (count + left_out)} if left_out else {}
         if count == 0:
-            return None, {}
+            return None, nonfinite
 
-        return loss / count, {name: total / count for name, total in zip(METRICS, rest, strict=True)}
+        return loss / count, {name: total / count for name, total in zip(METRICS, rest, strict=True)} | nonfinite
+
+    def total(self, accelerator: Any) -> list[float]:
+        """Return the sums of all ranks, which call this together, and keep them."""
+        sums = self.sums if self.sums is not None else torch.zeros(len(METRICS) + 3, dtype=torch.float64)
+        return accelerator.reduce(sums.to(accelerator.device, copy=True), reduction="sum").tolist()
+
+    def restore(self, sums: list[float], device: torch.device) -> None:
+        """Continue from what `total` returned; an empty list starts anew. One rank does this for all."""
+        self.sums = torch.tensor(sums, dtype=torch.float64, device=device) if sums else None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +14,9 @@ from transformers import Seq2SeqTrainer
 from transformers.utils import logging
 
 from ..arguments import DistillationArguments
+from ..errors import TeacherError
 from ..heads import (
+    IGNORE_INDEX,
     hands_out_what_the_head_returns,
     is_plain_product,
     replaced_forward,
@@ -21,7 +26,8 @@ from ..heads import (
 from ..objectives import TokenStatistics, default_chunk_size, distillation_loss, fused_distillation
 from ..objectives.schedules import linear
 from ..teacher import TeacherSource
-from .metrics import TokenMeans
+from .checkpoints import DistillationState, forget_completion
+from .metrics import NONFINITE, TokenMeans
 
 
 logger = logging.get_logger(__name__)
@@ -37,6 +43,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         make_teacher: from the trainer's accelerator to the teacher, computed or read from a cache.
         distillation: the stage's keys.
         vocab_size: how many rows of both heads to read, None for all.
+        teacher_fingerprint: what checkpoints record of the teacher's files, None where there are none.
     """
 
     def __init__(
@@ -45,6 +52,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         make_teacher: Callable[[Any], TeacherSource],
         distillation: DistillationArguments,
         vocab_size: int | None = None,
+        teacher_fingerprint: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -52,6 +60,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         self.model_accepts_loss_kwargs = True
         self.distillation = distillation
         self.vocab_size = vocab_size
+        self.teacher_fingerprint = teacher_fingerprint
         self.teacher = make_teacher(self.accelerator)
         self.student_head: Any = self.accelerator.unwrap_model(self.model).get_output_embeddings()
         self.train_means = TokenMeans()
@@ -152,21 +161,45 @@ class DistillationTrainer(Seq2SeqTrainer):
         targets: torch.Tensor,
         num_items: torch.Tensor,
     ) -> tuple[torch.Tensor, TokenStatistics]:
-        """The same objective on logits ``[tokens, vocab]``."""
+        """The same objective on logits ``[tokens, vocab]``; tokens with a broken teacher are left out as well."""
+        teacher_logits = teacher_logits[:, : self.vocab_size].to(student_logits.device)
+        # The largest is NaN where any is, +inf where any is, and -inf (an impossible id) only where all are.
+        broken = ~teacher_logits.amax(-1).isfinite()
         output = distillation_loss(
             student_logits[:, : self.vocab_size],
-            teacher_logits[:, : self.vocab_size].to(student_logits.device),
+            teacher_logits.masked_fill(broken.unsqueeze(-1), 0.0),
             targets,
             **self._objective_keywords(),
         )
-        return output.loss.sum() / num_items, output.statistics
+        loss = output.loss.masked_fill(broken, 0.0)
+        statistics = replace(output.statistics, teacher_ce=output.statistics.teacher_ce.masked_fill(broken, math.nan))
+        return loss.sum() / num_items, statistics
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Generation gets the student's inputs alone; everything else is the host's."""
+        inputs = self._without_repeated(inputs)
         if self.args.predict_with_generate:
             inputs = self._without_the_teachers(inputs)
 
         return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of a step; samples that only fill up the epoch's last batch carry no labels."""
+        return super().get_batch_samples(map(self._without_repeated, epoch_iterator), *args, **kwargs)
+
+    def _without_repeated(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Take the labels from the samples that fill up the last batch so that every rank has one of the same size.
+
+        Accelerate repeats samples from the start; counted twice they would bias the mean of the step, or of the
+        evaluation. It keeps of the last batch, over all ranks in order, the first `remainder` samples.
+        """
+        state = self.accelerator.gradient_state
+        if "labels" not in batch or not state.end_of_dataloader or state.remainder <= 0:
+            return batch
+
+        labels = batch["labels"].clone()
+        labels[max(0, state.remainder - self.args.process_index * len(labels)) :] = IGNORE_INDEX
+        return {**batch, "labels": labels}
 
     def _without_the_teachers(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in batch.items() if name not in self.teacher.collated_keys}
@@ -185,6 +218,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         """Add the metrics of the logging window to a training log; other logs pass through."""
         if "loss" in logs:
             _, metrics = self.train_means.read(self.accelerator)
+            self._refuse_a_broken_teacher(metrics)
             logs = {**logs, **{name: round(value, 6) for name, value in metrics.items()}}
             if self.distillation.kd_beta_end is not None:
                 logs["kd/beta"] = round(self._beta(self.state.global_step - 1), 6)  # of the step that just ended
@@ -196,9 +230,42 @@ class DistillationTrainer(Seq2SeqTrainer):
         self.eval_means = TokenMeans()
         output = super().evaluation_loop(*args, **kwargs)
         loss, metrics = self.eval_means.read(self.accelerator)
+        self._refuse_a_broken_teacher(metrics)
         if loss is not None:
             prefix = kwargs.get("metric_key_prefix", "eval")
             output.metrics[f"{prefix}_loss"] = loss
             output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
 
         return output
+
+    def _refuse_a_broken_teacher(self, metrics: dict[str, float]) -> None:
+        """All ranks read the same sums, so all of them stop here together."""
+        share, limit = metrics.get(NONFINITE, 0.0), self.distillation.teacher_max_nonfinite
+        if share > limit:
+            raise TeacherError(
+                f"the teacher's logits are NaN or infinite at {share:.2%} of the response tokens, more than "
+                f"`teacher_max_nonfinite: {limit}` allows: look at the teacher's weights and its precision (float16 "
+                "overflows where bfloat16 does not)."
+            )
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save as the host does; a checkpoint that is written over counts as half-written until it is done."""
+        if self.args.should_save:
+            forget_completion(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save what is each rank's own and, once all ranks have done so, what is ours.
+
+        `trainer_state.json` follows last, so it says that the files of all ranks are there.
+        """
+        super()._save_rng_state(output_dir)
+        window = self.train_means.total(self.accelerator)
+        if self.args.should_save:
+            DistillationState(self.teacher_fingerprint, window).save(output_dir)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and self.args.process_index == 0:  # the sums of all ranks, once
+            self.train_means.restore(DistillationState.load(checkpoint).window, self.accelerator.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from ..arguments import KD_LOSSES, DistillationArguments, check_distillation_arguments
 from ..errors import ArgumentError
@@ -43,8 +43,9 @@ def _plain(key: str, value: Any) -> Any:
         return value
 
     text = value.strip()
-    annotation = str(DistillationArguments.__dataclass_fields__[key].type)
-    kind = next((kind for kind in (int, float) if annotation.startswith(kind.__name__)), str)
+    # Not the field's own `type`: the host's parser resolves that in place, once it has run in this process.
+    hint = get_type_hints(DistillationArguments)[key]
+    kind = next((kind for kind in (int, float) if kind in (get_args(hint) or (hint,))), str)
     try:
         return kind(text) if text else None
     except ValueError:
