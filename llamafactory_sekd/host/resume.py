@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def teacher_fingerprint(training_args: Any, finetuning_args: DistillationArgumen
     )
 
 
-def check_same_teacher(training_args: Any, finetuning_args: DistillationArguments) -> None:
+def check_same_teacher(training_args: Any, finetuning_args: DistillationArguments, fingerprint: str | None) -> None:
     """Check that a resumed run goes on with the teacher that its checkpoint was trained with.
 
     Raises:
@@ -72,8 +71,7 @@ def check_same_teacher(training_args: Any, finetuning_args: DistillationArgument
     from ..trainer.checkpoints import STATE_NAME, DistillationState
 
     recorded = DistillationState.load(checkpoint).teacher
-    current = teacher_fingerprint(training_args, finetuning_args)
-    if None not in (recorded, current) and recorded != current:
+    if None not in (recorded, fingerprint) and recorded != fingerprint:
         raise TeacherError(
             f"`teacher_model: {finetuning_args.teacher_model}` is not the teacher that {checkpoint} was trained with: "
             "its files, its adapters or its quantization have changed. Bring the old teacher back, start anew with "
@@ -81,7 +79,6 @@ def check_same_teacher(training_args: Any, finetuning_args: DistillationArgument
         )
 
 
-@cache
 def _fingerprint(model: str, adapters: str, quantization_bit: int | None) -> str:
     from ..teacher.cache import fingerprints
 

@@ -55,10 +55,11 @@ def _run_sekd(
 
     if finetuning_args.teacher_model:
         check_fit(model_args, finetuning_args)
-        check_same_teacher(training_args, finetuning_args)
 
+    fingerprint = teacher_fingerprint(training_args, finetuning_args)
+    check_same_teacher(training_args, finetuning_args, fingerprint)
     arguments = (model_args, data_args, training_args, finetuning_args)
-    with _our_trainer(*arguments), _empty_dataset_explained(data_args):
+    with _our_trainer(*arguments, fingerprint), _empty_dataset_explained(data_args):
         host_run_sft(model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
 
     if training_args.do_train and training_args.should_save and finetuning_args.plot_loss:
@@ -120,7 +121,11 @@ def load_teacher(model_args: Any, finetuning_args: DistillationArguments) -> Any
 
 @contextmanager
 def _our_trainer(
-    model_args: Any, data_args: Any, training_args: Any, finetuning_args: DistillationArguments
+    model_args: Any,
+    data_args: Any,
+    training_args: Any,
+    finetuning_args: DistillationArguments,
+    fingerprint: str | None,
 ) -> Iterator[None]:
     """For the duration, the host's SFT workflow builds our trainer where it names its own."""
     from transformers.utils import logging
@@ -155,7 +160,7 @@ def _our_trainer(
             make_teacher=make_teacher,
             distillation=finetuning_args,
             vocab_size=vocab_size,
-            teacher_fingerprint=teacher_fingerprint(training_args, finetuning_args),
+            teacher_fingerprint=fingerprint,
             **kwargs,
         )
         if cache is not None:

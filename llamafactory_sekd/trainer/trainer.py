@@ -28,6 +28,7 @@ from ..objectives.schedules import linear
 from ..teacher import TeacherSource
 from .checkpoints import DistillationState, forget_completion
 from .metrics import NONFINITE, TokenMeans
+from .order import hold_epoch
 
 
 logger = logging.get_logger(__name__)
@@ -182,6 +183,12 @@ class DistillationTrainer(Seq2SeqTrainer):
             inputs = self._without_the_teachers(inputs)
 
         return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """The host's, which after a restart goes on in the order in which it was interrupted."""
+        loader = super().get_train_dataloader()
+        hold_epoch(loader)
+        return loader
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         """The micro-batches of a step; samples that only fill up the epoch's last batch carry no labels."""
