@@ -1,0 +1,138 @@
+"""The same trainings on one rank and on two, under each engine, with one launch per engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from runs import CLI, base_config, command
+
+
+SEQUENCE = str(Path(__file__).parents[1] / "sequence.py")
+# Every objective whose loss is per token.
+PER_TOKEN = {
+    "self_evolution": {"kd_gamma": 1.0},
+    "no_evolution": {},
+    "skew": {"kd_beta_end": 1.0},
+    "skew_teacher": {"kd_beta": 0.9},
+    "forward_kl": {"kd_temperature": 2.0},
+    "reverse_kl": {},
+}
+
+
+def save_uneven_dataset(directory: Path) -> None:
+    """30 records for batches of 8; the second four have no response left, and lengths differ by a factor of four."""
+    records = json.loads((directory / "tiny.json").read_text())[:30]
+    for index, record in enumerate(records):
+        if 4 <= index < 8:
+            record["input"] = "far " * 200  # the prompt alone is longer than the cutoff
+        elif index % 5 == 0:
+            record["input"] = " ".join([record["input"]] * 4)
+            record["output"] = " ".join([record["output"]] * (1 + index % 3))
+    (directory / "uneven.json").write_text(json.dumps(records))
+    (directory / "seven.json").write_text(json.dumps(records[-7:]))
+    info = json.loads((directory / "dataset_info.json").read_text())
+    info |= {name: {"file_name": f"{name}.json"} for name in ("uneven", "seven")}
+    (directory / "dataset_info.json").write_text(json.dumps(info))
+
+
+def trainings(root: Path, out: Path, ranks: int, **engine: Any) -> list[dict[str, Any]]:
+    """One training per objective, and one over two whole epochs of uneven data with evaluation."""
+    common = {
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "per_device_train_batch_size": 8 // ranks,
+        "gradient_accumulation_steps": 1,
+        **engine,
+    }
+    configs = [
+        base_config(root, output_dir=str(out / kd_loss), kd_loss=kd_loss, max_steps=2, **common, **keys)
+        for kd_loss, keys in PER_TOKEN.items()
+    ]
+    uneven = {
+        "dataset": "uneven",
+        "eval_dataset": "seven",
+        "eval_strategy": "epoch",
+        "per_device_eval_batch_size": 4 // ranks,
+        "num_train_epochs": 2,
+        "max_steps": -1,
+        "disable_shuffling": True,
+    }
+    return [*configs, base_config(root, output_dir=str(out / "uneven"), **{**common, **uneven})]
+
+
+def zero_config(directory: Path, stage: int) -> str:
+    """A DeepSpeed configuration in float32; `auto` is filled in by the trainer."""
+    config = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+    }
+    path = directory / f"zero{stage}.json"
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def fsdp_config(directory: Path, version: int) -> str:
+    """A configuration of `accelerate launch` on the CPU."""
+    config: dict[str, Any] = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "FSDP",
+        "fsdp_config": {
+            "fsdp_version": version,
+            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "fsdp_state_dict_type": "FULL_STATE_DICT",
+            # FSDP1 synchronises such weights over an accelerator only, and says so.
+            "fsdp_cpu_ram_efficient_loading": version == 2,
+            "fsdp_sync_module_states": version == 2,
+        },
+        "machine_rank": 0,
+        "num_machines": 1,
+        "num_processes": 2,
+        "main_process_port": free_port(),
+        "use_cpu": True,
+        "mixed_precision": "no",
+    }
+    if version == 2:
+        config["fsdp_config"]["fsdp_reshard_after_forward"] = True
+    else:
+        config["fsdp_config"] |= {"fsdp_sharding_strategy": "FULL_SHARD", "fsdp_use_orig_params": True}
+    path = directory / f"fsdp{version}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def torchrun(*arguments: str) -> list[str]:
+    program = str(Path(sys.executable).with_name("torchrun"))
+    return [program, "--nproc_per_node", "2", "--master_port", str(free_port()), *arguments]
+
+
+def accelerate(config_file: str, *arguments: str) -> list[str]:
+    return [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", config_file, *arguments]
+
+
+def launch(launcher: Callable[..., list[str]], jobs: list[dict[str, Any]], directory: Path) -> None:
+    """Run all trainings on two ranks in one launch."""
+    path = directory / "jobs.json"
+    path.write_text(json.dumps([{"config": config} for config in jobs]))
+    result = command(launcher(SEQUENCE, str(path)), cwd=directory, timeout=400)
+    assert result.returncode == 0, result.stderr[-6000:]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PATH": os.pathsep.join([str(Path(CLI).parent), os.environ["PATH"]]), "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,98 @@
+"""Two ranks under every engine are one rank: losses, metrics and parameters of every objective, epochs and evaluation.
+
+The reference is one rank with the whole batch, except for the test that compares accumulation.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import engines
+import pytest
+import torch
+from runs import base_config, logged, train, weights
+
+
+pytestmark = pytest.mark.slow
+ENGINES = ["ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"]
+RUNS = [*engines.PER_TOKEN, "uneven"]
+
+
+@pytest.fixture(scope="module")
+def root(tiny_root, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("engines")
+    for name in ("teacher", "student"):
+        (directory / name).symlink_to(tiny_root / name)
+    (directory / "data").mkdir()
+    for path in (tiny_root / "data").iterdir():
+        (directory / "data" / path.name).write_bytes(path.read_bytes())
+    engines.save_uneven_dataset(directory / "data")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def one_rank(root, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("one_rank")
+    for config in engines.trainings(root, out, ranks=1):
+        train(config)
+    return out
+
+
+@pytest.fixture(scope="module")
+def under_torchrun(root, tmp_path_factory) -> Path:
+    """DDP and the three stages of ZeRO, one after the other in one launch."""
+    out = tmp_path_factory.mktemp("torchrun")
+    jobs = engines.trainings(root, out / "ddp", ranks=2, ddp_backend="gloo")
+    for stage in (1, 2, 3):
+        deepspeed = engines.zero_config(out, stage)
+        jobs += engines.trainings(root, out / f"zero{stage}", ranks=2, ddp_backend="gloo", deepspeed=deepspeed)
+    engines.launch(engines.torchrun, jobs, out)
+    return out
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def two_ranks(request, root, tmp_path_factory) -> Path:
+    if not request.param.startswith("fsdp"):
+        return request.getfixturevalue("under_torchrun") / request.param
+
+    out = tmp_path_factory.mktemp(request.param)
+    launcher = partial(engines.accelerate, engines.fsdp_config(out, version=int(request.param[-1])))
+    engines.launch(launcher, engines.trainings(root, out, ranks=2, ddp_backend="gloo", use_cpu=True), out)
+    return out
+
+
+def assert_same(first: Path, second: Path) -> None:
+    for key in ("loss", "kd/ce", "kd/difficulty", "kd/hard_ratio", "kd/agreement"):
+        assert logged(first, key) == pytest.approx(logged(second, key), abs=2e-4), key
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_two_ranks_are_one_rank(one_rank, two_ranks, run):
+    assert_same(two_ranks / run, one_rank / run)
+
+
+def test_evaluation_counts_every_record_once(one_rank, two_ranks):
+    for key in ("eval_loss", "eval_kd/difficulty", "eval_kd/ce"):
+        assert logged(two_ranks / "uneven", key) == pytest.approx(logged(one_rank / "uneven", key), abs=1e-5), key
+
+
+def test_accumulation_is_one_batch_over_whole_epochs_of_uneven_data(root, one_rank, tmp_path):
+    config = engines.trainings(root, tmp_path, ranks=1)[-1]
+    train({**config, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4})
+    assert_same(tmp_path / "uneven", one_rank / "uneven")
+
+
+def test_topk_selects_within_each_micro_batch(root, tmp_path):
+    # By its definition: the share of the hard tokens is the same, which tokens they are is not.
+    keys = {"kd_loss": "self_evolution_topk", "kd_topk": 0.5, "max_steps": 2}
+    for size in (8, 2):
+        batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
+        train(base_config(root, output_dir=str(tmp_path / str(size)), **keys, **batch))
+    assert logged(tmp_path / "2", "kd/difficulty")[0] == pytest.approx(logged(tmp_path / "8", "kd/difficulty")[0])
+    assert logged(tmp_path / "2", "kd/hard_ratio")[0] == pytest.approx(0.5, abs=0.05)
+    assert logged(tmp_path / "2", "loss")[0] != pytest.approx(logged(tmp_path / "8", "loss")[0], abs=1e-3)
