@@ -6,11 +6,12 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench docs
+.PHONY: help demo test test-matrix lint bench docs
 
 help:
 	@echo "make demo   install, then distil a tiny translator and report its scores (under 15 minutes on two cores)"
 	@echo "make test   install with the test extras, then run the whole suite"
+	@echo "make test-matrix  the smoke tests on every supported host version, each installed from nothing (about an hour)"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  the benchmarks; they print and write their tables to benchmarks/results"
 
@@ -33,6 +34,10 @@ demo: $(VENV)/demo.done
 
 test: $(VENV)/dev.done
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=15 $(TEST_ARGS)
+
+test-matrix: $(VENV)/dev.done
+	@$(PIP) nox
+	@$(BIN)/nox $(NOX_ARGS)
 
 lint: $(VENV)/dev.done
 	@$(BIN)/ruff check .
