@@ -147,10 +147,14 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
             if getattr(args, key) is not None:
                 _refuse(args, key, "it belongs to `teacher_model`, which is missing; leave both out or set both")
 
+    for key in ("teacher_model", "teacher_model_adapters", "teacher_cache"):
+        if not isinstance(getattr(args, key), (str, type(None))):
+            _refuse(args, key, "use one path or hub id")
+
     if args.teacher_model_quantization_bit not in (None, 4, 8):
         _refuse(args, "teacher_model_quantization_bit", "use 4 or 8, or leave it out")
 
-    if args.kd_loss not in KD_LOSSES:
+    if not isinstance(args.kd_loss, str) or args.kd_loss not in KD_LOSSES:
         _refuse(args, "kd_loss", f"choose one of {', '.join(KD_LOSSES)}")
 
     _check_range(args, "teacher_max_nonfinite", 0, 1)
@@ -169,7 +173,8 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
     if not _is_number(args.kd_temperature) or not 0 < args.kd_temperature < math.inf:
         _refuse(args, "kd_temperature", "use a number above 0; the paper uses 1.0")
 
-    if args.kd_chunk_size is not None and (not isinstance(args.kd_chunk_size, int) or args.kd_chunk_size < 1):
+    size = args.kd_chunk_size
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         _refuse(args, "kd_chunk_size", "use a whole number of tokens from 1, or leave it out")
 
 
@@ -222,4 +227,5 @@ def _is_number(value: object) -> bool:
 
 
 def _refuse(args: DistillationArguments, key: str, remedy: str) -> None:
-    raise ArgumentError(f"`{key}: {getattr(args, key)}` cannot be used: {remedy}.")
+    value = " ".join(str(getattr(args, key)).split())  # the message stays on one line
+    raise ArgumentError(f"`{key}: {value}` cannot be used: {remedy}.")
