@@ -73,6 +73,9 @@ def matrix(session: nox.Session, llamafactory: str, transformers: str, extra: st
         if part == "comet" and extra != "comet":
             continue
 
+        if part == "eval" and extra != "comet":  # one bad input is a COMET checkpoint that is not there
+            arguments = [*arguments[:-1], f"({arguments[-1]}) and not comet_model"]
+
         output = session.run(
             *("python", "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"),
             *arguments,
