@@ -112,11 +112,18 @@ def load_teacher(model_args: Any, finetuning_args: DistillationArguments) -> Any
     """Load the teacher as the host loads a reference model: adapters merged, quantised, frozen, in eval mode."""
     from llamafactory.hparams import FinetuningArguments
     from llamafactory.model import load_model, load_tokenizer
+    from safetensors import SafetensorError
 
     teacher_args = teacher_model_arguments(model_args, finetuning_args)
     tokenizer = load_tokenizer(teacher_args)["tokenizer"]
-    with _whole_weights_on_every_rank():
-        return load_model(tokenizer, teacher_args, FinetuningArguments(), is_trainable=False)
+    try:
+        with _whole_weights_on_every_rank():
+            return load_model(tokenizer, teacher_args, FinetuningArguments(), is_trainable=False)
+    except (OSError, SafetensorError) as error:
+        raise TeacherError(
+            f"the weights of `teacher_model: {finetuning_args.teacher_model}` cannot be loaded "
+            f"({_first_line(error)}): are its files all there and whole?"
+        ) from error
 
 
 @contextmanager
