@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "cache": ("llamafactory_sekd.host.cache_command", "compute a teacher once, for all runs that follow"),
     "doctor": ("llamafactory_sekd.host.doctor", "estimate a run's memory before any weight is read"),
     "demo": ("llamafactory_sekd.demo.commands", "run the whole job on a small scale"),
+    "study": ("llamafactory_sekd.study.commands", "run a matrix of trainings, its tables and figures"),
 }
 
 

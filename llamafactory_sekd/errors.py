@@ -27,5 +27,9 @@ class EvaluationError(SekdError, ValueError):
     """An evaluation cannot be run as it was asked for."""
 
 
+class StudyError(SekdError, ValueError):
+    """A study file asks for something that cannot be run."""
+
+
 class HostError(SekdError, RuntimeError):
     """LLaMA-Factory is of another version, or was imported in an order, that we do not support."""

@@ -24,6 +24,7 @@ LAYERS = (
     "heads",
     "data",
     "objectives",
+    "children",
     "arguments",
     "errors",
 )

@@ -3,36 +3,36 @@
 Schema 1 of ``results.json``; within a version keys are only ever added. Every path is relative to the folder of
 ``results.json``, so the folder may be moved; paths inside of ``spec`` and ``config`` are as the user wrote them.
 
-=====================================  ==================================================================================
-``schema_version``, ``study``          1, and the study file's name without its suffix
-``spec``                               the whole study as it ran: file, its `base`, overrides of the command line
-``directions``, ``metrics``            of the evaluation, such as ``["en-de"]`` and ``["bleu", "chrf"]``
-``test_set``                           ``{"task", "task_dir"}``, what ``data.testsets.load_test_set`` takes; `task_dir`
-                                       is relative to the working directory
-``cells[]``                            one per system, point of the matrix and seed, in the study's order
-- ``id``, ``system``, ``seed``         the folder's name, the name in `systems`, the seed
-- ``axes``                             ``{key: value}``; keys of the matrix that have no effect on the system are absent
-- ``folder``, ``model``                paths
-- ``config``                           the whole ``train.yaml``
-- ``training``                         null before the training is done, else ``seconds``, ``steps``,
-                                       ``samples_per_second`` (null where unknown) and ``resumed``: true where it was
-                                       interrupted, and the two times are those of the last piece alone
-- ``validation``                       null before; the last ``eval_*`` entries of the log, and ``nll``: ``eval_kd/ce``,
-                                       or ``eval_loss`` of a system that is trained by the host's SFT
-- ``history``                          path of ``trainer_state.json``, whose ``log_history`` holds loss and ``kd/*``
-- ``scores``                           null before the evaluation is done, else as in the evaluation's results.json:
-                                       ``{direction or "average": {"bleu", "chrf", "comet"}}``
-- ``similarity``                       ``{direction or "average": BLEU against the teacher's translations}`` or null
-- ``guards``                           ``{direction: {"empty", "wrong_language", …}}``
-- ``hypotheses``                       ``{direction: path}``, one translation per line
-- ``segment_scores``                   ``{direction: path}`` of COMET's scores (``{"scores": [...]}``), {} without COMET
-``models[]``                           ``name``, ``folder``, and ``scores`` to ``segment_scores`` as above; `similarity` is
-                                       null for the teacher
-``selection[]``                        empty without `select`, else per system and point of the other keys: ``system``,
-                                       ``axes`` (without the selected key), ``key``, ``value`` (the best; null where no
-                                       cell has the metric), ``metric``, ``mode`` and ``by_value``: a list of
-                                       ``{"value", "mean", "seeds"}``, the metric averaged over ``seeds`` seeds
-=====================================  ==================================================================================
+==================================  ==================================================================================
+``schema_version``, ``study``       1, and the study file's name without its suffix
+``spec``                            the whole study as it ran: file, its `base`, overrides of the command line
+``directions``, ``metrics``         of the evaluation, such as ``["en-de"]`` and ``["bleu", "chrf"]``
+``test_set``                        ``{"task", "task_dir"}``, what ``data.testsets.load_test_set`` takes; `task_dir`
+                                    is relative to the working directory
+``cells[]``                         one per system, point of the matrix and seed, in the study's order
+- ``id``, ``system``, ``seed``      the folder's name, the name in `systems`, the seed
+- ``axes``                          ``{key: value}``; keys of the matrix that have no effect on the system are absent
+- ``folder``, ``model``             paths
+- ``config``                        the whole ``train.yaml``
+- ``training``                      null before the training is done, else ``seconds``, ``steps``,
+                                    ``samples_per_second`` (null where unknown) and ``resumed``: true where it was
+                                    interrupted, and the two times are those of the last piece alone
+- ``validation``                    null before; the last ``eval_*`` entries of the log, and ``nll``: ``eval_kd/ce``,
+                                    or ``eval_loss`` of a system that is trained by the host's SFT
+- ``history``                       path of ``trainer_state.json``, whose ``log_history`` holds loss and ``kd/*``
+- ``scores``                        null before the evaluation is done, else as in the evaluation's results.json:
+                                    ``{direction or "average": {"bleu", "chrf", "comet"}}``
+- ``similarity``                    ``{direction or "average": BLEU against the teacher's translations}`` or null
+- ``guards``                        ``{direction: {"empty", "wrong_language", …}}``
+- ``hypotheses``                    ``{direction: path}``, one translation per line
+- ``segment_scores``                ``{direction: path}`` of COMET's scores (``{"scores": [...]}``), {} without COMET
+``models[]``                        ``name``, ``folder``, ``scores`` to ``segment_scores`` as above; `similarity` is
+                                    null for the teacher
+``selection[]``                     empty without `select`, else per system and point of the other keys: ``system``,
+                                    ``axes`` (without the selected key), ``key``, ``value`` (the best; null where no
+                                    cell has the metric), ``metric``, ``mode`` and ``by_value``: a list of
+                                    ``{"value", "mean", "seeds"}``, the metric averaged over ``seeds`` seeds
+==================================  ==================================================================================
 """
 
 from __future__ import annotations

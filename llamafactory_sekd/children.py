@@ -1,0 +1,152 @@
+"""Runs the commands that a user would type, watches them, and says where they stand."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from llamafactory_sekd.errors import HostError
+
+
+POLL = 0.5
+TAIL = 15
+_PR_SET_PDEATHSIG = 1
+# Looked up here: between fork and exec nothing may take a lock that another thread held.
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+
+class ChildError(HostError):
+    """A command failed; ``status`` is its exit status, ``log`` its whole output."""
+
+    def __init__(self, command: Sequence[str], status: int, log: Path) -> None:
+        super().__init__(
+            f"{tail(log)}\n`{printable(command)}` failed (status {status}): its whole log is {log}. "
+            "The same command continues from here."
+        )
+        self.status = status
+        self.log = log
+
+
+class Stopped(Exception):
+    """A command was ended because the caller asked for it."""
+
+
+def tool(name: str, *arguments: str) -> list[str]:
+    """Return the command ``name`` of this environment; :class:`HostError` where it is not installed."""
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise HostError(f"`{name}` is not on the PATH: install it into this environment.")
+    return [found, *arguments]
+
+
+def host_command(*arguments: str) -> list[str]:
+    """Return ``llamafactory-cli …`` of this environment."""
+    return tool("llamafactory-cli", *arguments)
+
+
+def printable(command: Sequence[str]) -> str:
+    """Return the command as the user can type it in this folder."""
+    program = Path(command[0])
+    here = Path.cwd()
+    if shutil.which(program.name) == str(program):
+        shown = program.name
+    else:
+        shown = str(program.relative_to(here)) if program.is_relative_to(here) else str(program)
+    return shlex.join([shown, *command[1:]])
+
+
+def run_child(
+    command: Sequence[str],
+    log: Path,
+    share_done: Callable[[], float],
+    report: Callable[[float], None],
+    *,
+    environment: Mapping[str, str],
+    stop: threading.Event | None = None,
+) -> None:
+    """Run ``command`` with its output in ``log``, and report the share that ``share_done`` returns now and then.
+
+    The child ends with this process, however this process ends. ``environment`` is set for it beside this process's
+    own. Raises :class:`ChildError` when the child fails, and :class:`Stopped` when ``stop`` was set and ended it.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as stream:
+        stream.write(f"$ {printable(command)}\n".encode())
+        stream.flush()
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+            preexec_fn=_end_with_parent if _PRCTL is not None else None,
+            process_group=0,  # what the child starts, torchrun and its ranks, can be ended with it
+        )
+        try:
+            while child.poll() is None:
+                if stop is not None and stop.is_set():
+                    raise Stopped
+                report(share_done())
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=POLL)
+        finally:
+            if child.poll() is None:
+                _end_group(child)
+    if child.returncode != 0:
+        raise ChildError(command, child.returncode, log)
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this child when its parent is gone, `kill -9` included."""
+    _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)  # type: ignore[misc]
+
+
+def _end_group(child: subprocess.Popen[bytes]) -> None:
+    """End a child, and then whatever of its group did not end with it."""
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(timeout=10)
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def tail(log: Path, lines: int = TAIL) -> str:
+    """Return the last lines of a log."""
+    with open(log, encoding="utf-8", errors="replace") as stream:
+        return "".join(deque(stream, lines)).rstrip()
+
+
+def training_share(output_dir: Path) -> float:
+    """Return how much of a training is done, from 0 to 1, by the host's own log in ``output_dir``."""
+    try:
+        last = (output_dir / "trainer_log.jsonl").read_text(encoding="utf-8").strip().rpartition("\n")[2]
+        entry = json.loads(last)
+        return min(1.0, entry["current_steps"] / entry["total_steps"])
+    except (OSError, ValueError, KeyError, ZeroDivisionError):  # not there yet, or caught in the middle of a line
+        return 0.0
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """Return the latest whole checkpoint: its ``trainer_state.json``, which the host writes last, can be read."""
+    checkpoints = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for checkpoint in reversed(checkpoints):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return checkpoint
+    return None

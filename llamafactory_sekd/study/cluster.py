@@ -1,0 +1,60 @@
+"""The study for a cluster: the commands of all its runs, and a SLURM array over them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from llamafactory_sekd.children import printable
+from llamafactory_sekd.data.files import write_atomic
+from llamafactory_sekd.study.engine import Inputs, Study
+from llamafactory_sekd.study.jobs import make_ready
+from llamafactory_sekd.study.preparation import cache_commands, prepare_commands
+from llamafactory_sekd.study.runner import commands
+
+
+def list_commands(study: Study, inputs: Inputs) -> Iterator[str]:
+    """Write every run's files and yield the commands, one line per run.
+
+    The first lines, what has to be done once, come before all others.
+    """
+    yield from (printable(command) for _, command in prepare_commands(study.spec))
+    yield from (printable(command) for _, command in cache_commands(study.spec, study.cells).values())
+    for job in inputs.jobs:
+        make_ready(job, inputs.test_sets)
+        yield " && ".join(printable(command) for command in commands(job))
+
+
+def write_slurm(path: Path, study_command: Sequence[str], study: Study, count: int) -> None:
+    """Write a SLURM script that runs job ``$SLURM_ARRAY_TASK_ID`` of ``count``; ``study_command`` without options."""
+    text = _SLURM.format(
+        path=shlex.quote(str(path)),
+        name=study.spec.name,
+        last=count - 1,
+        output=shlex.quote(str(study.spec.output_dir / "logs" / "slurm-%a.log")),
+        folder=shlex.quote(str(Path.cwd())),
+        command=shlex.join(study_command),
+    )
+    write_atomic(path, text.encode())
+
+
+_SLURM = """\
+#!/bin/bash
+# Every run of the study {name}, one array task each:
+#   sbatch {path}
+# What has to be done once is done by the first task that comes; the others wait for it. A task that was ended
+# continues when it is submitted again, and one that is done ends at once. When all are done, collect and report:
+#   {command}
+#SBATCH --job-name={name}
+#SBATCH --array=0-{last}
+#SBATCH --output={output}
+# Yours to fill in: the partition, the time, and the devices of one run.
+#SBATCH --gpus-per-task=1
+#SBATCH --ntasks=1
+#SBATCH --time=24:00:00
+
+set -euo pipefail
+cd {folder}
+exec {command} --only "$SLURM_ARRAY_TASK_ID"
+"""

@@ -1,0 +1,148 @@
+"""Reads what the host's commands left in the jobs' folders and puts the study's results together."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llamafactory_sekd.data.languages import parse_direction
+from llamafactory_sekd.data.testsets import TestSet
+from llamafactory_sekd.evaluation.files import read_hypotheses, read_json
+from llamafactory_sekd.evaluation.scores import mean
+from llamafactory_sekd.evaluation.similarity import similarity
+from llamafactory_sekd.study.evaluation import SYSTEM
+from llamafactory_sekd.study.jobs import Job, changed, is_evaluated, is_trained, was_resumed
+from llamafactory_sekd.study.results import SCHEMA_VERSION, select
+from llamafactory_sekd.study.spec import Spec
+
+
+def collect(
+    spec: Spec, jobs: list[Job], config: Mapping[str, Any], test_sets: Mapping[str, TestSet]
+) -> dict[str, Any]:
+    """Return the contents of results.json (its schema is in :mod:`llamafactory_sekd.study.results`).
+
+    Jobs that are not done, or were done from something else, have their figures null.
+    """
+    teacher = next((job for job in jobs if job.cell is None and job.id == spec.teacher), None)
+    reader = _Reader(spec.output_dir, test_sets, teacher)
+    cells = [reader.cell(job) for job in jobs if job.cell is not None]
+    chosen = select(cells, spec.select.key, spec.select.metric, spec.select.mode) if spec.select is not None else []
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "study": spec.name,
+        "spec": dict(spec.effective),
+        "directions": list(test_sets),
+        "metrics": _metrics(jobs),
+        "test_set": {"task": config["task"], "task_dir": config.get("task_dir", "data/alma")},
+        "cells": cells,
+        "models": [reader.model(job) for job in jobs if job.cell is None],
+        "selection": chosen,
+    }
+
+
+def _metrics(jobs: list[Job]) -> list[str]:
+    """Return the metrics that were computed, COMET only where it could run."""
+    found: dict[str, None] = {}
+    for job in jobs:
+        results = read_json(job.eval_folder / "results.json") or {}
+        found.update(dict.fromkeys(m for m in results.get("metrics", []) if m not in results.get("skipped", {})))
+    return list(found)
+
+
+class _Reader:
+    """Reads jobs; paths are given relative to ``folder``."""
+
+    def __init__(self, folder: Path, test_sets: Mapping[str, TestSet], teacher: Job | None) -> None:
+        self._folder = folder
+        self._test_sets = test_sets
+        self._teacher = teacher
+
+    def cell(self, job: Job) -> dict[str, Any]:
+        cell = job.cell
+        assert cell is not None
+        trained = _is_current(job) and is_trained(job)
+        history = job.model_folder / "trainer_state.json"
+        return {
+            "id": cell.id,
+            "system": cell.system,
+            "axes": dict(cell.axes),
+            "seed": cell.seed,
+            "folder": self._path(job.folder),
+            "model": self._path(job.model_folder),
+            "config": dict(cell.config),
+            "training": _training(job) if trained else None,
+            "validation": _validation(history, is_distillation=cell.is_distillation) if trained else None,
+            "history": self._path(history),
+            **self._evaluation(job),
+        }
+
+    def model(self, job: Job) -> dict[str, Any]:
+        return {"name": job.id, "folder": self._path(job.folder), **self._evaluation(job)}
+
+    def _evaluation(self, job: Job) -> dict[str, Any]:
+        done = _is_current(job) and is_evaluated(job)
+        results = read_json(job.eval_folder / "results.json") if done else None
+        if results is None:
+            return {
+                **dict.fromkeys(("scores", "similarity")),
+                **{key: {} for key in ("guards", "hypotheses", "segment_scores")},
+            }
+        found = results["systems"][SYSTEM]
+        segments = {d: job.eval_folder / "segment_scores" / SYSTEM / f"{d}.comet.json" for d in self._test_sets}
+        return {
+            "scores": found["scores"],
+            "similarity": self._similarity(job),
+            "guards": found["guards"],
+            "hypotheses": {direction: self._path(_hypotheses(job, direction)) for direction in self._test_sets},
+            "segment_scores": {d: self._path(path) for d, path in segments.items() if path.is_file()},
+        }
+
+    def _similarity(self, job: Job) -> dict[str, float | None] | None:
+        """Compute BLEU against the teacher's translations as the evaluation does, once those are there."""
+        teacher = self._teacher
+        if teacher is None or job is teacher or not (_is_current(teacher) and is_evaluated(teacher)):
+            return None
+        found: dict[str, float | None] = {}
+        for direction, test_set in self._test_sets.items():
+            size = len(test_set.sources)
+            own, reference = (read_hypotheses(_hypotheses(one, direction), size) for one in (job, teacher))
+            found[direction] = similarity(own, reference, parse_direction(direction).target).value
+        return {**found, "average": mean(list(found.values()))}
+
+    def _path(self, path: Path) -> str:
+        return Path(os.path.relpath(path, self._folder)).as_posix()
+
+
+def _is_current(job: Job) -> bool:
+    return job.record.is_file() and changed(job) is None
+
+
+def _hypotheses(job: Job, direction: str) -> Path:
+    return job.eval_folder / "hypotheses" / SYSTEM / f"{direction}.txt"
+
+
+def _training(job: Job) -> dict[str, Any]:
+    results = read_json(job.model_folder / "train_results.json") or {}
+    state = read_json(job.model_folder / "trainer_state.json") or {}
+    return {
+        "seconds": _finite(results.get("train_runtime")),
+        "steps": state.get("global_step"),
+        "samples_per_second": _finite(results.get("train_samples_per_second")),
+        "resumed": was_resumed(job),
+    }
+
+
+def _validation(history: Path, *, is_distillation: bool) -> dict[str, float | None]:
+    """Return the last entry of the log that has validation metrics, and the negative log-likelihood by one name."""
+    log = (read_json(history) or {}).get("log_history", [])
+    entry = next((entry for entry in reversed(log) if any(key.startswith("eval_") for key in entry)), {})
+    metrics = {key: _finite(value) for key, value in entry.items() if key.startswith("eval_")}
+    nll = metrics.get("eval_kd/ce" if is_distillation else "eval_loss")
+    return {**metrics, **({"nll": nll} if nll is not None else {})}
+
+
+def _finite(value: Any) -> float | None:
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None

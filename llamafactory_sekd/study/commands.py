@@ -1,0 +1,67 @@
+"""The command line ``sekd study``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+app = typer.Typer(help="Run a matrix of trainings and evaluations.", add_completion=False)
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="The study's YAML.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, dotted for inner keys.")] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1,
+    devices: Annotated[str | None, typer.Option(help="GPUs to share out among the runs, such as 0,1,2,3.")] = None,
+    list_only: Annotated[bool, typer.Option("--list", help="Write all files and print the commands.")] = False,
+    slurm: Annotated[Path | None, typer.Option(help="Write a SLURM array script there.")] = None,
+    only: Annotated[str | None, typer.Option(help="Run one cell or model, by id or number.")] = None,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Collect and report what is there.")] = False,
+) -> None:
+    """Train and evaluate every system of a study at every point of its matrix, with every seed.
+
+    Interrupted and repeated, it continues; what is done is not done again.
+    """
+    import logging
+
+    from rich.console import Console
+
+    from llamafactory_sekd.study.cluster import list_commands, write_slurm
+    from llamafactory_sekd.study.devices import parse_devices
+    from llamafactory_sekd.study.engine import find_inputs, open_study, run_one, run_study, write_study
+    from llamafactory_sekd.study.spec import read_spec
+
+    logging.disable(logging.WARNING)  # the libraries' chatter would break the progress bars
+    console = Console()
+    opened = open_study(read_spec(file, overrides or []))
+    if list_only:
+        for line in list_commands(opened, find_inputs(opened)):
+            print(line)
+        return
+    if slurm is not None:
+        count = len(opened.spec.models) + len(opened.cells)
+        write_slurm(slurm, ["sekd", "study", str(file), *(overrides or [])], opened, count)
+        console.print(f"{slurm} runs {count} tasks: sbatch {slurm}", highlight=False, soft_wrap=True)
+        return
+
+    try:
+        failed: list[str] = []
+        if only is not None:
+            failed = run_one(opened, only, devices=parse_devices(devices), console=console)
+        elif report_only:
+            write_study(opened, find_inputs(opened))
+        else:
+            failed = run_study(opened, jobs=jobs, devices=parse_devices(devices), console=console)
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command continues from here.")
+        raise typer.Exit(130) from None
+
+    if only is None:
+        console.print(f"Results: {opened.spec.output_dir / 'results.json'}, results.csv", highlight=False)
+    if failed:
+        console.print(f"{len(failed)} failed: {', '.join(failed)}. The same command tries them again.")
+        raise typer.Exit(2)

@@ -1,0 +1,44 @@
+"""Which devices and how many threads each of several jobs at a time gets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from llamafactory_sekd.errors import StudyError
+
+
+# With more threads than this, small models get slower; large ones compute on GPUs.
+_MAX_THREADS = 4
+
+
+def parse_devices(text: str | None) -> tuple[str, ...]:
+    """Return the devices of ``--devices 0,1``; empty for none given."""
+    if text is None:
+        return ()
+    devices = tuple(part.strip() for part in text.split(","))
+    if not all(devices) or len(set(devices)) < len(devices):
+        raise StudyError(f"`--devices {text}` cannot be used: name each device once, such as 0,1,2.")
+    return devices
+
+
+def environments(jobs: int, devices: Sequence[str]) -> list[dict[str, str]]:
+    """Return the variables of each of ``jobs`` workers: its share of the devices, or one of them, and of the cores.
+
+    Without devices each job sees what this process sees. What the user has set for the threads stays.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = {"OMP_NUM_THREADS": str(max(1, min(_MAX_THREADS, cores // jobs)))}
+    # Threads that spin while they wait run ten times slower where something else wants a core as well.
+    threads["OMP_WAIT_POLICY"] = "PASSIVE"
+    threads = {name: value for name, value in threads.items() if name not in os.environ}
+    if not devices:
+        return [dict(threads) for _ in range(jobs)]
+    return [{**threads, "CUDA_VISIBLE_DEVICES": ",".join(_share(worker, jobs, devices))} for worker in range(jobs)]
+
+
+def _share(worker: int, jobs: int, devices: Sequence[str]) -> Sequence[str]:
+    if jobs >= len(devices):
+        return [devices[worker % len(devices)]]
+    first, last = (number * len(devices) // jobs for number in (worker, worker + 1))
+    return devices[first:last]

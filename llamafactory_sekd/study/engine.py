@@ -1,0 +1,203 @@
+"""Runs what is not done of a study, several jobs at a time, and writes its results."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from llamafactory_sekd.children import ChildError, Stopped, tail
+from llamafactory_sekd.data.testsets import TestSet
+from llamafactory_sekd.errors import SekdError, StudyError
+from llamafactory_sekd.study.collect import collect
+from llamafactory_sekd.study.devices import environments
+from llamafactory_sekd.study.evaluation import read_evaluation
+from llamafactory_sekd.study.files import only_one
+from llamafactory_sekd.study.jobs import Job, changed, is_done, is_trained, list_jobs, load_test_sets
+from llamafactory_sekd.study.matrix import Cell, expand
+from llamafactory_sekd.study.preparation import cache_teacher, prepare
+from llamafactory_sekd.study.progress import View
+from llamafactory_sekd.study.results import write_results
+from llamafactory_sekd.study.runner import run_job
+from llamafactory_sekd.study.spec import Spec
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study whose files were read and checked; its inputs need not be there yet."""
+
+    spec: Spec
+    cells: list[Cell]
+    evaluation: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is there once the study's ``prepare`` has run."""
+
+    test_sets: dict[str, TestSet]
+    jobs: list[Job]
+
+
+def open_study(spec: Spec) -> Study:
+    """Read the files that a study names; one line for what cannot work, as a :class:`SekdError`."""
+    return Study(spec, expand(spec), read_evaluation(spec.evaluation))
+
+
+def find_inputs(study: Study) -> Inputs:
+    """Look at models and data; :class:`SekdError` where a test set is missing."""
+    test_sets = load_test_sets(study.evaluation)
+    return Inputs(test_sets, list_jobs(study.spec, study.cells, study.evaluation, test_sets))
+
+
+def run_study(study: Study, *, jobs: int, devices: Sequence[str], console: Console) -> list[str]:
+    """Run all that is not done and write the results; return the ids of the jobs that failed.
+
+    Raises :class:`SekdError` where nothing can be run, and KeyboardInterrupt with all children ended.
+    """
+    stop = threading.Event()
+    with only_one(study.spec.output_dir / ".lock", f"the study in {study.spec.output_dir}"):
+        try:
+            inputs = _prepare(study, environments(1, devices)[0], console, stop)
+            return _run(study, inputs, environments(jobs, devices), console, stop)
+        finally:
+            stop.set()
+
+
+def run_one(study: Study, chosen: str, *, devices: Sequence[str], console: Console) -> list[str]:
+    """Run one job, by its id or its number in the list, beside others on other machines; results are not written.
+
+    The first to come runs what has to be done once; the others wait for it.
+    """
+    stop = threading.Event()
+    environment = environments(1, devices)[0]
+    with only_one(study.spec.output_dir / ".prepare.lock", "the preparation", wait=True):
+        inputs = _prepare(study, environment, console, stop)
+    job = find_job(inputs.jobs, chosen)
+    return _run_all([job], inputs, [environment], console, stop, done=0)
+
+
+def find_job(jobs: Sequence[Job], chosen: str) -> Job:
+    """Return the job of an id or a number from 0; :class:`StudyError` where there is none."""
+    by_name = {job.id: job for job in jobs} | {str(number): job for number, job in enumerate(jobs)}
+    if chosen not in by_name:
+        raise StudyError(f"`--only {chosen}`: there is no such run; `--list` shows them, 0 to {len(jobs) - 1}.")
+    return by_name[chosen]
+
+
+def write_study(study: Study, inputs: Inputs) -> dict[str, Any]:
+    """Collect what is there, write results.json and results.csv, and return the results."""
+    results = collect(study.spec, inputs.jobs, study.evaluation, inputs.test_sets)
+    write_results(results, study.spec.output_dir)
+    return results
+
+
+def _prepare(study: Study, environment: Mapping[str, str], console: Console, stop: threading.Event) -> Inputs:
+    with View(console, 0, 0) as view:
+        running = []
+
+        def announce(text: str) -> Any:
+            view.say(f"… {text}")
+            running.append(text)
+            return lambda share: None
+
+        prepare(study.spec, environment, announce, stop)
+        inputs = find_inputs(study)
+        waiting = [job for job in inputs.jobs if job.cell is not None and job.cell.is_distillation]
+        if any(changed(job) is not None or not is_trained(job) for job in waiting):
+            cache_teacher(study.spec, study.cells, environment, announce, stop)
+    return inputs
+
+
+def _run(
+    study: Study, inputs: Inputs, workers: list[dict[str, str]], console: Console, stop: threading.Event
+) -> list[str]:
+    todo = sorted((job for job in inputs.jobs if not is_done(job)), key=lambda job: _turn(study.spec, job))
+    for job in todo:
+        difference = changed(job)
+        if difference is not None:
+            console.print(f"{job.id} is done again: {difference}", highlight=False, markup=False, soft_wrap=True)
+    done = len(inputs.jobs) - len(todo)
+    if done:
+        console.print(f"{done} of {len(inputs.jobs)} done before.", highlight=False)
+    try:
+        return _run_all(todo, inputs, workers, console, stop, done=done)
+    finally:
+        write_study(study, inputs)
+
+
+def _turn(spec: Spec, job: Job) -> int:
+    """Seed by seed, so that a study that is not finished already compares all systems."""
+    return spec.seeds.index(job.cell.seed) if job.cell is not None else -1
+
+
+def _run_all(
+    todo: Sequence[Job],
+    inputs: Inputs,
+    workers: list[dict[str, str]],
+    console: Console,
+    stop: threading.Event,
+    *,
+    done: int,
+) -> list[str]:
+    free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+    for worker in workers:
+        free.put(worker)
+    failed: list[str] = []
+
+    def work(job: Job) -> float:
+        environment = free.get()
+        start = time.monotonic()
+        try:
+            with view.running(job.id) as report:
+                run_job(job, inputs.test_sets, environment, report, stop)
+        finally:
+            free.put(environment)
+        return time.monotonic() - start
+
+    with View(console, done + len(todo), done) as view, ThreadPoolExecutor(len(workers)) as pool:
+        futures = {pool.submit(work, job): job for job in todo}
+        try:
+            for future in as_completed(futures):
+                why = _failure(future, futures[future])
+                if why is None:
+                    view.finish(futures[future].id, future.result())
+                else:
+                    failed.append(futures[future].id)
+                    view.fail(futures[future].id, why)
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failed
+
+
+def _failure(future: Future[float], job: Job) -> str | None:
+    """Return in one line why a job failed, None if it did not; what is a bug is raised."""
+    error = future.exception()
+    if error is None:
+        return None
+    if isinstance(error, ChildError):
+        last = " ".join(tail(error.log, 1).split())[-200:]
+        return f"status {error.status}, {last or 'no output'} (log: {error.log})"
+    if isinstance(error, (SekdError, OSError)):
+        return str(error)
+    if isinstance(error, Stopped):
+        return "stopped"
+    raise error
+
+
+def is_complete(results: Mapping[str, Any]) -> bool:
+    """Return whether every cell and every model has its scores."""
+    return all(entry["scores"] is not None for entry in (*results["cells"], *results["models"]))
+
+
+def report_folder(spec: Spec) -> Path:
+    return spec.output_dir / "report"

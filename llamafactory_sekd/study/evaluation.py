@@ -1,0 +1,47 @@
+"""The evaluation that all models of a study share, and the eval.yaml of one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llamafactory_sekd.errors import StudyError
+from llamafactory_sekd.evaluation.settings import Settings, parse_settings
+from llamafactory_sekd.study.files import read_yaml
+from llamafactory_sekd.study.matrix import Cell
+
+
+# The name of the only system of each evaluation.
+SYSTEM = "model"
+_REPLACED = ("systems", "baseline", "teacher", "save_dir")
+# Keys of a training that decide how its model is loaded.
+_LOADING = ("trust_remote_code", "template")
+_ADAPTERS = ("lora", "oft")
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """Return the keys of an evaluation's YAML that a study keeps; :class:`EvaluationError` where one cannot work."""
+    config = {key: value for key, value in read_yaml(path).items() if key not in _REPLACED}
+    settings(config, {"model_name_or_path": "-"}, Path("-"))
+    return config
+
+
+def settings(config: Mapping[str, Any], model: Mapping[str, Any], save_dir: Path) -> Settings:
+    return parse_settings(eval_yaml(config, model, save_dir), "the study's `evaluation`")
+
+
+def eval_yaml(config: Mapping[str, Any], model: Mapping[str, Any], save_dir: Path) -> dict[str, Any]:
+    """Return the whole eval.yaml of one model."""
+    return {**config, "systems": {SYSTEM: dict(model)}, "save_dir": str(save_dir)}
+
+
+def model_of(cell: Cell) -> dict[str, Any]:
+    """Return a trained cell's entry for the evaluation: the model, or its base with the adapters."""
+    loading = {key: cell.config[key] for key in _LOADING if key in cell.config}
+    if cell.config.get("finetuning_type", "lora") not in _ADAPTERS:
+        return {"model_name_or_path": str(cell.model), **loading}
+    base = cell.config.get("model_name_or_path")
+    if base is None:
+        raise StudyError(f"{cell.id}: `model_name_or_path` is missing in the training YAML.")
+    return {"model_name_or_path": base, "adapter_name_or_path": str(cell.model), **loading}

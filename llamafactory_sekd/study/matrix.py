@@ -1,0 +1,160 @@
+"""From a study to its cells: every system at every point of the matrix with every seed, and its whole train.yaml."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamafactory_sekd.arguments import KD_LOSSES, KEYS, STAGE, DistillationArguments, check_distillation_arguments
+from llamafactory_sekd.errors import ArgumentError, StudyError
+from llamafactory_sekd.study.files import read_yaml
+from llamafactory_sekd.study.spec import Spec
+
+
+_TEACHER_KEYS = ("teacher_model", "teacher_model_adapters", "teacher_model_quantization_bit")
+_READ_BY_SOME = frozenset().union(*(keys for _, keys in KD_LOSSES.values()))
+# Below the 255 bytes that file systems allow, with room for what tools append.
+_LONGEST_ID = 180
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a system at a point of the matrix, with a seed.
+
+    ``config`` is its whole train.yaml; ``source`` the same with the teacher in place of the teacher's cache. Keys of
+    the matrix that have no effect on the system are not in ``axes``.
+    """
+
+    id: str
+    system: str
+    axes: Mapping[str, Any]
+    seed: int
+    folder: Path
+    config: Mapping[str, Any]
+    source: Mapping[str, Any]
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def is_distillation(self) -> bool:
+        return self.config.get("stage") == STAGE
+
+
+def expand(spec: Spec) -> list[Cell]:
+    """Return all cells, system by system, then along the matrix, then along the seeds.
+
+    Raises :class:`StudyError` or :class:`ArgumentError` for a file that cannot be read, keys of the stage that cannot
+    work, and two cells that would share a folder.
+    """
+    cells: dict[str, Cell] = {}
+    for system in spec.systems:
+        for axes, config in _points(spec, system):
+            for seed in spec.seeds:
+                cell = _cell(spec, system, axes, config, seed)
+                if cell.id in cells:
+                    raise StudyError(f"Two cells would share the folder {cell.folder}: give the systems other names.")
+                cells[cell.id] = cell
+    return list(cells.values())
+
+
+def _points(spec: Spec, system: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield each point that differs for this system, and the configuration there."""
+    own = {key: value for key, value in spec.systems[system].items() if key != "train"}
+    base = read_yaml(Path(spec.systems[system].get("train", spec.train)))
+    seen: list[dict[str, Any]] = []
+    for values in itertools.product(*spec.matrix.values()):
+        point = dict(zip(spec.matrix, values, strict=True))
+        final = {**base, **spec.overrides, **own, **point}
+        axes = {key: value for key, value in point.items() if has_effect(key, final)}
+        if axes in seen:
+            continue
+        seen.append(axes)
+        common = {key: value for key, value in spec.overrides.items() if key not in KEYS or _is_ours(final)}
+        merged = {**base, **common, **own, **axes}
+        yield axes, {key: value for key, value in merged.items() if value is not None}
+
+
+def has_effect(key: str, config: Mapping[str, Any]) -> bool:
+    """Return whether a key of a training YAML says anything to the run that ``config`` describes.
+
+    The keys of the distillation stage say nothing to another stage, and an objective reads only some of them.
+    """
+    if key not in KEYS:
+        return True
+    if not _is_ours(config):
+        return False
+    loss = config.get("kd_loss") or DistillationArguments.kd_loss
+    if loss not in KD_LOSSES:  # refused later, with the names of the objectives
+        return True
+    reads = KD_LOSSES[loss][1]
+    if key == "kd_beta_end":
+        return "kd_beta" in reads
+    return key not in _READ_BY_SOME or key in reads
+
+
+def _is_ours(config: Mapping[str, Any]) -> bool:
+    return config.get("stage") == STAGE
+
+
+def _cell(spec: Spec, system: str, axes: dict[str, Any], config: dict[str, Any], seed: int) -> Cell:
+    name = cell_id(system, axes, seed)
+    folder = spec.output_dir / "cells" / name
+    seeds = {"seed": seed, **({"data_seed": seed} if "data_seed" in config else {})}
+    # Without `overwrite_output_dir` the same command continues an interrupted training.
+    ours = {"output_dir": str(folder / "model"), "overwrite_output_dir": False, "report_to": "none", **seeds}
+    source = {**config, **ours}
+    _check(source, name)
+    return Cell(name, system, axes, seed, folder, _with_cache(source, spec), source)
+
+
+def _with_cache(config: dict[str, Any], spec: Spec) -> dict[str, Any]:
+    if spec.teacher_cache is None or not _is_ours(config):
+        return config
+    kept = {key: value for key, value in config.items() if key not in _TEACHER_KEYS}
+    return {**kept, "teacher_cache": str(spec.teacher_cache.folder)}
+
+
+def _check(config: Mapping[str, Any], name: str) -> None:
+    """Check the stage's keys now, instead of in a child after hours."""
+    if not config.get("do_train"):
+        raise StudyError(f"{name}: `do_train: true` is missing in the training YAML.")
+    if not _is_ours(config):
+        return
+    try:
+        check_distillation_arguments(DistillationArguments(**{key: config[key] for key in KEYS if key in config}))
+    except ArgumentError as error:
+        raise StudyError(f"{name}: {error}") from None
+
+
+def cell_id(system: str, axes: Mapping[str, Any], seed: int) -> str:
+    """Return a name that can be read and that every file system takes: ``forward_kd-learning_rate=0.001-seed=42``."""
+    parts = [slug(system), *(f"{key}={_shown(value)}" for key, value in axes.items()), f"seed={seed}"]
+    name = "-".join(parts)
+    if len(name.encode()) <= _LONGEST_ID:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    kept = name.encode()[: _LONGEST_ID - 20 - len(digest)].decode(errors="ignore")
+    return f"{kept}-{digest}-seed={seed}"
+
+
+def slug(name: str) -> str:
+    """Return a name in lower case with ``_`` for everything but letters, digits and dots."""
+    short = re.sub(r"[^\w.]+", "_", name.lower()).strip("._")
+    if not short:
+        raise StudyError(f"`{name}` has no letter or digit, and cannot name a folder: choose another name.")
+    return short
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return re.sub(r"[^\w.+]+", "_", str(value)).strip("_") if not isinstance(value, (int, float)) else str(value)

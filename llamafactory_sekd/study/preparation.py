@@ -1,0 +1,115 @@
+"""What comes once, before all cells: the study's own commands, and the teacher's one pass."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llamafactory_sekd.children import run_child, tool
+from llamafactory_sekd.errors import StudyError
+from llamafactory_sekd.evaluation.files import read_json, write_json
+from llamafactory_sekd.evaluation.fingerprint import Digests
+from llamafactory_sekd.study import ingredients
+from llamafactory_sekd.study.files import write_yaml
+from llamafactory_sekd.study.matrix import Cell
+from llamafactory_sekd.study.spec import Spec
+
+
+# Cells that agree in these have the same examples; the others add theirs to the same cache.
+_EXAMPLES = ("dataset", "eval_dataset", "dataset_dir", "max_samples", "val_size")
+_TEACHER = ("teacher_model", "teacher_model_adapters", "teacher_model_quantization_bit")
+_RECORD = "preparation.json"
+Announce = Callable[[str], Callable[[float], None]]
+
+
+def prepare(spec: Spec, environment: Mapping[str, str], announce: Announce, stop: threading.Event) -> None:
+    """Run the commands of ``prepare`` that were not run before; :class:`ChildError` when one fails.
+
+    ``announce`` is called with what is being done, and returns what takes its finished share.
+    """
+    record = _read(spec)
+    for number, (text, command) in enumerate(prepare_commands(spec), start=1):
+        if text in record["prepare"]:
+            continue
+        log = spec.output_dir / "logs" / f"prepare-{number}.log"
+        run_child(command, log, lambda: 0.0, announce(text), environment=environment, stop=stop)
+        record["prepare"].append(text)
+        write_json(spec.output_dir / _RECORD, record)
+
+
+def prepare_commands(spec: Spec) -> Iterator[tuple[str, list[str]]]:
+    """Yield the text and the words of each command; ``sekd``, ``llamafactory-cli`` and ``python`` are those of this
+    environment.
+    """
+    for text in spec.prepare:
+        try:
+            words = shlex.split(text)
+        except ValueError as error:
+            raise StudyError(f"`prepare`: {text!r} cannot be read as a command ({error}).") from None
+        if words[0] in ("python", "python3"):
+            yield text, [sys.executable, *words[1:]]
+        elif "/" in words[0]:
+            yield text, words
+        else:
+            yield text, tool(*words)
+
+
+def cache_teacher(
+    spec: Spec, cells: list[Cell], environment: Mapping[str, str], announce: Announce, stop: threading.Event
+) -> None:
+    """Let ``sekd cache`` compute the teacher for all cells that distil, unless it did so for the same ones before."""
+    record = _read(spec)
+    digests = Digests(spec.output_dir / ".digests.json")
+    made_of = {}
+    for name, (cell, command) in cache_commands(spec, cells).items():
+        source = ingredients.of_training(cell.source, spec.teacher_cache, digests)
+        made_of[name] = {key: source[key] for key in ("teacher_cache", "models", "data", "versions")}
+        made_of[name]["config"] = {key: cell.source.get(key) for key in (*_TEACHER, *_EXAMPLES)}
+        known = record["teacher_cache"].get(name)
+        assert spec.teacher_cache is not None
+        is_there = spec.teacher_cache.folder.is_dir() and known is not None
+        if is_there and ingredients.difference(known, made_of[name]) is None:
+            continue
+        log = spec.output_dir / "logs" / f"{name}.log"
+        run_child(command, log, lambda: 0.0, announce("The teacher, once"), environment=environment, stop=stop)
+        record["teacher_cache"][name] = made_of[name]
+        write_json(spec.output_dir / _RECORD, record)
+
+
+def cache_commands(spec: Spec, cells: list[Cell]) -> dict[str, tuple[Cell, list[str]]]:
+    """Write a YAML per set of examples and return ``{name: (a cell that has them, the command)}``.
+
+    Raises :class:`StudyError` where the cells have several teachers, which one cache cannot hold.
+    """
+    if spec.teacher_cache is None:
+        return {}
+    distilled = [cell for cell in cells if cell.is_distillation]
+    teachers = {str([cell.source.get(key) for key in _TEACHER]): cell for cell in distilled}
+    if len(teachers) > 1:
+        names = ", ".join(str(cell.source.get("teacher_model")) for cell in teachers.values())
+        raise StudyError(f"`teacher_cache` holds one teacher, and the cells have several: {names}. Remove the key.")
+    firsts: dict[str, Cell] = {}
+    for cell in distilled:
+        firsts.setdefault(str([cell.source.get(key) for key in _EXAMPLES]), cell)
+    options = [word for key, value in spec.teacher_cache.options.items() for word in (_option(key), str(value))]
+    commands = {}
+    for number, cell in enumerate(firsts.values(), start=1):
+        name = "teacher_cache" if number == 1 else f"teacher_cache-{number}"
+        path = spec.output_dir / f"{name}.yaml"
+        words = ["cache", str(path), "--out", str(spec.teacher_cache.folder), *options]
+        write_yaml(path, dict(cell.source), f"sekd {shlex.join(words)}")
+        commands[name] = (cell, tool("sekd", *words))
+    return commands
+
+
+def _option(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
+def _read(spec: Spec) -> dict[str, Any]:
+    record = read_json(Path(spec.output_dir / _RECORD)) or {}
+    return {"prepare": record.get("prepare", []), "teacher_cache": record.get("teacher_cache", {})}

@@ -1,0 +1,123 @@
+"""One view of the whole study: what is done, what runs and how far it is, and the time that is left."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import rich.progress
+from rich.console import Console
+from rich.markup import escape
+
+
+# Seconds between two lines where there is no terminal.
+LINE_EVERY = 60.0
+
+
+class View:
+    """What the user sees. Its methods may be called from several threads."""
+
+    def __init__(self, console: Console, total: int, done: int) -> None:
+        self._console = console
+        self._total = total
+        self._finished = done
+        self._shares: dict[str, float] = {}
+        self._first: dict[str, float] = {}
+        self._earned = 0.0
+        self._start = self._last_line = time.monotonic()
+        self._lock = threading.Lock()
+        self._bars = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(bar_width=30),
+            rich.progress.TaskProgressColumn(),
+            rich.progress.TextColumn("[dim]{task.fields[note]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._overall = self._bars.add_task("study", total=max(1, total), completed=done, note="")
+
+    def __enter__(self) -> View:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def say(self, line: str, style: str = "") -> None:
+        """Print a line above the bars."""
+        self._console.print(escape(line), style=style, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def running(self, name: str, *, counts: bool = True) -> Iterator[Callable[[float], None]]:
+        """Show ``name`` while the block runs; yields the function that takes its finished share, from 0 to 1.
+
+        What does not count has no part in the overall bar.
+        """
+        bar = self._bars.add_task(f"  {escape(name)}", total=1.0, note="")
+        if not self._console.is_terminal:
+            self.say(f"… {name}")
+
+        def report(share: float) -> None:
+            self._bars.update(bar, completed=share)
+            if counts:
+                self._count(name, share)
+
+        try:
+            yield report
+        finally:
+            self._bars.remove_task(bar)
+            with self._lock:
+                self._shares.pop(name, None)
+
+    def finish(self, name: str, seconds: float) -> None:
+        """Count a job as done."""
+        with self._lock:
+            self._finished += 1
+            self._earned += 1 - self._first.pop(name, 0.0)
+            self._shares.pop(name, None)
+        self.say(f"✓ {name} ({show_seconds(seconds)})", "green")
+        self._show()
+
+    def fail(self, name: str, why: str) -> None:
+        """Count a job as given up."""
+        with self._lock:
+            self._finished += 1
+            self._first.pop(name, None)
+        self.say(f"✗ {name}: {why}", "red")
+        self._show()
+
+    def _count(self, name: str, share: float) -> None:
+        with self._lock:
+            self._shares[name] = share
+            self._first.setdefault(name, share)  # what stands at the first report was done by an earlier run
+        self._show()
+
+    def _show(self) -> None:
+        with self._lock:
+            completed = self._finished + sum(self._shares.values())
+            earned = self._earned + sum(share - self._first.get(name, 0.0) for name, share in self._shares.items())
+            note = self._left(self._total - completed, earned)
+            line = f"  {self._finished} of {self._total} done, {completed / max(1, self._total):.0%}, {note}"
+            silent = self._console.is_terminal or time.monotonic() - self._last_line < LINE_EVERY
+            if not silent:
+                self._last_line = time.monotonic()
+        self._bars.update(self._overall, completed=completed, note=f"{self._finished}/{self._total} {note}")
+        if not silent:
+            self.say(line)
+
+    def _left(self, rest: float, earned: float) -> str:
+        elapsed = time.monotonic() - self._start
+        if earned <= 0.02 or elapsed < 10:
+            return ""
+        return f"about {show_seconds(rest * elapsed / earned)} left"
+
+
+def show_seconds(seconds: float) -> str:
+    """Return a length of time as people say it: ``45 s``, ``3 min``, ``2 h 10 min``."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,91 @@
+"""One job through the host's real commands, from wherever it stands to its scores."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from llamafactory_sekd.children import host_command, last_checkpoint, run_child, training_share
+from llamafactory_sekd.data.testsets import TestSet
+from llamafactory_sekd.study.files import only_one
+from llamafactory_sekd.study.jobs import Job, is_done, is_evaluated, is_trained, make_ready, mark_resumed
+
+
+# Of a job with a training, the part of the progress bar that the training gets.
+_TRAINING_PART = 0.85
+Report = Callable[[float], None]
+
+
+def commands(job: Job) -> list[list[str]]:
+    """Return the commands that a user would type for this job, in order."""
+    training = [host_command("train", str(job.train_yaml))] if job.cell is not None else []
+    return [*training, host_command("eval", str(job.eval_yaml))]
+
+
+def run_job(
+    job: Job,
+    test_sets: Mapping[str, TestSet],
+    environment: Mapping[str, str],
+    report: Report,
+    stop: threading.Event,
+) -> None:
+    """Do what is left to do of a job.
+
+    Raises :class:`ChildError` when a command fails, :class:`Stopped` when ``stop`` is set, and :class:`StudyError`
+    when another process is at work on the same job.
+    """
+    lock = job.folder.parent.parent / ".locks" / f"{job.folder.parent.name}-{job.folder.name}"
+    with only_one(lock, job.id):
+        if is_done(job):
+            return
+        make_ready(job, test_sets)
+        if job.cell is not None:
+            if not is_trained(job):
+                _train(job, environment, lambda share: report(_TRAINING_PART * share), stop)
+            remove_checkpoints(job.model_folder)
+        if not is_evaluated(job):
+            start = _TRAINING_PART if job.cell is not None else 0.0
+            _evaluate(job, environment, lambda share: report(start + (1 - start) * share), stop)
+
+
+def _train(job: Job, environment: Mapping[str, str], report: Report, stop: threading.Event) -> None:
+    assert job.cell is not None
+    command = host_command("train", str(job.train_yaml))
+    # Checkpoints without the optimizer's state would continue a training that is not the same one.
+    whole = None if job.cell.config.get("save_only_model") else last_checkpoint(job.model_folder)
+    if whole is None:
+        shutil.rmtree(job.model_folder, ignore_errors=True)
+    else:
+        mark_resumed(job)
+        command.append(f"resume_from_checkpoint={whole}")
+    _run(command, job.folder / "train.log", lambda: training_share(job.model_folder), environment, report, stop)
+
+
+def _evaluate(job: Job, environment: Mapping[str, str], report: Report, stop: threading.Event) -> None:
+    directions = job.evaluation["directions"]
+
+    def translated() -> float:
+        finished = list((job.eval_folder / "hypotheses").glob("*/*.txt"))
+        return len(finished) / (len(directions) + 1)  # the last part is scoring
+
+    command = host_command("eval", str(job.eval_yaml))
+    _run(command, job.folder / "eval.log", translated, environment, report, stop)
+
+
+def _run(
+    command: list[str],
+    log: Path,
+    share_done: Callable[[], float],
+    environment: Mapping[str, str],
+    report: Report,
+    stop: threading.Event,
+) -> None:
+    run_child(command, log, share_done, report, environment=environment, stop=stop)
+
+
+def remove_checkpoints(model: Path) -> None:
+    """Remove a finished training's checkpoints, optimizer states and all; model, logs and plots stay."""
+    for checkpoint in model.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)

@@ -1,0 +1,240 @@
+"""A study file: its keys, typed and checked."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamafactory_sekd.errors import StudyError
+from llamafactory_sekd.study.files import read_yaml
+
+
+KEYS = (
+    "output_dir",
+    "prepare",
+    "train",
+    "evaluation",
+    "teacher_cache",
+    "overrides",
+    "systems",
+    "models",
+    "matrix",
+    "seeds",
+    "baseline",
+    "teacher",
+    "select",
+)
+BASE = "base"
+_REQUIRED = ("output_dir", "train", "evaluation", "systems")
+# What a cell gets from the study itself.
+RESERVED = ("output_dir", "overwrite_output_dir", "seed", "resume_from_checkpoint")
+_SELECT_KEYS = ("key", "metric", "mode")
+_CACHE_KEYS = ("folder", "format", "k", "dtype", "batch_size")
+
+
+@dataclass(frozen=True)
+class TeacherCache:
+    """One pass of the teacher for all cells: its folder, and the options of ``sekd cache``."""
+
+    folder: Path
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Select:
+    """The key of the matrix whose best value is chosen per system, by which validation metric, ``min`` or ``max``."""
+
+    key: str
+    metric: str
+    mode: str
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A checked study file. ``effective`` is all of it as plain values, its base and the overrides merged in."""
+
+    name: str
+    effective: Mapping[str, Any]
+    output_dir: Path
+    prepare: tuple[str, ...]
+    train: Path
+    evaluation: Path
+    teacher_cache: TeacherCache | None
+    overrides: Mapping[str, Any]
+    systems: Mapping[str, Mapping[str, Any]]
+    models: Mapping[str, Mapping[str, Any]]
+    matrix: Mapping[str, Sequence[Any]]
+    seeds: tuple[int, ...]
+    baseline: str | None
+    teacher: str | None
+    select: Select | None
+
+
+def read_spec(path: Path, overrides: Sequence[str] = ()) -> Spec:
+    """Read a study file with the overrides ``key=value`` of the command line.
+
+    ``base: other.yaml`` takes another study's keys first. A key, a system or a model that is null is left out. Raises
+    :class:`StudyError`, one line, for the first thing that cannot work.
+    """
+    return parse_spec(_merged(path, overrides), path)
+
+
+def _merged(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    chain = [path]
+    while True:
+        base = read_yaml(chain[-1]).get(BASE)
+        if base is None:
+            break
+        if not isinstance(base, str):
+            raise StudyError(f"{chain[-1]}: `{BASE}` must be the path of a study file, not {base!r}.")
+        if Path(base) in chain:
+            raise StudyError(f"{chain[-1]}: `{BASE}: {base}` leads back to itself.")
+        chain.append(Path(base))
+
+    config: dict[str, Any] = {}
+    for file in reversed(chain):
+        config = read_yaml(file, overrides if file == path else (), beneath=config)
+    return {key: value for key, value in config.items() if key != BASE and value is not None}
+
+
+def parse_spec(config: Mapping[str, Any], path: Path) -> Spec:
+    """Check the keys of a study and return them typed; ``path`` is named in messages."""
+    for key in config:
+        if key not in KEYS:
+            close = difflib.get_close_matches(str(key), KEYS, n=1)
+            remedy = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(KEYS)}."
+            raise StudyError(f"{path}: unknown key {key!r}: {remedy}")
+    for key in _REQUIRED:
+        if key not in config:
+            raise StudyError(f"{path}: the key `{key}` is missing.")
+
+    systems = _mappings(config, "systems")
+    models = _mappings(config, "models") if "models" in config else {}
+    matrix = _matrix(config.get("matrix", {}))
+    _check_names(systems, models)
+    return Spec(
+        name=path.stem,
+        effective={**config, "systems": systems, **({"models": models} if models else {})},
+        output_dir=Path(_text(config, "output_dir")),
+        prepare=tuple(_commands(config.get("prepare", []))),
+        train=Path(_text(config, "train")),
+        evaluation=Path(_text(config, "evaluation")),
+        teacher_cache=_teacher_cache(config.get("teacher_cache")),
+        overrides=_cell_keys(config.get("overrides", {}), "overrides"),
+        systems={name: _cell_keys(entry, f"systems.{name}") for name, entry in systems.items()},
+        models=models,
+        matrix=matrix,
+        seeds=tuple(_seeds(config.get("seeds", [42]))),
+        baseline=_among(config, "baseline", [*systems, *models]),
+        teacher=_among(config, "teacher", list(models)),
+        select=_select(config.get("select"), matrix),
+    )
+
+
+def _text(config: Mapping[str, Any], key: str) -> str:
+    value = config[key]
+    if not isinstance(value, str) or not value.strip():
+        raise StudyError(f"`{key}` must be text, not {value!r}.")
+    return value
+
+
+def _mappings(config: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
+    value = config[key]
+    if not isinstance(value, Mapping):
+        raise StudyError(f"`{key}` must map names to keys and values, not {value!r}.")
+    kept = {name: entry for name, entry in value.items() if entry is not None}
+    if not kept and key == "systems":
+        raise StudyError("`systems` must name at least one system.")
+    for name, entry in kept.items():
+        if not isinstance(name, str) or not name.strip():
+            raise StudyError(f"`{key}`: {name!r} cannot be a name: write it in quotes.")
+        if not isinstance(entry, Mapping):
+            raise StudyError(f"`{key}.{name}` must hold keys and values ({{}} for none), not {entry!r}.")
+    return {name: dict(entry) for name, entry in kept.items()}
+
+
+def _check_names(systems: Mapping[str, Any], models: Mapping[str, Any]) -> None:
+    both = next((name for name in models if name in systems), None)
+    if both is not None:
+        raise StudyError(f"`models.{both}` has the name of a system: choose another one.")
+    for name, entry in models.items():
+        if not isinstance(entry.get("model_name_or_path"), str):
+            raise StudyError(f"`models.{name}` needs `model_name_or_path`, a path or a hub id.")
+
+
+def _cell_keys(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise StudyError(f"`{place}` must hold keys and values, not {value!r}.")
+    taken = next((key for key in RESERVED if key in value), None)
+    if taken is not None:
+        remedy = "use `seeds`" if taken == "seed" else "the study sets it for every cell"
+        raise StudyError(f"`{place}.{taken}` cannot be set: {remedy}.")
+    return {str(key): entry for key, entry in value.items()}
+
+
+def _matrix(value: Any) -> dict[str, list[Any]]:
+    matrix = _cell_keys(value, "matrix")
+    for key, values in matrix.items():
+        if key == "train":
+            raise StudyError("`matrix.train` cannot be varied: write a system with its own `train` for each file.")
+        if not isinstance(values, list) or not values:
+            raise StudyError(f"`matrix.{key}` must be a list of values, not {values!r}.")
+        repeated = next((item for index, item in enumerate(values) if _same_in(item, values[:index])), None)
+        if repeated is not None:
+            raise StudyError(f"`matrix.{key}` names {repeated!r} twice.")
+    return matrix
+
+
+def _same_in(item: Any, others: list[Any]) -> bool:
+    return any(item == other and isinstance(item, bool) == isinstance(other, bool) for other in others)
+
+
+def _seeds(value: Any) -> list[int]:
+    if not isinstance(value, list) or not value or not all(type(seed) is int and seed >= 0 for seed in value):
+        raise StudyError(f"`seeds` must be a list of whole numbers such as [42, 1, 2], not {value!r}.")
+    if len(set(value)) < len(value):
+        raise StudyError(f"`seeds` names a seed twice: {value!r}.")
+    return value
+
+
+def _commands(value: Any) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(command, str) and command.strip() for command in value):
+        raise StudyError(f"`prepare` must be a list of commands such as [sekd demo --prepare], not {value!r}.")
+    return value
+
+
+def _among(config: Mapping[str, Any], key: str, names: list[str]) -> str | None:
+    value = config.get(key)
+    if value is not None and value not in names:
+        where = "`models`" if key == "teacher" else "`systems` and `models`"
+        raise StudyError(f"`{key}` is {value!r}, which is not among {where}: {', '.join(names) or 'there are none'}.")
+    return value
+
+
+def _teacher_cache(value: Any) -> TeacherCache | None:
+    if value is None:
+        return None
+    options = {"folder": value} if isinstance(value, str) else value
+    if not isinstance(options, Mapping) or not isinstance(options.get("folder"), str):
+        raise StudyError(f"`teacher_cache` must be a folder, or {{folder: …, format: …}}, not {value!r}.")
+    unknown = next((key for key in options if key not in _CACHE_KEYS), None)
+    if unknown is not None:
+        raise StudyError(f"`teacher_cache.{unknown}` is unknown: use {', '.join(_CACHE_KEYS)}.")
+    kept = {key: option for key, option in options.items() if key != "folder" and option is not None}
+    return TeacherCache(Path(options["folder"]), kept)
+
+
+def _select(value: Any, matrix: Mapping[str, Any]) -> Select | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or set(value) - set(_SELECT_KEYS) or "key" not in value:
+        raise StudyError(f"`select` must be {{key: …, metric: nll, mode: min}}, not {value!r}.")
+    select = Select(value["key"], value.get("metric", "nll"), value.get("mode", "min"))
+    if select.key not in matrix:
+        raise StudyError(f"`select.key` is {select.key!r}, which is not a key of `matrix`.")
+    if select.mode not in ("min", "max"):
+        raise StudyError(f"`select.mode` must be min or max, not {select.mode!r}.")
+    return select
