@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 from .errors import ArgumentError
 
 
 STAGE = "sekd"
+AUTO = "auto"
+GAMMA = 0.4  # the paper's
+HARD_SCALES: tuple[str, ...] = ("none", "balanced")
 
 # Objective -> (what a token's loss is, which keys it reads). `(7)` and `(8)` are the hard and the easy loss.
 KD_LOSSES: dict[str, tuple[str, frozenset[str]]] = {
-    "self_evolution": ("(7) where d > Γ, else (8)", frozenset({"kd_lambda", "kd_beta", "kd_gamma"})),
+    "self_evolution": ("(7) where d > Γ, else (8)", frozenset({"kd_lambda", "kd_beta", "kd_gamma", "kd_hard_scale"})),
     "self_evolution_topk": (
         "(7) for the kd_topk share with the largest d",
-        frozenset({"kd_lambda", "kd_beta", "kd_topk"}),
+        frozenset({"kd_lambda", "kd_beta", "kd_topk", "kd_hard_scale"}),
     ),
     "no_evolution": ("(8) for all tokens", frozenset({"kd_lambda"})),
     "skew": ("(7) for all tokens", frozenset({"kd_lambda", "kd_beta"})),
@@ -88,13 +92,29 @@ class DistillationArguments:
             )
         },
     )
-    kd_gamma: float = field(
-        default=0.4,
-        metadata={"help": "Γ, the difficulty d = KL(y~ ‖ q) (equation 5) above which a token is hard."},
+    # None is no value of it: with None among the types the host's parser takes text from the command line.
+    kd_gamma: float | str | None = field(
+        default=GAMMA,
+        metadata={
+            "help": (
+                "Γ, the difficulty d = KL(y~ ‖ q) (equation 5) above which a token is hard. `auto` (ours, not the "
+                f"paper's): the running mean of d over the steps before, {GAMMA} at the first."
+            )
+        },
     )
     kd_topk: float | None = field(
         default=None,
         metadata={"help": "The share of tokens of a batch that are hard, above 0 up to 1 (self_evolution_topk only)."},
+    )
+    kd_hard_scale: str = field(
+        default="none",
+        metadata={
+            "help": (
+                "`balanced` (ours, not the paper's) multiplies the hard tokens' loss by a factor, from the steps "
+                "before, that gives their gradients the mean norm that the easy loss would give them. The paper's is "
+                "`none`."
+            )
+        },
     )
     kd_temperature: float = field(
         default=1.0,
@@ -115,15 +135,21 @@ class DistillationArguments:
         },
     )
 
+    def __post_init__(self) -> None:
+        if isinstance(self.kd_gamma, str):  # as the command line and a field of the web UI hold it
+            with suppress(ValueError):
+                self.kd_gamma = float(self.kd_gamma)
+
     def objective_keywords(self) -> dict[str, Any]:
-        """The keyword arguments of ``objectives.distillation_loss`` (β as at the start of training)."""
+        """The keyword arguments of ``objectives.distillation_loss`` (what moves, as at the start of training)."""
         return {
             "kd_loss": self.kd_loss,
             "kd_lambda": self.kd_lambda,
             "kd_beta": self.kd_beta,
-            "kd_gamma": self.kd_gamma,
+            "kd_gamma": GAMMA if self.kd_gamma == AUTO else self.kd_gamma,
             "kd_topk": self.kd_topk,
             "kd_temperature": self.kd_temperature,
+            "kd_hard_scale": None if self.kd_hard_scale == "none" else 1.0,
         }
 
 
@@ -162,12 +188,18 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
     _check_range(args, "kd_beta", 0, 1)
     if args.kd_beta_end is not None:
         _check_range(args, "kd_beta_end", 0, 1)
-        if "kd_beta" not in KD_LOSSES[args.kd_loss][1]:
-            with_beta = ", ".join(name for name, (_, keys) in KD_LOSSES.items() if "kd_beta" in keys)
-            _refuse(args, "kd_beta_end", f"`kd_loss: {args.kd_loss}` has no β; leave it out or use one of {with_beta}")
+        _check_read(args, "kd_beta_end", "kd_beta", "has no β")
 
-    if not _is_number(args.kd_gamma) or math.isnan(args.kd_gamma):
-        _refuse(args, "kd_gamma", "use a number, for example 0.4")
+    if args.kd_gamma == AUTO:
+        _check_read(args, "kd_gamma", "kd_gamma", "has no Γ")
+    elif not _is_number(args.kd_gamma) or math.isnan(args.kd_gamma):
+        _refuse(args, "kd_gamma", f"use a number, for example {GAMMA}, or {AUTO}")
+
+    if args.kd_hard_scale not in HARD_SCALES:
+        _refuse(args, "kd_hard_scale", f"choose one of {', '.join(HARD_SCALES)}")
+
+    if args.kd_hard_scale != "none":
+        _check_read(args, "kd_hard_scale", "kd_hard_scale", "does not tell hard tokens from easy ones")
 
     _check_topk(args)
     if not _is_number(args.kd_temperature) or not 0 < args.kd_temperature < math.inf:
@@ -216,13 +248,20 @@ def _check_topk(args: DistillationArguments) -> None:
         _refuse(args, "kd_topk", "use a share above 0 and up to 1, for example 0.5 for half of the tokens")
 
 
+def _check_read(args: DistillationArguments, key: str, reads: str, lack: str) -> None:
+    """Refuse a key where the objective does not read what it is about."""
+    if reads not in KD_LOSSES[args.kd_loss][1]:
+        others = ", ".join(name for name, (_, keys) in KD_LOSSES.items() if reads in keys)
+        _refuse(args, key, f"`kd_loss: {args.kd_loss}` {lack}; leave it out or use one of {others}")
+
+
 def _check_range(args: DistillationArguments, key: str, low: float, high: float) -> None:
     value = getattr(args, key)
     if not _is_number(value) or not low <= value <= high:
         _refuse(args, key, f"use a number from {low} to {high}")
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

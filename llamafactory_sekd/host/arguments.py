@@ -41,6 +41,7 @@ def extend_finetuning_arguments(host_class: type) -> type:
             return instance
 
         def __post_init__(self) -> None:
+            DistillationArguments.__post_init__(self)
             self.use_sekd: bool = self.stage == STAGE
             if self.use_sekd:
                 check_distillation_arguments(self)
@@ -49,7 +50,7 @@ def extend_finetuning_arguments(host_class: type) -> type:
             else:
                 check_no_distillation_arguments(self, self.stage, self._named_by_user())
 
-            super().__post_init__()
+            host_class.__post_init__(self)
 
         def to_dict(self) -> dict[str, Any]:
             # What trackers record: our stage by its name, and nothing of ours in a run of another stage.

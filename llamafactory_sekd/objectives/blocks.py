@@ -26,7 +26,7 @@ class BlockProcessor:
     """Turns student logits into gradients in place, a block of rows at a time.
 
     Args:
-        settings: λ, β, Γ and T.
+        settings: λ, β, Γ, T and the factor of the hard loss.
         closed_form: the objective, from `losses.closed_forms`.
         vocab_size: the number of columns.
         tokens: the largest number of rows that will come at once.
@@ -54,8 +54,9 @@ class BlockProcessor:
         self.wants_gradient = wants_gradient
         numbers = CPU_BUFFER if device.type == "cpu" else ACCELERATOR_BUFFER
         self.rows = max(1, min(numbers // vocab_size, tokens))
+        values = 9 if wants_gradient and settings.kd_hard_scale is not None else 7
+        self.nothing = torch.empty(values, 0, dtype=precision, device=device)
         # Both logits where they have to be converted, p, q, q at T = 1, and the log ratio.
-        self.nothing = torch.empty(7, 0, dtype=precision, device=device)
         self.buffers = torch.empty(6, self.rows, vocab_size, dtype=precision, device=device)
 
     def process(
@@ -70,8 +71,9 @@ class BlockProcessor:
             hard: bool `[tokens]` where the selection has been made already.
 
         Returns:
-            `[7, tokens]`: the statistics in the order of `TokenStatistics`, then the loss. Where the teacher's logits
-            hold NaN or +inf the loss and its gradient are 0 and `teacher_ce` is NaN.
+            `[7, tokens]`, with a factor of the hard loss and a gradient `[9, tokens]`: the statistics in the order of
+            `TokenStatistics`, then the loss. Where the teacher's logits hold NaN or +inf the loss and its gradient
+            are 0 and `teacher_ce` is NaN.
         """
         results = []
         for rows in self._split(labels):
@@ -94,7 +96,8 @@ class BlockProcessor:
                 block.teacher_ce,
                 block.agreement,
             )
-            results.append(torch.stack([*statistics, loss]))
+            norms = [norm for norm in (block.easy_norm, block.hard_norm) if norm is not None]
+            results.append(torch.stack([*statistics, *norms, loss]))
         return torch.cat(results, dim=1)
 
     def difficulty(self, z: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -169,6 +172,9 @@ def _softmax(logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     give it back for less than another pass of exponentials.
     """
     torch.softmax(logits, -1, out=out)
+    if out.device.type == "cpu":
+        # The CPU's kernel adds a row up in a few long chains, which at 128,256 entries is off by 1e-5; `sum` is not.
+        out.div_(out.sum(-1, keepdim=True))
     return logits.amax(-1) - out.amax(-1).log()
 
 

@@ -60,9 +60,10 @@ def fused_linear_distillation(
     kd_loss: str = "self_evolution",
     kd_lambda: float = 0.5,
     kd_beta: float = 0.5,
-    kd_gamma: float = 0.4,
+    kd_gamma: float | torch.Tensor = 0.4,
     kd_topk: float | None = None,
     kd_temperature: float = 1.0,
+    kd_hard_scale: float | torch.Tensor | None = None,
 ) -> FusedOutput:
     """`distillation_loss` of `hidden · headᵀ + bias`, summed over the tokens and divided by `num_items`.
 
@@ -86,12 +87,13 @@ def fused_linear_distillation(
         student_bias, teacher_bias: `[vocab]`.
         vocab_size: use the first entries of both heads only, the common vocabulary; the gradient of the others is
             zero. Default: all.
-        kd_loss, kd_lambda, kd_beta, kd_gamma, kd_topk, kd_temperature: see `distillation_loss`.
+        kd_loss, kd_lambda, kd_beta, kd_gamma, kd_topk, kd_temperature, kd_hard_scale: see `distillation_loss`.
 
     Raises:
-        ArgumentError: shapes that do not fit, different vocabularies, an unknown `kd_loss`, a missing `kd_topk`.
+        ArgumentError: shapes that do not fit, different vocabularies, an unknown `kd_loss`, a missing `kd_topk`, a
+            `kd_hard_scale` for another objective.
     """
-    check_objective(kd_loss)
+    check_objective(kd_loss, kd_hard_scale)
     check_tokens(student_hidden, teacher_hidden, labels, ("student_hidden", "teacher_hidden"))
     used = _used_vocabulary(student_head, teacher_head, vocab_size)
     return fused_distillation(
@@ -108,6 +110,7 @@ def fused_linear_distillation(
         kd_gamma=kd_gamma,
         kd_topk=kd_topk,
         kd_temperature=kd_temperature,
+        kd_hard_scale=kd_hard_scale,
     )
 
 
@@ -127,13 +130,14 @@ def fused_distillation(
     Args:
         student_hidden, student_head, labels, num_items, chunk_size, student_bias: see `fused_linear_distillation`.
         teacher: of the same tokens, over the first `teacher.vocab_size` entries of the student's head.
-        settings: `kd_loss`, `kd_lambda`, `kd_beta`, `kd_gamma`, `kd_topk`, `kd_temperature`.
+        settings: the `kd_*` arguments of `distillation_loss`.
 
     Raises:
-        ArgumentError: shapes that do not fit, an unknown `kd_loss`, a missing `kd_topk`.
+        ArgumentError: shapes that do not fit, an unknown `kd_loss`, a missing `kd_topk`, a `kd_hard_scale` for another
+            objective.
     """
     chosen = Settings(**settings)
-    check_objective(chosen.kd_loss)
+    check_objective(chosen.kd_loss, chosen.kd_hard_scale)
     check_tokens(student_hidden, student_hidden, labels, ("student_hidden", "student_hidden"))
     if len(teacher) != len(labels) or teacher.vocab_size > len(student_head):
         raise ArgumentError(
@@ -190,7 +194,7 @@ class _FusedDistillation(torch.autograd.Function):
 def _sweep(
     student: Head, teacher: LogitsSource, labels: torch.Tensor, plan: _Plan, gradients: HeadGradients | None
 ) -> torch.Tensor:
-    """Go through the tokens chunk by chunk; `[7, tokens]` as `BlockProcessor.process` returns them."""
+    """Go through the tokens chunk by chunk; `[7 or 9, tokens]` as `BlockProcessor.process` returns them."""
     chunk, device = min(plan.chunk_size, len(labels)), labels.device
     student_logits = torch.empty(chunk, plan.vocab_size, dtype=student.dtype, device=device)
     teacher_logits = torch.empty(chunk, plan.vocab_size, dtype=teacher.dtype, device=device)

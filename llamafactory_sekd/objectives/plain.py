@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from llamafactory_sekd.objectives.divergences import cross_entropy, kl_divergence
 from llamafactory_sekd.objectives.losses import OBJECTIVES, check_objective
-from llamafactory_sekd.objectives.losses.equations import Terms
+from llamafactory_sekd.objectives.losses.equations import Terms, gradient_norms
 from llamafactory_sekd.objectives.selection import select_hard
 from llamafactory_sekd.objectives.settings import Settings, check_same_vocabulary, check_tokens
 from llamafactory_sekd.objectives.statistics import TokenStatistics, token_statistics
@@ -45,9 +45,10 @@ def distillation_loss(
     kd_loss: str = "self_evolution",
     kd_lambda: float = 0.5,
     kd_beta: float = 0.5,
-    kd_gamma: float = 0.4,
+    kd_gamma: float | torch.Tensor = 0.4,
     kd_topk: float | None = None,
     kd_temperature: float = 1.0,
+    kd_hard_scale: float | torch.Tensor | None = None,
 ) -> DistillationOutput:
     """The distillation objective of every response token.
 
@@ -62,25 +63,31 @@ def distillation_loss(
         kd_loss: the objective, a key of `OBJECTIVES`.
         kd_lambda: λ of equations 3, 4 and 10, the teacher's share, in `[0, 1]`.
         kd_beta: β of equations 6 and 10, the student's share of the proxy, in `[0, 1]`.
-        kd_gamma: Γ, the difficulty above which a token is hard.
+        kd_gamma: Γ, the difficulty above which a token is hard; a number or a 0-dimensional tensor.
         kd_topk: for `self_evolution_topk`, the share of hard tokens in this batch, in `(0, 1]`.
         kd_temperature: T > 0. The KL terms take both distributions at T and are multiplied by T²; `-log q_y` and the
             statistics stay at T = 1, except `difficulty`, which is at T and carries no factor.
+        kd_hard_scale: a factor of the hard tokens' loss, a number or a 0-dimensional tensor, for the two
+            Self-Evolution objectives. With one the statistics hold the gradient norms that it can be chosen from.
 
     Raises:
-        ArgumentError: shapes that do not fit, different vocabularies, an unknown `kd_loss`, a missing `kd_topk`.
+        ArgumentError: shapes that do not fit, different vocabularies, an unknown `kd_loss`, a missing `kd_topk`, a
+            `kd_hard_scale` for another objective.
     """
-    check_objective(kd_loss)
+    check_objective(kd_loss, kd_hard_scale)
     check_tokens(student_logits, teacher_logits, labels, ("student_logits", "teacher_logits"))
     check_same_vocabulary(
         student_logits.shape[-1], teacher_logits.shape[-1], "cut both logits to the common vocabulary first."
     )
-    settings = Settings(kd_loss, kd_lambda, kd_beta, kd_gamma, kd_topk, kd_temperature)
+    settings = Settings(kd_loss, kd_lambda, kd_beta, kd_gamma, kd_topk, kd_temperature, kd_hard_scale)
     precision = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
     student_logits, teacher_logits = student_logits.to(precision), teacher_logits.detach().to(precision)
 
     terms = _terms(student_logits, teacher_logits, labels, settings)
     statistics = token_statistics(student_logits.detach(), teacher_logits, labels, terms.difficulty, terms.hard)
+    if kd_hard_scale is not None and student_logits.requires_grad:
+        easy_norm, hard_norm = gradient_norms(terms)
+        statistics = replace(statistics, easy_norm=easy_norm, hard_norm=hard_norm)
     return DistillationOutput(loss=OBJECTIVES[kd_loss].equation(terms), hard=terms.hard, statistics=statistics)
 
 

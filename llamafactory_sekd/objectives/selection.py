@@ -8,12 +8,12 @@ from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.objectives.settings import Settings
 
 
-def above_threshold(difficulty: torch.Tensor, gamma: float) -> torch.Tensor:
+def above_threshold(difficulty: torch.Tensor, gamma: float | torch.Tensor) -> torch.Tensor:
     """Hard tokens are those with `d > Γ` (a token that lies exactly on Γ is easy).
 
     Args:
         difficulty: `d`, `[tokens]`.
-        gamma: Γ; `inf` makes every token easy, a negative value every token hard.
+        gamma: Γ, a number or a 0-dimensional tensor; `inf` makes every token easy, a negative value every token hard.
 
     Returns:
         bool `[tokens]`.

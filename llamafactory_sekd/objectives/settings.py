@@ -16,9 +16,10 @@ class Settings:
     kd_loss: str = "self_evolution"
     kd_lambda: float = 0.5
     kd_beta: float = 0.5
-    kd_gamma: float = 0.4
+    kd_gamma: float | torch.Tensor = 0.4
     kd_topk: float | None = None
     kd_temperature: float = 1.0
+    kd_hard_scale: float | torch.Tensor | None = None
 
 
 def check_tokens(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, names: tuple[str, str]) -> None:

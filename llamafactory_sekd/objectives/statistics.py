@@ -21,6 +21,9 @@ class TokenStatistics:
         teacher_ce: `-log p_y`, the teacher's cross-entropy of the ground truth, at T = 1.
         agreement: 1 where the teacher's most probable entry is one of the student's most probable ones (they are one
             unless there is a tie), else 0.
+        easy_norm, hard_norm: of hard tokens `‖q - y~‖` and `‖q Σr - r‖`, the Euclidean norms of the gradients that
+            the easy and the hard loss have with respect to the logits, but for a factor T; 0 for easy tokens. None
+            without `kd_hard_scale` or without a gradient.
     """
 
     difficulty: torch.Tensor
@@ -29,6 +32,8 @@ class TokenStatistics:
     teacher_kl: torch.Tensor
     teacher_ce: torch.Tensor
     agreement: torch.Tensor
+    easy_norm: torch.Tensor | None = None
+    hard_norm: torch.Tensor | None = None
 
 
 def same_prediction(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:

@@ -24,10 +24,12 @@ class DistillationState:
     Attributes:
         teacher: fingerprint of the teacher's files, None where it came from a hub.
         window: sums of the metrics since the last log, over all ranks (see `TokenMeans`).
+        adaptive: the sums behind the keys that follow the training, over all ranks (see `AdaptiveKeys`).
     """
 
     teacher: str | None = None
     window: list[float] = field(default_factory=list)
+    adaptive: dict[str, list[float]] = field(default_factory=dict)
 
     def save(self, checkpoint: str | Path) -> None:
         """Write ``kd_state.json``, atomically."""

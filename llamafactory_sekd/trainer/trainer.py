@@ -26,6 +26,7 @@ from ..heads import (
 from ..objectives import TokenStatistics, default_chunk_size, distillation_loss, fused_distillation
 from ..objectives.schedules import linear
 from ..teacher import TeacherSource
+from .adaptive import AdaptiveKeys, EndOfStep
 from .checkpoints import DistillationState, forget_completion
 from .metrics import NONFINITE, TokenMeans
 from .order import hold_epoch
@@ -64,6 +65,8 @@ class DistillationTrainer(Seq2SeqTrainer):
         self.teacher_fingerprint = teacher_fingerprint
         self.teacher = make_teacher(self.accelerator)
         self.student_head: Any = self.accelerator.unwrap_model(self.model).get_output_embeddings()
+        self.adaptive = AdaptiveKeys(distillation, self.accelerator.device)
+        self.add_callback(EndOfStep(self.adaptive, self.accelerator))
         self.train_means = TokenMeans()
         self.eval_means = TokenMeans()
         self._fused: bool | None = None
@@ -95,6 +98,9 @@ class DistillationTrainer(Seq2SeqTrainer):
             loss, statistics = self._loss_of_logits(
                 student_logits, self.teacher.logits(batch, rows), targets, num_items
             )
+
+        if model.training:
+            self.adaptive.add(statistics)
 
         means = self.train_means if model.training else self.eval_means
         means.add(statistics, loss.detach() * num_items)
@@ -212,7 +218,8 @@ class DistillationTrainer(Seq2SeqTrainer):
         return {name: value for name, value in batch.items() if name not in self.teacher.collated_keys}
 
     def _objective_keywords(self) -> dict[str, Any]:
-        return {**self.distillation.objective_keywords(), "kd_beta": self._beta(self.state.global_step)}
+        beta = self._beta(self.state.global_step)
+        return {**self.distillation.objective_keywords(), "kd_beta": beta, **self.adaptive.keywords()}
 
     def _beta(self, step: int) -> float:
         keys = self.distillation
@@ -226,6 +233,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         if "loss" in logs:
             _, metrics = self.train_means.read(self.accelerator)
             self._refuse_a_broken_teacher(metrics)
+            metrics |= self.adaptive.logs()
             logs = {**logs, **{name: round(value, 6) for name, value in metrics.items()}}
             if self.distillation.kd_beta_end is not None:
                 logs["kd/beta"] = round(self._beta(self.state.global_step - 1), 6)  # of the step that just ended
@@ -270,9 +278,14 @@ class DistillationTrainer(Seq2SeqTrainer):
         super()._save_rng_state(output_dir)
         window = self.train_means.total(self.accelerator)
         if self.args.should_save:
-            DistillationState(self.teacher_fingerprint, window).save(output_dir)
+            DistillationState(self.teacher_fingerprint, window, self.adaptive.state()).save(output_dir)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        if checkpoint is not None and self.args.process_index == 0:  # the sums of all ranks, once
-            self.train_means.restore(DistillationState.load(checkpoint).window, self.accelerator.device)
+        if checkpoint is None:
+            return
+
+        # Sums over all ranks, which one of them holds for all.
+        state = DistillationState.load(checkpoint) if self.args.process_index == 0 else DistillationState()
+        self.train_means.restore(state.window, self.accelerator.device)
+        self.adaptive.restore(state.adaptive, self.accelerator)

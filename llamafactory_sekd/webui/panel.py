@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from ..arguments import KEYS, DistillationArguments
+from ..arguments import HARD_SCALES, KEYS, DistillationArguments
 from .labels import element_labels, objective_choices
 from .settings import NO_QUANTIZATION, unused_keys
 
@@ -83,6 +83,9 @@ def build_panel() -> Panel:
             built["kd_beta_end"] = _text("kd_beta_end")
             built["kd_gamma"] = _text("kd_gamma")
             built["kd_topk"] = _text("kd_topk", value="0.5")
+            built["kd_hard_scale"] = gr.Dropdown(
+                choices=list(HARD_SCALES), value=_default("kd_hard_scale"), **_texts("kd_hard_scale")
+            )
 
         with gr.Row():
             for key in KEYS:

@@ -62,6 +62,8 @@ def trainings(root: Path, out: Path, ranks: int, **engine: Any) -> list[dict[str
         "per_device_eval_batch_size": 4 // ranks,
         "num_train_epochs": 2,
         "max_steps": -1,
+        "kd_gamma": "auto",
+        "kd_hard_scale": "balanced",
         "disable_shuffling": True,
     }
     return [*configs, base_config(root, output_dir=str(out / "uneven"), **{**common, **uneven})]

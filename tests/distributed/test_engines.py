@@ -69,6 +69,8 @@ def assert_same(first: Path, second: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-5)
+    for key in ("kd/gamma", "kd/hard_scale"):  # where they follow the training
+        assert logged(first, key) == pytest.approx(logged(second, key), rel=1e-4), key
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -30,7 +30,9 @@ SENSIBLE = {
     "kd_loss": st.sampled_from(list(KD_LOSSES)),
     "kd_lambda": st.floats(0, 1),
     "kd_beta": st.floats(0, 1),
+    "kd_gamma": st.one_of(st.just("auto"), st.floats(-1, 10), st.floats(-1, 10).map(str)),
     "kd_topk": st.one_of(st.none(), st.floats(0, 1, exclude_min=True)),
+    "kd_hard_scale": st.sampled_from(["none", "balanced"]),
     "kd_temperature": st.floats(0.1, 10),
 }
 CONFIGURATIONS = st.fixed_dictionaries(

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch  # noqa: F401  (registers the plug-in, as in every process of the host)
 from llamafactory.hparams.parser import _TRAIN_ARGS, get_train_args
-from runs import base_config
+from runs import base_config, write_yaml
 
 from llamafactory_sekd.arguments import KD_LOSSES, KEYS, DistillationArguments
 from llamafactory_sekd.errors import ArgumentError
@@ -26,6 +26,10 @@ BAD_KEYS = [
     ({"kd_beta_end": 1.0, "kd_loss": "forward_kl"}, ["kd_beta_end: 1.0", "forward_kl", "has no β", "skew"]),
     ({"kd_gamma": "hard"}, ["kd_gamma: hard", "number"]),
     ({"kd_gamma": math.nan}, ["kd_gamma: nan"]),
+    ({"kd_gamma": "nan"}, ["kd_gamma: nan"]),
+    ({"kd_gamma": "auto", "kd_loss": "skew"}, ["kd_gamma: auto", "skew", "has no Γ", "self_evolution"]),
+    ({"kd_hard_scale": "equal"}, ["kd_hard_scale: equal", "none, balanced"]),
+    ({"kd_hard_scale": "balanced", "kd_loss": "no_evolution"}, ["kd_hard_scale: balanced", "self_evolution_topk"]),
     ({"kd_loss": "self_evolution_topk"}, ["kd_topk", "missing"]),
     ({"kd_topk": 0.5}, ["kd_topk: 0.5", "self_evolution_topk"]),
     ({"kd_loss": "self_evolution_topk", "kd_topk": 0.0}, ["kd_topk: 0.0", "above 0"]),
@@ -86,6 +90,25 @@ def test_sekd_presents_itself_to_the_host_as_sft_and_to_trackers_by_its_name():
     assert (ours.stage, ours.use_sekd) == ("sft", True)
     assert (ours.to_dict()["stage"], ours.to_dict()["kd_gamma"]) == ("sekd", 0.7)
     assert not set(FinetuningArguments(stage="sft").to_dict()) & set(KEYS)
+
+
+@pytest.mark.parametrize(("text", "gamma"), [("auto", "auto"), ("0.3", 0.3), ("-1", -1.0)])
+def test_gamma_on_the_command_line_is_auto_or_a_number(tmp_path, monkeypatch, text, gamma):
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "train",
+            str(write_yaml(tmp_path / "x.yaml", base_config(tmp_path, output_dir=str(tmp_path)))),
+            f"kd_gamma={text}",
+        ],
+    )
+    from llamafactory.hparams.parser import read_args
+
+    config = read_args()
+    assert get_train_args(config)[3].kd_gamma == gamma
+    options = [part for key, value in config.items() for part in (f"--{key}", str(value))]
+    monkeypatch.setattr("sys.argv", ["train", *options])
+    assert get_train_args(None)[3].kd_gamma == gamma
 
 
 def test_infinite_gamma_is_a_number():

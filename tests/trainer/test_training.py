@@ -76,7 +76,12 @@ def test_accumulation_changes_neither_losses_nor_parameters(tiny_root, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "student", [{}, {"finetuning_type": "lora", "lora_target": "all", "lora_dropout": 0.3}], ids=["full", "dropout"]
+    "student",
+    [
+        {"kd_loss": "self_evolution", "kd_gamma": "auto", "kd_hard_scale": "balanced"},
+        {"finetuning_type": "lora", "lora_target": "all", "lora_dropout": 0.3},
+    ],
+    ids=["full", "dropout"],
 )
 def test_a_resumed_run_ends_with_the_parameters_of_an_uninterrupted_one(tiny_root, tmp_path, student):
     schedule = {"kd_loss": "skew", "kd_beta_end": 1.0, "save_strategy": "steps", "save_steps": 2, "max_steps": 5}
@@ -91,7 +96,8 @@ def test_a_resumed_run_ends_with_the_parameters_of_an_uninterrupted_one(tiny_roo
         )
     )
     assert logged(tmp_path / "whole", "kd/beta") == pytest.approx([0.5, 0.625, 0.75, 0.875, 1.0])
-    assert logged(tmp_path / "resumed", "kd/beta") == logged(tmp_path / "whole", "kd/beta")
+    for key in ("kd/beta", "kd/gamma", "kd/hard_scale"):
+        assert logged(tmp_path / "resumed", key) == logged(tmp_path / "whole", key)
     assert_same_weights(tmp_path / "resumed", tmp_path / "whole", tolerance=1e-7)
 
 

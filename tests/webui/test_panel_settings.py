@@ -17,6 +17,7 @@ FIELDS = {
     "kd_beta": 0.5,
     "kd_gamma": "0.4",
     "kd_topk": "0.5",
+    "kd_hard_scale": "none",
     "kd_temperature": "1.0",
 }
 
@@ -48,6 +49,7 @@ def test_fields_become_numbers_lists_become_commas_and_empty_fields_nothing():
         "kd_beta": 0.5,
         "kd_beta_end": 1.0,
         "kd_gamma": float("inf"),
+        "kd_hard_scale": "none",
         "kd_temperature": 1.0,
         "kd_chunk_size": 64,
     }
@@ -59,12 +61,19 @@ def test_a_share_of_zero_is_a_value_and_not_an_empty_field():
     )
 
 
+def test_the_threshold_is_a_number_or_auto():
+    keys = distillation_keys({**FIELDS, "kd_gamma": " auto ", "kd_hard_scale": "balanced"})
+    assert (keys["kd_gamma"], keys["kd_hard_scale"]) == ("auto", "balanced")
+    check_keys(keys)
+
+
 @pytest.mark.parametrize(
     ("field", "text", "message"),
     [
         ("kd_temperature", "0", "`kd_temperature: 0.0` cannot be used"),
         ("kd_temperature", "warm", "`kd_temperature: warm` cannot be used"),
         ("kd_gamma", "nan", "`kd_gamma: nan` cannot be used"),
+        ("kd_gamma", "automatic", "`kd_gamma: automatic` cannot be used"),
         ("kd_beta_end", "1.5", "`kd_beta_end: 1.5` cannot be used"),
         ("kd_chunk_size", "2.5", "`kd_chunk_size: 2.5` cannot be used"),
         ("teacher_model", " ", "`teacher_model` is missing"),

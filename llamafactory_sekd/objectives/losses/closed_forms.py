@@ -42,6 +42,7 @@ class Block:
         ce, teacher_kl, teacher_ce, agreement: see `TokenStatistics`, `[rows]`.
         hard: bool `[rows]`.
         wants_gradient: False in evaluation, where only the loss is needed.
+        easy_norm, hard_norm: see `TokenStatistics`; filled in where the loss of the hard tokens has a factor.
     """
 
     settings: Settings
@@ -61,6 +62,8 @@ class Block:
     teacher_ce: torch.Tensor
     agreement: torch.Tensor
     hard: torch.Tensor
+    easy_norm: torch.Tensor | None = None
+    hard_norm: torch.Tensor | None = None
 
 
 def no_evolution(block: Block) -> torch.Tensor:
@@ -84,7 +87,26 @@ def skew(block: Block) -> torch.Tensor:
 
 
 def self_evolution(block: Block) -> torch.Tensor:
-    """Equation 7 for hard tokens, equation 8 for easy ones."""
+    """Equation 7 for hard tokens, times `kd_hard_scale` where there is one, and equation 8 for easy tokens."""
+    scale = block.settings.kd_hard_scale
+    if scale is None:
+        return _self_evolution(block)
+    if block.wants_gradient:
+        _easy_gradient(block)
+        block.easy_norm = _norm_of_hard(block)
+    loss = _self_evolution(block)
+    factor = torch.ones_like(loss).masked_fill_(block.hard, scale)
+    if block.wants_gradient:
+        block.hard_norm = _norm_of_hard(block) / block.settings.kd_temperature
+        block.gradient.mul_(factor.unsqueeze(-1))
+    return loss * factor
+
+
+def _norm_of_hard(block: Block) -> torch.Tensor:
+    return torch.linalg.vector_norm(block.gradient, dim=-1).masked_fill_(~block.hard, 0.0)
+
+
+def _self_evolution(block: Block) -> torch.Tensor:
     if block.settings.kd_beta >= 1.0:
         return no_evolution(block)
     if block.hard.device.type != "cpu":

@@ -25,7 +25,7 @@ class Terms:
         ce: `-log q_y` at T = 1, `[tokens]`, carries the gradient.
         difficulty: equation 5, `d = KL(y~ ‖ q)`, `[tokens]`, detached.
         hard: bool `[tokens]`.
-        settings: λ, β and T.
+        settings: λ, β, T and the factor of the hard loss.
     """
 
     log_q: torch.Tensor
@@ -61,7 +61,21 @@ def with_cross_entropy(terms: Terms, divergence: torch.Tensor) -> torch.Tensor:
 
 def self_evolution(terms: Terms) -> torch.Tensor:
     """Equation 7 for hard tokens, equation 8 for easy ones (Self-Evolution KD, and its top-K ablation)."""
-    return torch.where(terms.hard, skewed_kl(terms, terms.log_target), easy_kl(terms))
+    hard_loss, scale = skewed_kl(terms, terms.log_target), terms.settings.kd_hard_scale
+    if scale is not None:
+        hard_loss = hard_loss * scale
+    return torch.where(terms.hard, hard_loss, easy_kl(terms))
+
+
+@torch.no_grad()
+def gradient_norms(terms: Terms) -> tuple[torch.Tensor, torch.Tensor]:
+    """`‖q - y~‖` and `‖q Σr - r‖` with `r = β y~ q / q^`, `[tokens]`: see `TokenStatistics`."""
+    beta, q, target = terms.settings.kd_beta, terms.log_q.exp(), terms.log_target.exp()
+    proxy = beta * q + (1.0 - beta) * target
+    r = torch.where(proxy > 0, beta * q * target / proxy, 0.0)
+    easy, hard = q - target, q * r.sum(-1, keepdim=True) - r
+    norms = [torch.linalg.vector_norm(gradient, dim=-1) for gradient in (easy, hard)]
+    return norms[0].masked_fill(~terms.hard, 0.0), norms[1].masked_fill(~terms.hard, 0.0)
 
 
 def no_evolution(terms: Terms) -> torch.Tensor:
