@@ -11,7 +11,7 @@ from llamafactory_sekd.data.files import write_atomic
 from llamafactory_sekd.study.engine import Inputs, Study
 from llamafactory_sekd.study.jobs import make_ready
 from llamafactory_sekd.study.preparation import cache_commands, prepare_commands
-from llamafactory_sekd.study.runner import commands
+from llamafactory_sekd.study.runner import typed_commands
 
 
 def list_commands(study: Study, inputs: Inputs) -> Iterator[str]:
@@ -20,10 +20,10 @@ def list_commands(study: Study, inputs: Inputs) -> Iterator[str]:
     The first lines, what has to be done once, come before all others.
     """
     yield from (printable(command) for _, command in prepare_commands(study.spec))
-    yield from (printable(command) for _, command in cache_commands(study.spec, study.cells).values())
+    yield from (printable(command) for _, command in cache_commands(study.spec, study.cells, ()).values())
     for job in inputs.jobs:
         make_ready(job, inputs.test_sets)
-        yield " && ".join(printable(command) for command in commands(job))
+        yield " && ".join(typed_commands(job))
 
 
 def write_slurm(path: Path, study_command: Sequence[str], study: Study, count: int) -> None:

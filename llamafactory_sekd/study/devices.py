@@ -37,6 +37,15 @@ def environments(jobs: int, devices: Sequence[str]) -> list[dict[str, str]]:
     return [{**threads, "CUDA_VISIBLE_DEVICES": ",".join(_share(worker, jobs, devices))} for worker in range(jobs)]
 
 
+def count(devices: Sequence[str]) -> int:
+    """Return how many GPUs a command without ``CUDA_VISIBLE_DEVICES`` of its own would take; 0 without any."""
+    if devices:
+        return len(devices)
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def _share(worker: int, jobs: int, devices: Sequence[str]) -> Sequence[str]:
     if jobs >= len(devices):
         return [devices[worker % len(devices)]]

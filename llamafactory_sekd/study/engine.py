@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +65,7 @@ def run_study(study: Study, *, jobs: int, devices: Sequence[str], console: Conso
     stop = threading.Event()
     with only_one(study.spec.output_dir / ".lock", f"the study in {study.spec.output_dir}"):
         try:
-            inputs = _prepare(study, environments(1, devices)[0], console, stop)
+            inputs = _prepare(study, devices, console, stop)
             return _run(study, inputs, environments(jobs, devices), console, stop)
         finally:
             stop.set()
@@ -77,11 +77,10 @@ def run_one(study: Study, chosen: str, *, devices: Sequence[str], console: Conso
     The first to come runs what has to be done once; the others wait for it.
     """
     stop = threading.Event()
-    environment = environments(1, devices)[0]
     with only_one(study.spec.output_dir / ".prepare.lock", "the preparation", wait=True):
-        inputs = _prepare(study, environment, console, stop)
+        inputs = _prepare(study, devices, console, stop)
     job = find_job(inputs.jobs, chosen)
-    return _run_all([job], inputs, [environment], console, stop, done=0)
+    return _run_all([job], inputs, environments(1, devices), console, stop, done=0)
 
 
 def find_job(jobs: Sequence[Job], chosen: str) -> Job:
@@ -99,20 +98,19 @@ def write_study(study: Study, inputs: Inputs) -> dict[str, Any]:
     return results
 
 
-def _prepare(study: Study, environment: Mapping[str, str], console: Console, stop: threading.Event) -> Inputs:
+def _prepare(study: Study, devices: Sequence[str], console: Console, stop: threading.Event) -> Inputs:
+    environment = environments(1, devices)[0]
     with View(console, 0, 0) as view:
-        running = []
 
-        def announce(text: str) -> Any:
+        def announce(text: str) -> Callable[[float], None]:
             view.say(f"… {text}")
-            running.append(text)
             return lambda share: None
 
         prepare(study.spec, environment, announce, stop)
         inputs = find_inputs(study)
         waiting = [job for job in inputs.jobs if job.cell is not None and job.cell.is_distillation]
         if any(changed(job) is not None or not is_trained(job) for job in waiting):
-            cache_teacher(study.spec, study.cells, environment, announce, stop)
+            cache_teacher(study.spec, study.cells, devices, environment, announce, stop)
     return inputs
 
 

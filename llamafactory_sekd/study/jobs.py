@@ -122,15 +122,15 @@ def make_ready(job: Job, test_sets: Mapping[str, TestSet]) -> None:
         write_yaml(job.train_yaml, dict(job.cell.config), f"llamafactory-cli train {job.train_yaml}")
     config = evaluation.eval_yaml(job.evaluation, job.model, job.eval_folder)
     write_yaml(job.eval_yaml, config, f"llamafactory-cli eval {job.eval_yaml}")
-    write_json(job.record, {"id": job.id, "resumed": was_resumed(job), "made_of": job.made_of})
+    mark_resumed(job, was_resumed(job))
 
 
 def was_resumed(job: Job) -> bool:
     return bool((read_json(job.record) or {}).get("resumed"))
 
 
-def mark_resumed(job: Job) -> None:
-    write_json(job.record, {"id": job.id, "resumed": True, "made_of": job.made_of})
+def mark_resumed(job: Job, resumed: bool) -> None:
+    write_json(job.record, {"id": job.id, "resumed": resumed, "made_of": job.made_of})
 
 
 def _make_room(job: Job, test_sets: Mapping[str, TestSet]) -> None:

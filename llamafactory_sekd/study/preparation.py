@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from llamafactory_sekd.errors import StudyError
 from llamafactory_sekd.evaluation.files import read_json, write_json
 from llamafactory_sekd.evaluation.fingerprint import Digests
 from llamafactory_sekd.study import ingredients
+from llamafactory_sekd.study.devices import count
 from llamafactory_sekd.study.files import write_yaml
 from llamafactory_sekd.study.matrix import Cell
 from llamafactory_sekd.study.spec import Spec
@@ -59,13 +60,18 @@ def prepare_commands(spec: Spec) -> Iterator[tuple[str, list[str]]]:
 
 
 def cache_teacher(
-    spec: Spec, cells: list[Cell], environment: Mapping[str, str], announce: Announce, stop: threading.Event
+    spec: Spec,
+    cells: list[Cell],
+    devices: Sequence[str],
+    environment: Mapping[str, str],
+    announce: Announce,
+    stop: threading.Event,
 ) -> None:
     """Let ``sekd cache`` compute the teacher for all cells that distil, unless it did so for the same ones before."""
     record = _read(spec)
     digests = Digests(spec.output_dir / ".digests.json")
     made_of = {}
-    for name, (cell, command) in cache_commands(spec, cells).items():
+    for name, (cell, command) in cache_commands(spec, cells, devices).items():
         source = ingredients.of_training(cell.source, spec.teacher_cache, digests)
         made_of[name] = {key: source[key] for key in ("teacher_cache", "models", "data", "versions")}
         made_of[name]["config"] = {key: cell.source.get(key) for key in (*_TEACHER, *_EXAMPLES)}
@@ -80,10 +86,11 @@ def cache_teacher(
         write_json(spec.output_dir / _RECORD, record)
 
 
-def cache_commands(spec: Spec, cells: list[Cell]) -> dict[str, tuple[Cell, list[str]]]:
+def cache_commands(spec: Spec, cells: list[Cell], devices: Sequence[str]) -> dict[str, tuple[Cell, list[str]]]:
     """Write a YAML per set of examples and return ``{name: (a cell that has them, the command)}``.
 
-    Raises :class:`StudyError` where the cells have several teachers, which one cache cannot hold.
+    The teacher runs on all devices, or without ``devices`` on those that this process sees. Raises
+    :class:`StudyError` where the cells have several teachers, which one cache cannot hold.
     """
     if spec.teacher_cache is None:
         return {}
@@ -102,8 +109,15 @@ def cache_commands(spec: Spec, cells: list[Cell]) -> dict[str, tuple[Cell, list[
         path = spec.output_dir / f"{name}.yaml"
         words = ["cache", str(path), "--out", str(spec.teacher_cache.folder), *options]
         write_yaml(path, dict(cell.source), f"sekd {shlex.join(words)}")
-        commands[name] = (cell, tool("sekd", *words))
+        commands[name] = (cell, _on_devices(cell, words, count(devices)))
     return commands
+
+
+def _on_devices(cell: Cell, words: list[str], ranks: int) -> list[str]:
+    if ranks < 2 and not cell.source.get("deepspeed"):
+        return tool("sekd", *words)
+    launch = ("--standalone", "--nproc-per-node", str(max(1, ranks)), "-m", "llamafactory_sekd.cli")
+    return tool("torchrun", *launch, *words)
 
 
 def _option(key: str) -> str:

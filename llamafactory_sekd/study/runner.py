@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
-from llamafactory_sekd.children import host_command, last_checkpoint, run_child, training_share
+from llamafactory_sekd.children import host_command, last_checkpoint, printable, run_child, training_share
 from llamafactory_sekd.data.testsets import TestSet
 from llamafactory_sekd.study.files import only_one
 from llamafactory_sekd.study.jobs import Job, is_done, is_evaluated, is_trained, make_ready, mark_resumed
+from llamafactory_sekd.study.matrix import Cell
 
 
 # Of a job with a training, the part of the progress bar that the training gets.
@@ -18,10 +20,17 @@ _TRAINING_PART = 0.85
 Report = Callable[[float], None]
 
 
-def commands(job: Job) -> list[list[str]]:
-    """Return the commands that a user would type for this job, in order."""
-    training = [host_command("train", str(job.train_yaml))] if job.cell is not None else []
-    return [*training, host_command("eval", str(job.eval_yaml))]
+def typed_commands(job: Job) -> Iterator[str]:
+    """Yield the commands that a user would type for this job, in order."""
+    if job.cell is not None:
+        variables = [f"{name}={value}" for name, value in _launch_environment(job.cell).items()]
+        yield " ".join([*variables, printable(host_command("train", str(job.train_yaml)))])
+    yield printable(host_command("eval", str(job.eval_yaml)))
+
+
+def _launch_environment(cell: Cell) -> dict[str, str]:
+    """Return what the host asks for beside the command: DeepSpeed wants torchrun on a single device, too."""
+    return {"FORCE_TORCHRUN": "1"} if cell.config.get("deepspeed") else {}
 
 
 def run_job(
@@ -58,9 +67,11 @@ def _train(job: Job, environment: Mapping[str, str], report: Report, stop: threa
     if whole is None:
         shutil.rmtree(job.model_folder, ignore_errors=True)
     else:
-        mark_resumed(job)
         command.append(f"resume_from_checkpoint={whole}")
-    _run(command, job.folder / "train.log", lambda: training_share(job.model_folder), environment, report, stop)
+    mark_resumed(job, whole is not None)
+    log, share_done = job.folder / "train.log", partial(training_share, job.model_folder)
+    environment = {**environment, **_launch_environment(job.cell)}
+    run_child(command, log, share_done, report, environment=environment, stop=stop)
 
 
 def _evaluate(job: Job, environment: Mapping[str, str], report: Report, stop: threading.Event) -> None:
@@ -71,18 +82,7 @@ def _evaluate(job: Job, environment: Mapping[str, str], report: Report, stop: th
         return len(finished) / (len(directions) + 1)  # the last part is scoring
 
     command = host_command("eval", str(job.eval_yaml))
-    _run(command, job.folder / "eval.log", translated, environment, report, stop)
-
-
-def _run(
-    command: list[str],
-    log: Path,
-    share_done: Callable[[], float],
-    environment: Mapping[str, str],
-    report: Report,
-    stop: threading.Event,
-) -> None:
-    run_child(command, log, share_done, report, environment=environment, stop=stop)
+    run_child(command, job.folder / "eval.log", translated, report, environment=environment, stop=stop)
 
 
 def remove_checkpoints(model: Path) -> None:

@@ -76,28 +76,28 @@ class Spec:
 def read_spec(path: Path, overrides: Sequence[str] = ()) -> Spec:
     """Read a study file with the overrides ``key=value`` of the command line.
 
-    ``base: other.yaml`` takes another study's keys first. A key, a system or a model that is null is left out. Raises
-    :class:`StudyError`, one line, for the first thing that cannot work.
+    ``base: other.yaml`` takes another study's keys first, a list of them in its order. A key, a system or a model that
+    is null is left out. Raises :class:`StudyError`, one line, for the first thing that cannot work.
     """
     return parse_spec(_merged(path, overrides), path)
 
 
 def _merged(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    chain = [path]
-    while True:
-        base = read_yaml(chain[-1]).get(BASE)
-        if base is None:
-            break
-        if not isinstance(base, str):
-            raise StudyError(f"{chain[-1]}: `{BASE}` must be the path of a study file, not {base!r}.")
-        if Path(base) in chain:
-            raise StudyError(f"{chain[-1]}: `{BASE}: {base}` leads back to itself.")
-        chain.append(Path(base))
-
     config: dict[str, Any] = {}
-    for file in reversed(chain):
+    for file in _lineage(path, ()):
         config = read_yaml(file, overrides if file == path else (), beneath=config)
     return {key: value for key, value in config.items() if key != BASE and value is not None}
+
+
+def _lineage(path: Path, above: tuple[Path, ...]) -> list[Path]:
+    """Return the bases of a study file, theirs first, and the file itself at the end."""
+    if path in above:
+        raise StudyError(f"{above[-1]}: `{BASE}: {path}` leads back to itself.")
+    bases = read_yaml(path).get(BASE)
+    names = [bases] if isinstance(bases, str) else bases or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise StudyError(f"{path}: `{BASE}` must be the path of a study file, or a list of them, not {bases!r}.")
+    return [*(file for name in names for file in _lineage(Path(name), (*above, path))), path]
 
 
 def parse_spec(config: Mapping[str, Any], path: Path) -> Spec:

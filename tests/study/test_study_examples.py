@@ -1,0 +1,112 @@
+"""Every study in `examples/studies/` parses, and every run of it is one that the host takes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llamafactory_sekd.study.engine import open_study
+from llamafactory_sekd.study.spec import read_spec
+
+
+REPOSITORY = Path(__file__).parents[2]
+FOLDER = REPOSITORY / "examples" / "studies"
+PAPER = (
+    "table1",
+    "table2",
+    "fig2a_gamma",
+    "fig2b_topk",
+    "fig2c_beta",
+    "fig3_progressive",
+    "fig4_similarity",
+    "fig5_skew_teacher",
+    "gamma_auto",
+)
+# What several studies share, and no study by itself.
+SHARED = ("paper_7b", "tiny")
+STUDIES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem not in SHARED)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_shipped_study_parses_and_the_host_takes_each_of_its_runs(path, monkeypatch):
+    from llamafactory.hparams import parser
+
+    monkeypatch.chdir(REPOSITORY)
+    study = open_study(read_spec(path.relative_to(REPOSITORY)))
+    assert study.spec.effective.keys().isdisjoint({"base"})
+    seen = []
+    for cell in study.cells:
+        config = {key: value for key, value in cell.config.items() if key not in ("output_dir", "seed")}
+        if config in seen:  # another seed
+            continue
+        seen.append(config)
+        # What an example asks of the machine, not of its reader.
+        asked = {key: value for key, value in config.items() if key not in ("deepspeed", "bf16")}
+        _, _, training_args, finetuning_args, _ = parser._parse_train_args(
+            {**asked, "output_dir": "x", "seed": cell.seed}
+        )
+        assert training_args.seed == cell.seed
+        assert finetuning_args.use_sekd == cell.is_distillation
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_shipped_study_says_its_command_and_nothing_is_written_where_another_writes(path):
+    text = path.read_text(encoding="utf-8")
+    assert f"#   sekd study examples/studies/{path.name}\n" in text
+    own = yaml.safe_load(text)["output_dir"]
+    others = [yaml.safe_load(other.read_text(encoding="utf-8"))["output_dir"] for other in STUDIES if other != path]
+    assert own not in others
+
+
+def test_every_figure_and_table_of_the_paper_has_a_study_and_a_tiny_one(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    assert {path.stem for path in STUDIES} >= {*PAPER, *(f"tiny_{name}" for name in PAPER)}
+    table = open_study(read_spec(FOLDER / "table1.yaml"))
+    objectives = {cell.config.get("kd_loss") for cell in table.cells}
+    assert len(table.spec.systems) == 8
+    assert objectives == {
+        None,
+        *("forward_kl", "reverse_kl", "no_evolution", "skew", "skew_teacher"),
+        *("self_evolution", "self_evolution_topk"),
+    }
+    for name in PAPER:
+        large, tiny = (open_study(read_spec(FOLDER / f"{prefix}{name}.yaml")) for prefix in ("", "tiny_"))
+        if name != "table2":
+            assert list(tiny.spec.systems) == list(large.spec.systems)
+        assert list(tiny.spec.matrix) == list(large.spec.matrix)
+        assert all(cell.config["max_steps"] <= 100 for cell in tiny.cells)
+        assert len(tiny.cells) <= 16
+
+
+def test_the_papers_points_are_the_papers(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    matrices = {name: dict(read_spec(FOLDER / f"{name}.yaml").matrix) for name in PAPER}
+    tenths = [number / 10 for number in range(1, 11)]
+    assert matrices["fig2a_gamma"] == {"kd_gamma": tenths}
+    assert matrices["fig2b_topk"] == {"kd_topk": tenths[:9]}
+    assert matrices["fig2c_beta"] == {"kd_beta": tenths[:9]}
+    assert matrices["fig5_skew_teacher"] == {"kd_lambda": [0.3, 0.5, 0.7, 1.0]}
+    teacher = read_spec(FOLDER / "fig5_skew_teacher.yaml").systems["SKEW KD (Teacher)"]
+    assert teacher == {"kd_loss": "skew_teacher", "kd_beta": 0.9}
+    progressive = read_spec(FOLDER / "fig3_progressive.yaml").systems["SKEW KD, 0.5→0.0"]
+    assert progressive == {"kd_loss": "skew", "kd_beta_end": 1.0}
+
+
+def test_the_page_names_every_shipped_study_and_every_key():
+    from llamafactory_sekd.study.spec import BASE, KEYS
+
+    page = (REPOSITORY / "docs" / "study.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`(\w+)\.yaml`", page)) >= set(PAPER)
+    assert set(re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)) == {BASE, *KEYS}
+
+
+def test_the_example_on_the_page_is_a_study(monkeypatch, tmp_path):
+    page = (REPOSITORY / "docs" / "study.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(REPOSITORY)
+    path = tmp_path / "page.yaml"
+    path.write_text(re.search(r"```yaml\n(.*?)```", page, flags=re.DOTALL).group(1))
+    study = open_study(read_spec(path))
+    assert len(study.cells) == 27

@@ -1,0 +1,362 @@
+"""What a study runs, skips, continues and gives up, with a stand-in for the host (the command: the real one)."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from llamafactory_sekd.errors import DataError, StudyError
+from llamafactory_sekd.study import runner
+from llamafactory_sekd.study.cluster import list_commands, write_slurm
+from llamafactory_sekd.study.engine import find_inputs, open_study, run_one, run_study, write_study
+from llamafactory_sekd.study.spec import read_spec
+
+
+FAKE = Path(__file__).with_name("fake_host.py")
+STUDY = {
+    "output_dir": "out",
+    "train": "train.yaml",
+    "evaluation": "eval.yaml",
+    "systems": {"A": {}, "B": {"kd_loss": "skew"}},
+    "models": {"Teacher": {"model_name_or_path": "teacher"}},
+    "teacher": "Teacher",
+    "seeds": [1, 2],
+}
+TRAIN = {
+    "stage": "sekd",
+    "do_train": True,
+    "finetuning_type": "full",
+    "model_name_or_path": "student",
+    "teacher_model": "teacher",
+    "learning_rate": 0.001,
+    "dataset_dir": "data",
+    "dataset": "words",
+}
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """A working directory with a study's files and the stand-in."""
+    monkeypatch.chdir(tmp_path)
+    Path("fake.py").write_text(FAKE.read_text())
+    monkeypatch.setattr(runner, "host_command", lambda *words: [sys.executable, str(tmp_path / "fake.py"), *words])
+    for model in ("student", "teacher"):
+        Path(model).mkdir()
+        Path(model, "config.json").write_text("{}")
+        Path(model, "model.safetensors").write_text(model)
+    Path("data").mkdir()
+    Path("data/dataset_info.json").write_text(json.dumps({"words": {"file_name": "words.json"}}))
+    Path("data/words.json").write_text("[]")
+    Path("test").mkdir()
+    Path("test/en-de.en").write_text("The dog sleeps under the big table.\n")
+    Path("test/en-de.de").write_text("Der Hund schläft unter dem großen Tisch.\n")
+    evaluation = {"task": "wmt22", "task_dir": "test", "directions": ["en-de"], "metrics": ["bleu", "chrf"]}
+    Path("eval.yaml").write_text(
+        yaml.safe_dump({**evaluation, "systems": {"x": {"hypotheses": "x"}}, "save_dir": "x"})
+    )
+    Path("train.yaml").write_text(yaml.safe_dump(TRAIN))
+    write(STUDY)
+    return tmp_path
+
+
+def write(study):
+    Path("study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+
+
+def opened(*overrides):
+    return open_study(read_spec(Path("study.yaml"), overrides))
+
+
+def run(*overrides, jobs=1, devices=()):
+    """Run the study; return the ids of what failed and what was printed."""
+    text = StringIO()
+    console = Console(file=text, width=200)
+    return run_study(opened(*overrides), jobs=jobs, devices=devices, console=console), text.getvalue()
+
+
+def starts():
+    """What the stand-in was started with since the last call: (command, folder, devices)."""
+    log = Path("starts.txt")
+    lines = log.read_text().splitlines() if log.exists() else []
+    log.unlink(missing_ok=True)
+    return [tuple(line.split()[:3]) for line in lines]
+
+
+def names(command):
+    return sorted(folder for what, folder, _ in starts() if what == command)
+
+
+CELLS = ["a-seed=1", "a-seed=2", "b-seed=1", "b-seed=2"]
+
+
+def test_everything_is_run_once_and_then_nothing():
+    failed, _ = run()
+    assert failed == []
+    ran = starts()
+    assert ran[0][:2] == ("eval", "teacher")
+    assert sorted(folder for what, folder, _ in ran if what == "train") == CELLS
+    assert [folder for what, folder, _ in ran if what == "train"][:2] == ["a-seed=1", "b-seed=1"]  # seed by seed
+    failed, said = run()
+    assert (failed, starts()) == ([], [])
+    assert "5 of 5 done before." in said
+
+
+def test_results_hold_every_cell_and_paths_that_lead_there():
+    run()
+    results = json.loads(Path("out/results.json").read_text())
+    cell = results["cells"][0]
+    assert [each["id"] for each in results["cells"]] == CELLS
+    assert cell["training"] == {"seconds": 1.5, "steps": 1, "samples_per_second": 8.0, "resumed": False}
+    assert cell["validation"] == {"eval_loss": 2.0, "eval_kd/ce": 1.101, "nll": 1.101}
+    assert cell["scores"]["average"] == {"bleu": 10.0, "chrf": 20.0}
+    assert cell["similarity"]["en-de"] == pytest.approx(100)  # the stand-in translates all alike
+    assert results["models"][0]["similarity"] is None
+    for path in (cell["folder"], cell["model"], cell["history"], cell["hypotheses"]["en-de"]):
+        assert Path("out", path).exists()
+    assert (results["directions"], results["metrics"]) == (["en-de"], ["bleu", "chrf"])
+    assert results["spec"]["seeds"] == [1, 2]
+    rows = list(csv.DictReader(Path("out/results.csv").read_text().splitlines()))
+    assert [row["id"] for row in rows] == CELLS
+    assert (rows[0]["average bleu"], rows[0]["nll"], rows[0]["seconds"]) == ("10.0", "1.101", "1.5")
+
+
+def test_checkpoints_go_and_the_log_stays():
+    run()
+    left = sorted(path.name for path in Path("out/cells/a-seed=1/model").iterdir())
+    assert left == ["config.json", "steps.txt", "train_results.json", "trainer_log.jsonl", "trainer_state.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "trained", "evaluated"),
+    [
+        (lambda: write({**STUDY, "overrides": {"learning_rate": 0.5}}), CELLS, CELLS),
+        (lambda: write({**STUDY, "systems": {"A": {}, "B": {"kd_loss": "forward_kl"}}}), CELLS[2:], CELLS[2:]),
+        (lambda: Path("student/model.safetensors").write_text("other"), CELLS, CELLS),
+        (lambda: Path("teacher/model.safetensors").write_text("other"), CELLS, [*CELLS, "teacher"]),
+        (lambda: Path("data/words.json").write_text("[1]"), CELLS, CELLS),
+        (
+            lambda: Path("data/dataset_info.json").write_text('{"words": {"file_name": "words.json", "x": 1}}'),
+            CELLS,
+            CELLS,
+        ),
+        (lambda: Path("test/en-de.de").write_text("Der Hund ruht.\n"), [], [*CELLS, "teacher"]),
+        (lambda: rewrite("eval.yaml", num_beams=4), [], [*CELLS, "teacher"]),
+        (lambda: rewrite("eval.yaml", batch_size=4), [], []),
+        (lambda: os.utime("student/model.safetensors", (1, 1)), [], []),
+        (lambda: Path("student/README.md").write_text("a card"), [], []),
+        (lambda: write({**STUDY, "seeds": [2, 3]}), ["a-seed=3", "b-seed=3"], ["a-seed=3", "b-seed=3"]),
+        (lambda: write({**STUDY, "output_dir": str(Path("out").resolve())}), [], []),
+    ],
+    ids=lambda value: "" if callable(value) else f"{len(value)}",
+)
+def test_what_changed_is_done_again_and_nothing_else(change, trained, evaluated):
+    run()
+    starts()
+    before = Path("out/cells/a-seed=2/model/config.json").stat().st_mtime_ns
+    change()
+    assert run()[0] == []
+    ran = starts()
+    assert sorted(folder for what, folder, _ in ran if what == "train") == trained
+    assert sorted(folder for what, folder, _ in ran if what == "eval") == evaluated
+    kept = Path("out/cells/a-seed=2/model/config.json").stat().st_mtime_ns == before
+    assert kept == ("a-seed=2" not in trained)
+    run()
+    assert starts() == []
+
+
+def rewrite(path, **keys):
+    Path(path).write_text(yaml.safe_dump({**yaml.safe_load(Path(path).read_text()), **keys}))
+
+
+def test_what_is_done_again_says_why():
+    run()
+    _, said = run("overrides.learning_rate=0.5")
+    assert "a-seed=1 is done again: training.config.learning_rate was 0.001, now 0.5" in said
+
+
+def test_another_version_of_a_package_is_another_training(monkeypatch):
+    from llamafactory_sekd.study import ingredients
+
+    run()
+    starts()
+    monkeypatch.setattr(ingredients.metadata, "version", lambda name: "99")
+    _, said = run()
+    assert "training.versions." in said
+    assert names("train") == CELLS
+
+
+def test_a_teacher_that_was_taken_away_leaves_what_it_taught_alone():
+    run()
+    starts()
+    Path("teacher").rename("elsewhere")
+    run()
+    assert starts() == []
+
+
+def test_a_failing_cell_is_one_line_and_the_others_go_on():
+    failed, said = run("systems.B.fail=true")
+    assert failed == ["b-seed=1", "b-seed=2"]
+    (line,) = [line for line in said.splitlines() if line.startswith("✗ b-seed=1")]
+    assert line.endswith("(log: out/cells/b-seed=1/train.log)")
+    assert "status 3, RuntimeError: no more" in line
+    results = json.loads(Path("out/results.json").read_text())
+    assert [cell["scores"] is not None for cell in results["cells"]] == [True, True, False, False]
+    assert results["cells"][2]["training"] is None
+    starts()
+    run("systems.B.fail=true")
+    assert names("train") == ["b-seed=1", "b-seed=2"]  # they are tried again
+
+
+def test_several_at_a_time_share_the_devices():
+    assert run("systems.A.slow=30", "systems.B.slow=30", jobs=2, devices=("0", "1"))[0] == []
+    ran = [(folder, device) for what, folder, device in starts() if what == "train"]
+    assert {device for _, device in ran} == {"0", "1"}
+    assert sorted(folder for folder, _ in ran) == CELLS
+
+
+def test_two_studies_in_one_folder_are_one_too_many():
+    from llamafactory_sekd.study.files import only_one
+
+    with (
+        only_one(Path("out/.lock"), "it"),
+        pytest.raises(StudyError, match="Another process is at work on the study in out"),
+    ):
+        run()
+
+
+def test_the_best_value_of_a_key_is_chosen_by_validation():
+    write({**STUDY, "matrix": {"learning_rate": [0.001, 0.002, 0.003]}, "select": {"key": "learning_rate"}})
+    run()
+    chosen = json.loads(Path("out/results.json").read_text())["selection"]
+    assert [(each["system"], each["value"]) for each in chosen] == [("A", 0.002), ("B", 0.002)]
+    assert [row["value"] for row in chosen[0]["by_value"]] == [0.001, 0.002, 0.003]
+    assert chosen[0]["by_value"][1] == {"value": 0.002, "mean": pytest.approx(1.0015), "seeds": 2}
+    write({**STUDY, "matrix": {"learning_rate": [0.001, 0.002]}, "select": {"key": "learning_rate", "mode": "max"}})
+    results = write_study(opened(), find_inputs(opened()))
+    assert results["selection"][0]["value"] == 0.001
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from llamafactory_sekd.study import runner
+from llamafactory_sekd.study.engine import open_study, run_study
+from llamafactory_sekd.study.spec import read_spec
+runner.host_command = lambda *words: [sys.executable, str(Path("fake.py").resolve()), *words]
+print(run_study(open_study(read_spec(Path("study.yaml"))), jobs=2, devices=(), console=Console()))
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_at_any_time_it_continues_and_does_no_step_twice(place, sent):
+    write({**STUDY, "overrides": {"slow": 60}})
+    for after in (5, 20):  # steps of all cells together
+        study = subprocess.Popen([sys.executable, "-c", DRIVER], stdout=-3, stderr=-3)
+        wait_for(lambda after=after: len(steps()) >= after)
+        study.send_signal(sent)
+        study.wait(30)
+        children = [int(line.split()[3]) for line in Path("starts.txt").read_text().splitlines()]
+        wait_for(lambda children=children: not any(map(is_alive, children)))
+        assert len(steps()) < 240
+    assert run()[0] == []
+    for cell in CELLS:
+        done = Path("out/cells", cell, "model/steps.txt").read_text().split()
+        assert sorted(set(done), key=int) == [str(step) for step in range(1, 61)]
+        assert len(done) <= 60 + 2  # a step that a kill tore is done again
+    assert json.loads(Path("out/cells/a-seed=1/cell.json").read_text())["resumed"]
+
+
+def steps():
+    return [line for path in Path("out/cells").glob("*/model/steps.txt") for line in path.read_text().split()]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_preparations_are_run_once_and_again_when_their_text_changes():
+    script = "open('prepared', 'a').write('x')"
+    Path("prepare.py").write_text(script)
+    write({**STUDY, "prepare": ["python prepare.py", "python prepare.py one"]})
+    run()
+    run()
+    assert Path("prepared").read_text() == "xx"
+    write({**STUDY, "prepare": ["python prepare.py two"]})
+    run()
+    assert Path("prepared").read_text() == "xxx"
+    write({**STUDY, "prepare": ["python nowhere.py"]})
+    with pytest.raises(Exception, match=r"(?s)nowhere.*its whole log is out/logs/prepare-1.log"):
+        run()
+    write({**STUDY, "prepare": ["no-such-command"]})
+    with pytest.raises(Exception, match="`no-such-command` is not on the PATH"):
+        run()
+
+
+def test_cells_with_several_teachers_cannot_share_a_cache():
+    write({**STUDY, "teacher_cache": "cache", "systems": {"A": {}, "B": {"teacher_model": "student"}}})
+    with pytest.raises(StudyError, match="`teacher_cache` holds one teacher, and the cells have several"):
+        run()
+
+
+def test_a_missing_test_set_is_one_line():
+    rewrite("eval.yaml", task_dir="nowhere")
+    with pytest.raises(DataError, match="nowhere is not a directory"):
+        run()
+
+
+def test_one_cell_may_be_run_alone_by_name_or_number_and_the_study_collects():
+    console = Console(file=StringIO())
+    for chosen in ("0", "1", "b-seed=1"):
+        assert run_one(opened(), chosen, devices=(), console=console) == []
+    assert sorted({folder for _, folder, _ in starts()}) == ["a-seed=1", "b-seed=1", "teacher"]
+    assert not Path("out/results.json").exists()
+    with pytest.raises(StudyError, match=r"`--only 5`: there is no such run; `--list` shows them, 0 to 4"):
+        run_one(opened(), "5", devices=(), console=console)
+    run()
+    assert names("train") == ["a-seed=2", "b-seed=2"]
+
+
+def test_the_listed_commands_do_what_the_study_does():
+    lines = list(list_commands(opened(), find_inputs(opened())))
+    assert len(lines) == 5
+    assert lines[1].count(" && ") == 1
+    for line in lines:
+        subprocess.run(line, shell=True, check=True, stdout=-3)
+    starts()
+    assert run()[0] == []
+    assert starts() == []
+    assert all(cell["scores"] for cell in json.loads(Path("out/results.json").read_text())["cells"])
+
+
+def test_the_slurm_script_is_bash_and_runs_one_task(place):
+    write_slurm(Path("array.sh"), ["sekd", "study", "a study.yaml", "seeds=[1,2]"], opened(), 5)
+    subprocess.run(["bash", "-n", "array.sh"], check=True)
+    assert "#SBATCH --array=0-4" in Path("array.sh").read_text()
+    Path("bin").mkdir()
+    Path("bin/sekd").write_text('#!/bin/bash\nprintf "%s|" "$PWD" "$@"')
+    Path("bin/sekd").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{place}/bin:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "3"}
+    shown = subprocess.run(["bash", f"{place}/array.sh"], env=environment, cwd="/", capture_output=True, text=True)
+    assert shown.stdout == f"{place}|study|a study.yaml|seeds=[1,2]|--only|3|"
