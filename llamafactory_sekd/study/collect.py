@@ -138,7 +138,9 @@ def _training(job: Job) -> dict[str, Any]:
 def _validation(history: Path, *, is_distillation: bool) -> dict[str, float | None]:
     """Return the last entry of the log that has validation metrics, and the negative log-likelihood by one name."""
     log = (read_json(history) or {}).get("log_history", [])
-    entry = next((entry for entry in reversed(log) if any(key.startswith("eval_") for key in entry)), {})
+    entry: dict[str, Any] = next(
+        (entry for entry in reversed(log) if any(key.startswith("eval_") for key in entry)), {}
+    )
     metrics = {key: _finite(value) for key, value in entry.items() if key.startswith("eval_")}
     nll = metrics.get("eval_kd/ce" if is_distillation else "eval_loss")
     return {**metrics, **({"nll": nll} if nll is not None else {})}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import queue
+import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from llamafactory_sekd.study.evaluation import read_evaluation
 from llamafactory_sekd.study.files import only_one
 from llamafactory_sekd.study.jobs import Job, changed, is_done, is_trained, list_jobs, load_test_sets
 from llamafactory_sekd.study.matrix import Cell, expand
-from llamafactory_sekd.study.preparation import cache_teacher, prepare
+from llamafactory_sekd.study.preparation import cache_teacher, prepare, remaining
 from llamafactory_sekd.study.progress import View
 from llamafactory_sekd.study.results import write_results
 from llamafactory_sekd.study.runner import run_job
@@ -53,7 +54,12 @@ def open_study(spec: Spec) -> Study:
 
 def find_inputs(study: Study) -> Inputs:
     """Look at models and data; :class:`SekdError` where a test set is missing."""
-    test_sets = load_test_sets(study.evaluation)
+    try:
+        test_sets = load_test_sets(study.evaluation)
+    except SekdError as error:
+        left = remaining(study.spec)
+        hint = f" `prepare` was not run yet: {'; '.join(left)}" if left else ""
+        raise StudyError(f"{error}{hint}") from None
     return Inputs(test_sets, list_jobs(study.spec, study.cells, study.evaluation, test_sets))
 
 
@@ -101,16 +107,11 @@ def write_study(study: Study, inputs: Inputs) -> dict[str, Any]:
 def _prepare(study: Study, devices: Sequence[str], console: Console, stop: threading.Event) -> Inputs:
     environment = environments(1, devices)[0]
     with View(console, 0, 0) as view:
-
-        def announce(text: str) -> Callable[[float], None]:
-            view.say(f"… {text}")
-            return lambda share: None
-
-        prepare(study.spec, environment, announce, stop)
+        prepare(study.spec, environment, view.preparing, stop)
         inputs = find_inputs(study)
-        waiting = [job for job in inputs.jobs if job.cell is not None and job.cell.is_distillation]
-        if any(changed(job) is not None or not is_trained(job) for job in waiting):
-            cache_teacher(study.spec, study.cells, devices, environment, announce, stop)
+        distilled = [job for job in inputs.jobs if job.cell is not None and job.cell.is_distillation]
+        if any(changed(job) is not None or not is_trained(job) for job in distilled):
+            cache_teacher(study.spec, study.cells, devices, environment, view.preparing, stop)
     return inputs
 
 
@@ -183,8 +184,7 @@ def _failure(future: Future[float], job: Job) -> str | None:
     if error is None:
         return None
     if isinstance(error, ChildError):
-        last = " ".join(tail(error.log, 1).split())[-200:]
-        return f"status {error.status}, {last or 'no output'} (log: {error.log})"
+        return f"status {error.status}, {_reason(error.log)} (log: {error.log})"
     if isinstance(error, (SekdError, OSError)):
         return str(error)
     if isinstance(error, Stopped):
@@ -192,10 +192,8 @@ def _failure(future: Future[float], job: Job) -> str | None:
     raise error
 
 
-def is_complete(results: Mapping[str, Any]) -> bool:
-    """Return whether every cell and every model has its scores."""
-    return all(entry["scores"] is not None for entry in (*results["cells"], *results["models"]))
-
-
-def report_folder(spec: Spec) -> Path:
-    return spec.output_dir / "report"
+def _reason(log: Path) -> str:
+    """Return the log's last line that names an error, or its last one; launchers write more lines after it."""
+    lines = [" ".join(line.split()) for line in tail(log, 100).splitlines() if line.strip()]
+    errors = [line for line in lines if re.search(r"(Error|Exception|error):", line)]
+    return (errors or lines)[-1][-300:]

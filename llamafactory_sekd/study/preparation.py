@@ -6,6 +6,7 @@ import shlex
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +25,28 @@ from llamafactory_sekd.study.spec import Spec
 _EXAMPLES = ("dataset", "eval_dataset", "dataset_dir", "max_samples", "val_size")
 _TEACHER = ("teacher_model", "teacher_model_adapters", "teacher_model_quantization_bit")
 _RECORD = "preparation.json"
-Announce = Callable[[str], Callable[[float], None]]
+Announce = Callable[[str], AbstractContextManager[Callable[[float], None]]]
 
 
 def prepare(spec: Spec, environment: Mapping[str, str], announce: Announce, stop: threading.Event) -> None:
     """Run the commands of ``prepare`` that were not run before; :class:`ChildError` when one fails.
 
-    ``announce`` is called with what is being done, and returns what takes its finished share.
+    ``announce`` is called with what is being done, and shows it for the length of a block.
     """
     record = _read(spec)
     for number, (text, command) in enumerate(prepare_commands(spec), start=1):
         if text in record["prepare"]:
             continue
         log = spec.output_dir / "logs" / f"prepare-{number}.log"
-        run_child(command, log, lambda: 0.0, announce(text), environment=environment, stop=stop)
+        with announce(text) as report:
+            run_child(command, log, lambda: 0.0, report, environment=environment, stop=stop)
         record["prepare"].append(text)
         write_json(spec.output_dir / _RECORD, record)
+
+
+def remaining(spec: Spec) -> list[str]:
+    """Return the commands of ``prepare`` that were not run yet."""
+    return [text for text in spec.prepare if text not in _read(spec)["prepare"]]
 
 
 def prepare_commands(spec: Spec) -> Iterator[tuple[str, list[str]]]:
@@ -81,7 +88,8 @@ def cache_teacher(
         if is_there and ingredients.difference(known, made_of[name]) is None:
             continue
         log = spec.output_dir / "logs" / f"{name}.log"
-        run_child(command, log, lambda: 0.0, announce("The teacher, once"), environment=environment, stop=stop)
+        with announce(f"the teacher, once, into {spec.teacher_cache.folder}") as report:
+            run_child(command, log, lambda: 0.0, report, environment=environment, stop=stop)
         record["teacher_cache"][name] = made_of[name]
         write_json(spec.output_dir / _RECORD, record)
 

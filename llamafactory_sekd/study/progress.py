@@ -37,7 +37,7 @@ class View:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._overall = self._bars.add_task("study", total=max(1, total), completed=done, note="")
+        self._overall = self._bars.add_task("study", total=max(1, total), completed=done, note="", visible=total > 0)
 
     def __enter__(self) -> View:
         self._bars.start()
@@ -51,19 +51,26 @@ class View:
         self._console.print(escape(line), style=style, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def running(self, name: str, *, counts: bool = True) -> Iterator[Callable[[float], None]]:
-        """Show ``name`` while the block runs; yields the function that takes its finished share, from 0 to 1.
+    def preparing(self, what: str) -> Iterator[Callable[[float], None]]:
+        """Show what comes before the jobs while the block runs; nobody knows how far it is."""
+        bar = self._bars.add_task(escape(what), total=None, note="")
+        if not self._console.is_terminal:
+            self.say(f"… {what}")
+        start = time.monotonic()
+        yield lambda share: None
+        self._bars.remove_task(bar)
+        self.say(f"✓ {what} ({show_seconds(time.monotonic() - start)})", "green")
 
-        What does not count has no part in the overall bar.
-        """
+    @contextmanager
+    def running(self, name: str) -> Iterator[Callable[[float], None]]:
+        """Show a job while the block runs; yields the function that takes its finished share, from 0 to 1."""
         bar = self._bars.add_task(f"  {escape(name)}", total=1.0, note="")
         if not self._console.is_terminal:
             self.say(f"… {name}")
 
         def report(share: float) -> None:
             self._bars.update(bar, completed=share)
-            if counts:
-                self._count(name, share)
+            self._count(name, share)
 
         try:
             yield report

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from llamafactory_sekd.errors import DataError, StudyError
+from llamafactory_sekd.errors import StudyError
 from llamafactory_sekd.study import runner
 from llamafactory_sekd.study.cluster import list_commands, write_slurm
 from llamafactory_sekd.study.engine import find_inputs, open_study, run_one, run_study, write_study
@@ -322,8 +322,12 @@ def test_cells_with_several_teachers_cannot_share_a_cache():
 
 def test_a_missing_test_set_is_one_line():
     rewrite("eval.yaml", task_dir="nowhere")
-    with pytest.raises(DataError, match="nowhere is not a directory"):
+    with pytest.raises(StudyError, match="nowhere is not a directory") as caught:
         run()
+    assert "\n" not in str(caught.value)
+    write({**STUDY, "prepare": ["sekd data alma"]})
+    with pytest.raises(StudyError, match="`prepare` was not run yet: sekd data alma"):
+        find_inputs(opened())
 
 
 def test_one_cell_may_be_run_alone_by_name_or_number_and_the_study_collects():
