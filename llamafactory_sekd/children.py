@@ -27,13 +27,14 @@ _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 class ChildError(HostError):
-    """A command failed; ``status`` is its exit status, ``log`` its whole output."""
+    """A ``command`` failed; ``status`` is its exit status, ``log`` its whole output."""
 
     def __init__(self, command: Sequence[str], status: int, log: Path) -> None:
         super().__init__(
             f"{tail(log)}\n`{printable(command)}` failed (status {status}): its whole log is {log}. "
             "The same command continues from here."
         )
+        self.command = command
         self.status = status
         self.log = log
 
@@ -91,7 +92,7 @@ def run_child(
             stdout=stream,
             stderr=subprocess.STDOUT,
             env={**os.environ, **environment},
-            preexec_fn=_end_with_parent if _PRCTL is not None else None,
+            preexec_fn=end_with_parent,
             process_group=0,  # what the child starts, torchrun and its ranks, can be ended with it
         )
         try:
@@ -108,9 +109,10 @@ def run_child(
         raise ChildError(command, child.returncode, log)
 
 
-def _end_with_parent() -> None:
-    """Have the kernel end this child when its parent is gone, `kill -9` included."""
-    _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)  # type: ignore[misc]
+def end_with_parent() -> None:
+    """Have the kernel end this process when its parent is gone, `kill -9` included (Linux; elsewhere nothing)."""
+    if _PRCTL is not None:
+        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:

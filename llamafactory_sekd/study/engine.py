@@ -6,15 +6,16 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from llamafactory_sekd.children import ChildError, Stopped, tail
+from llamafactory_sekd.children import ChildError, Stopped, printable, tail
 from llamafactory_sekd.data.testsets import TestSet
 from llamafactory_sekd.errors import SekdError, StudyError
 from llamafactory_sekd.study.collect import collect
@@ -106,13 +107,22 @@ def write_study(study: Study, inputs: Inputs) -> dict[str, Any]:
 
 def _prepare(study: Study, devices: Sequence[str], console: Console, stop: threading.Event) -> Inputs:
     environment = environments(1, devices)[0]
-    with View(console, 0, 0) as view:
+    with View(console, 0, 0) as view, _in_one_line():
         prepare(study.spec, environment, view.preparing, stop)
         inputs = find_inputs(study)
         distilled = [job for job in inputs.jobs if job.cell is not None and job.cell.is_distillation]
         if any(changed(job) is not None or not is_trained(job) for job in distilled):
             cache_teacher(study.spec, study.cells, devices, environment, view.preparing, stop)
     return inputs
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Without what comes first nothing can be run: say why, and end."""
+    try:
+        yield
+    except ChildError as error:
+        raise StudyError(f"`{printable(error.command)}` failed: {_words(error)}") from None
 
 
 def _run(
@@ -184,12 +194,16 @@ def _failure(future: Future[float], job: Job) -> str | None:
     if error is None:
         return None
     if isinstance(error, ChildError):
-        return f"status {error.status}, {_reason(error.log)} (log: {error.log})"
+        return _words(error)
     if isinstance(error, (SekdError, OSError)):
         return str(error)
     if isinstance(error, Stopped):
         return "stopped"
     raise error
+
+
+def _words(error: ChildError) -> str:
+    return f"status {error.status}, {_reason(error.log)} (log: {error.log})"
 
 
 def _reason(log: Path) -> str:

@@ -116,7 +116,8 @@ def cache_commands(spec: Spec, cells: list[Cell], devices: Sequence[str]) -> dic
         name = "teacher_cache" if number == 1 else f"teacher_cache-{number}"
         path = spec.output_dir / f"{name}.yaml"
         words = ["cache", str(path), "--out", str(spec.teacher_cache.folder), *options]
-        write_yaml(path, dict(cell.source), f"sekd {shlex.join(words)}")
+        config = {**cell.source, "output_dir": str(spec.output_dir / "logs")}  # the host makes it, and nothing more
+        write_yaml(path, config, f"sekd {shlex.join(words)}")
         commands[name] = (cell, _on_devices(cell, words, count(devices)))
     return commands
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from llamafactory_sekd.errors import StudyError
+from llamafactory_sekd.errors import HostError, StudyError
 from llamafactory_sekd.study import runner
 from llamafactory_sekd.study.cluster import list_commands, write_slurm
 from llamafactory_sekd.study.engine import find_inputs, open_study, run_one, run_study, write_study
@@ -307,10 +307,11 @@ def test_preparations_are_run_once_and_again_when_their_text_changes():
     run()
     assert Path("prepared").read_text() == "xxx"
     write({**STUDY, "prepare": ["python nowhere.py"]})
-    with pytest.raises(Exception, match=r"(?s)nowhere.*its whole log is out/logs/prepare-1.log"):
+    with pytest.raises(StudyError, match=r"nowhere.py` failed: status 2, .*(log: out/logs/prepare-1.log)") as caught:
         run()
+    assert "\n" not in str(caught.value)
     write({**STUDY, "prepare": ["no-such-command"]})
-    with pytest.raises(Exception, match="`no-such-command` is not on the PATH"):
+    with pytest.raises(HostError, match="`no-such-command` is not on the PATH"):
         run()
 
 
