@@ -85,10 +85,11 @@ def distillation_loss(
 
     terms = _terms(student_logits, teacher_logits, labels, settings)
     statistics = token_statistics(student_logits.detach(), teacher_logits, labels, terms.difficulty, terms.hard)
-    if kd_hard_scale is not None and student_logits.requires_grad:
+    loss = OBJECTIVES[kd_loss].equation(terms)
+    if kd_hard_scale is not None and loss.requires_grad:
         easy_norm, hard_norm = gradient_norms(terms)
         statistics = replace(statistics, easy_norm=easy_norm, hard_norm=hard_norm)
-    return DistillationOutput(loss=OBJECTIVES[kd_loss].equation(terms), hard=terms.hard, statistics=statistics)
+    return DistillationOutput(loss=loss, hard=terms.hard, statistics=statistics)
 
 
 def _terms(

@@ -55,17 +55,27 @@ def test_forward_kl_without_a_teachers_share_is_the_hosts_sft(tiny_root, tmp_pat
     assert_same_weights(tmp_path / "ours", tmp_path / "sft")
 
 
-@pytest.mark.parametrize("kd_loss", ["self_evolution", "forward_kl", "reverse_kl", "skew_teacher"])
-def test_accumulation_changes_neither_losses_nor_parameters(tiny_root, tmp_path, kd_loss):
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"kd_loss": "self_evolution"},
+        {"kd_loss": "self_evolution", "kd_gamma": "auto", "kd_hard_scale": "balanced"},
+        {"kd_loss": "forward_kl"},
+        {"kd_loss": "reverse_kl"},
+        {"kd_loss": "skew_teacher"},
+    ],
+    ids=lambda keys: " ".join(keys.values()),
+)
+def test_accumulation_changes_neither_losses_nor_parameters(tiny_root, tmp_path, keys):
     for size in (1, 2, 8):
         train(
             base_config(
                 tiny_root,
                 output_dir=str(tmp_path / str(size)),
-                kd_loss=kd_loss,
                 per_device_train_batch_size=size,
                 gradient_accumulation_steps=8 // size,
                 max_steps=3,
+                **keys,
             )
         )
 
