@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch  # noqa: F401 - the host is imported after it, as everywhere
 import yaml
 
 from llamafactory_sekd.study.engine import open_study
