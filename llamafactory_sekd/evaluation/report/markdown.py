@@ -38,8 +38,9 @@ def render_markdown(view: View) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
+    """Return a table of cells that are Markdown already; its first ``texts`` columns hold words, the rest figures."""
+    lines = [head, [*["---"] * texts, *["---:"] * (len(head) - texts)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -54,7 +55,7 @@ def _scores(view: View, metrics: Sequence[str]) -> str:
                 value = f"**{cell.text}**" if cell.best else cell.text
                 cells.append(f"{value} ({cell.delta_text})" if cell.delta is not None else value)
         rows.append([escape(row.system), *cells])
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _similarity(view: View) -> str:
@@ -62,7 +63,7 @@ def _similarity(view: View) -> str:
         [escape(name), *("–" if values[column] is None else f"{values[column]:.1f}" for column in view.columns)]
         for name, values in view.similarity.items()
     ]
-    return "SacreBLEU with the teacher's translations as references.\n\n" + _table(["system", *view.columns], rows)
+    return "SacreBLEU with the teacher's translations as references.\n\n" + table(["system", *view.columns], rows)
 
 
 def _guards(view: View) -> str:
@@ -75,7 +76,7 @@ def _guards(view: View) -> str:
         for direction, systems in view.guards.items()
         for name, cells in systems.items()
     ]
-    return _table(["system", "direction", *GUARD_LABELS.values()], rows)
+    return table(["system", "direction", *GUARD_LABELS.values()], rows)
 
 
 def _examples(view: View) -> list[str]:

@@ -1,0 +1,41 @@
+"""The study's report: tables and plots in the paper's form, and what the paper does not show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llamafactory_sekd.data.files import write_atomic
+from llamafactory_sekd.study.report.build import build_document
+from llamafactory_sekd.study.report.cells import read_study
+from llamafactory_sekd.study.report.html import render_html
+from llamafactory_sekd.study.report.markdown import render_markdown
+
+
+def write(results: Mapping[str, Any], folder: Path, root: Path | None = None) -> list[Path]:
+    """Write ``report.md``, ``report.html`` and ``plots/*.png`` and ``.svg`` into ``folder``.
+
+    The files say the same for the same results. A study that is not finished is reported as far as it is, and what is
+    missing is named.
+
+    Args:
+        results: the contents of results.json (schema 1, see ``study/results.py``).
+        folder: where the report goes, made if needed.
+        root: where results.json lies, to which the paths in it are relative; ``folder`` by default.
+
+    Returns:
+        what was written, the two reports first.
+    """
+    document = build_document(read_study(results, root or folder))
+    files = {
+        folder / "report.md": render_markdown(document).encode("utf-8"),
+        folder / "report.html": render_html(document).encode("utf-8"),
+    }
+    for section in document.sections:
+        for plot in section.plots:
+            files[folder / "plots" / f"{plot.name}.png"] = plot.png
+            files[folder / "plots" / f"{plot.name}.svg"] = plot.svg
+    for path, content in files.items():
+        write_atomic(path, content)
+    return list(files)

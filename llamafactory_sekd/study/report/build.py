@@ -1,0 +1,36 @@
+"""Put the report together."""
+
+from __future__ import annotations
+
+from llamafactory_sekd.study.report.cells import Study
+from llamafactory_sekd.study.report.document import Document, Section
+from llamafactory_sekd.study.report.sections import scores, settings, training, translations
+from llamafactory_sekd.study.report.views import Views
+
+
+def build_document(study: Study) -> Document:
+    """Return all sections that the study has something for."""
+    views = Views(study)
+    sections = [
+        _missing(study),
+        *scores.sections(views),
+        *training.sections(views),
+        *translations.sections(views),
+        *settings.sections(views),
+    ]
+    return Document(
+        title=f"Study {study.results['study']}",
+        facts=tuple(settings.facts(views)),
+        sections=tuple(section for section in sections if section is not None),
+    )
+
+
+def _missing(study: Study) -> Section | None:
+    if not study.missing:
+        return None
+    cells = len(study.results["cells"]) + len(study.results["models"])
+    return Section(
+        "What is missing",
+        alarm=f"{len(study.missing)} of {cells} runs have no scores yet. Everything below is without them.",
+        lines=study.missing,
+    )

@@ -1,0 +1,35 @@
+"""``report.html``: one file, no script, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+from itertools import groupby
+
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
+from llamafactory_sekd.study.report.document import Document, Plot, Table
+
+
+def render_html(document: Document) -> str:
+    """Return the whole report with its plots inside; every text is escaped, and images cannot run anything."""
+    own = PackageLoader("llamafactory_sekd.study.report", ".")
+    shared = PackageLoader("llamafactory_sekd.evaluation.report", ".")  # style.css
+    environment = Environment(
+        loader=ChoiceLoader([own, shared]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template("study.html.j2")
+    return template.render(document=document, groups=_groups, image=_image)
+
+
+def _groups(table: Table) -> list[tuple[str, int]]:
+    """Return the headings over the columns with the number of columns below each; none where no column has one."""
+    groups = [(name, len(list(columns))) for name, columns in groupby(column.group for column in table.columns)]
+    return groups if any(name for name, _ in groups) else []
+
+
+def _image(plot: Plot) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(plot.svg).decode()

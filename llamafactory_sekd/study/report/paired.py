@@ -1,0 +1,115 @@
+"""Is a system better than the baseline, or lucky? A paired bootstrap over the sentences, with the seeds paired.
+
+One resample draws sentences with replacement. Every seed of both systems is scored on the same resample, seeds are
+paired with their like, and the difference is the mean over the pairs. With one seed this is sacrebleu's own paired
+bootstrap, to the last digit of p. Seeds are not resampled: how far they move a system is what the ± over seeds says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llamafactory_sekd.evaluation.report.view import AVERAGE
+from llamafactory_sekd.evaluation.significance import ALPHA, SAMPLES, SEED
+from llamafactory_sekd.study.report.cells import Cell, Group
+from llamafactory_sekd.study.report.texts import Texts
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A system minus the baseline, on the metric's own scale.
+
+    Attributes:
+        seeds: the difference of each pair of seeds; ``value`` is their mean.
+        low, high: the 95 % interval over resamples (2.5 % and 97.5 % quantiles).
+        p: sacrebleu's: the share of resamples in which the size of the difference, less the mean size, passes the
+            observed size.
+    """
+
+    seeds: tuple[float, ...]
+    low: float
+    high: float
+    p: float
+
+    @property
+    def value(self) -> float:
+        return sum(self.seeds) / len(self.seeds)
+
+    @property
+    def better(self) -> bool:
+        """Tell whether the † is set: p < 0.05, and an interval that is above zero, which the p alone does not ask."""
+        return self.p < ALPHA and self.low > 0
+
+    @property
+    def worse(self) -> bool:
+        """The same for a system that is behind; there is no mark for it."""
+        return self.p < ALPHA and self.high < 0
+
+
+def paired_cells(group: Group, baseline: Group) -> list[tuple[Cell, Cell]]:
+    """Return the cells of both with the same seed; a model without seeds is the partner of every seed."""
+    if not group.trained or not baseline.trained:
+        left, right = list(group.cells.values()), list(baseline.cells.values())
+        return [(one, other) for one in left for other in right]
+    return [(cell, baseline.cells[seed]) for seed, cell in group.cells.items() if seed in baseline.cells]
+
+
+class PairedBootstrap:
+    """The bootstrap over ``samples`` resamples, the same ones for every system, seed and metric of a direction."""
+
+    def __init__(self, texts: Texts, directions: Sequence[str], samples: int = SAMPLES) -> None:
+        self._texts = texts
+        self._directions = tuple(directions)
+        self._samples = samples
+        self._weights: dict[str, np.ndarray] = {}
+        self._scores: dict[tuple[int, str, str], np.ndarray] = {}
+
+    def compare(self, group: Group, baseline: Group, column: str, metric: str) -> Difference | None:
+        """Return the difference in a direction or, with ``average``, in the mean over all of them.
+
+        None where no seed is in both or a score is missing.
+        """
+        pairs = paired_cells(group, baseline)
+        scores = [tuple(cell["scores"].get(column, {}).get(metric) for cell in pair) for pair in pairs]
+        if not pairs or any(score is None for pair in scores for score in pair):
+            return None
+        directions = self._directions if column == AVERAGE else (column,)
+        samples = np.mean(
+            [
+                self._resampled(one, d, metric) - self._resampled(other, d, metric)
+                for d in directions
+                for one, other in pairs
+            ],
+            axis=0,
+        )
+        seeds = tuple(one - other for one, other in scores)
+        low, high = np.quantile(samples, [0.025, 0.975])
+        return Difference(seeds, float(low), float(high), _p_value(samples, abs(sum(seeds) / len(seeds))))
+
+    def _resampled(self, cell: Cell, direction: str, metric: str) -> np.ndarray:
+        """Return a cell's corpus score on every resample, ``[samples]``."""
+        key = (id(cell), direction, metric)
+        if key not in self._scores:
+            statistics = self._texts.statistics(cell, direction, metric)
+            weights = self._weights_of(direction, len(statistics))
+            sums = weights @ statistics
+            self._scores[key] = np.array([self._texts.score(row, direction, metric, len(statistics)) for row in sums])
+        return self._scores[key]
+
+    def _weights_of(self, direction: str, sentences: int) -> np.ndarray:
+        """Return how often each resample holds each sentence, ``[samples, sentences]``; drawn as sacrebleu draws."""
+        if direction not in self._weights:
+            rng = np.random.default_rng(SEED)
+            drawn = rng.choice(sentences, size=(self._samples, sentences), replace=True)
+            flat = drawn + sentences * np.arange(self._samples)[:, None]
+            counts = np.bincount(flat.ravel(), minlength=self._samples * sentences)
+            self._weights[direction] = counts.reshape(self._samples, sentences).astype("float64")
+        return self._weights[direction]
+
+
+def _p_value(samples: np.ndarray, observed: float) -> float:
+    sizes = np.abs(samples)
+    return (int(np.sum(sizes - sizes.mean() > observed)) + 1) / (len(samples) + 1)

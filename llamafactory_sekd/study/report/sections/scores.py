@@ -1,0 +1,162 @@
+"""Scores: the paper's table, the differences behind its †, and the figures over the keys of the matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from llamafactory_sekd.evaluation.report.view import AVERAGE, METRIC_LABELS
+from llamafactory_sekd.evaluation.significance import SAMPLES
+from llamafactory_sekd.study.report.cells import Group, short_names, shown, symbol
+from llamafactory_sekd.study.report.document import Column, Entry, Row, Section, Table
+from llamafactory_sekd.study.report.plots.bars import progressive_plot, similarity_plot
+from llamafactory_sekd.study.report.plots.keys import over_key, selection_plot
+from llamafactory_sekd.study.report.selection import selected_by
+from llamafactory_sekd.study.report.tables import (
+    NOTHING,
+    Compare,
+    difference_table,
+    entry,
+    last_column,
+    number,
+    score_table,
+    shown_metrics,
+    summary_table,
+)
+from llamafactory_sekd.study.report.views import Views
+
+
+def sections(views: Views) -> Iterator[Section | None]:
+    if not views.study.groups and not views.study.models:
+        return
+    if views.chosen:
+        key = symbol(views.chosen[0].key)
+        yield _scores(
+            views, f"Scores, each system at its own best {key}", views.groups, views.at_own_best, own_best=True
+        )
+        yield _selection(views)
+        yield _scores(views, "Scores at equal settings", views.study.groups, views.at_equal_settings)
+    else:
+        yield _scores(views, "Scores", views.groups, views.at_equal_settings)
+    yield _differences(views)
+    yield _over_keys(views)
+    yield _progressive(views)
+    yield _similarity(views)
+
+
+def _scores(views: Views, title: str, groups: Sequence[Group], compare: Compare, own_best: bool = False) -> Section:
+    study = views.study
+    tested = how_it_was_tested(views) if own_best or not views.chosen else "Tested as above."
+    rows = (*study.models, *groups)
+    note = "Mean ± sample standard deviation over the seeds. The best score of a column is bold, the teacher aside."
+    if "comet" in shown_metrics(study):
+        note += " COMET is shown times 100."
+    if study.baseline is not None:
+        partner = "the baseline at its own best value" if own_best else "the baseline at the same point of the matrix"
+        note += (
+            f" The smaller figure is the difference to {study.baseline}"
+            + (f" ({partner})" if study.keys else "")
+            + f". † marks a system that is better at p < 0.05. {tested}"
+        )
+    alarm = ""
+    if study.baseline is not None and views.unreadable is not None:
+        alarm = f"Nothing was tested for significance: {views.unreadable}"
+    table = score_table(study, rows, views.keys_of(groups), compare)
+    return Section(title, note, alarm, (table,))
+
+
+def how_it_was_tested(views: Views) -> str:
+    text = (
+        f"Paired bootstrap: the test sentences were resampled {SAMPLES:,} times, the same resamples for every system "
+        "and seed; each seed is paired with the baseline's same seed, and the differences are averaged over pairs. "
+        "Seeds were not resampled, so † speaks of other sentences, and ± of other seeds. p is sacrebleu's; a † also "
+        "asks that the 95 % interval of the difference lies above zero. Nothing is corrected for the number of tests."
+    )
+    if "comet" in shown_metrics(views.study):
+        text += " For COMET the segment scores were resampled."
+    return text
+
+
+def _selection(views: Views) -> Section:
+    study, chosen = views.study, [choice for choice in views.chosen if choice.tried]
+    key = chosen[0].key if chosen else views.chosen[0].key
+    keys = views.keys_of([choice.group for choice in chosen])
+    others = [name for name in keys if name != key]
+    values = list(dict.fromkeys(value for choice in chosen for value, _ in choice.tried))
+    rows = tuple(
+        Row(
+            (choice.group.system, *(shown(choice.group.value(name)) for name in others)),
+            tuple(
+                Entry(number(dict(choice.tried)[value], 4), best=value == choice.value)
+                if value in dict(choice.tried)
+                else NOTHING
+                for value in values
+            ),
+        )
+        for choice in chosen
+    )
+    table = Table(("system", *map(symbol, others)), tuple(Column(shown(value), symbol(key)) for value in values), rows)
+    at_edge = [choice.group.name(without=[key]) for choice in chosen if choice.at_the_edge]
+    alarm = ""
+    if at_edge:
+        names = ", ".join(at_edge)
+        alarm = f"The best {symbol(key)} is at the edge of what was tried, a better one may lie beyond: {names}."
+    plot = selection_plot(study, chosen, views.looks)
+    note = f"Chosen by the {selected_by(study)}, averaged over the seeds (bold). The test set had no part in it."
+    return Section(f"How {symbol(key)} was chosen", note, alarm, (table,), (plot,) if plot else ())
+
+
+def _differences(views: Views) -> Section | None:
+    table = difference_table(views.study, views.groups, views.keys_of(views.groups), views.at_own_best)
+    if table is None:
+        return None
+    column = last_column(views.study)
+    where = "the average over directions" if column == AVERAGE else column
+    note = (
+        f"Against {views.study.baseline}, {where}. The interval is of the sampling of test sentences alone. “Seeds "
+        "above 0” counts the pairs of seeds in which the system is ahead: where they disagree, another seed may turn "
+        "the result."
+    )
+    return Section("Differences to the baseline", note, tables=(table,), lines=tuple(_verdicts(views)))
+
+
+def _verdicts(views: Views) -> Iterator[str]:
+    """Say per metric who is better than the baseline, who is behind, and where the test cannot tell."""
+    column = last_column(views.study)
+    for metric in shown_metrics(views.study):
+        found = {group: views.at_own_best(group, column, metric) for group in views.groups}
+        known = {group: difference for group, difference in found.items() if difference is not None}
+        names = short_names(views.groups)
+        verdicts = {
+            "better (†)": [names[group] for group, one in known.items() if one.better],
+            "behind": [names[group] for group, one in known.items() if one.worse],
+            "undecided": [names[group] for group, one in known.items() if not one.better and not one.worse],
+        }
+        said = "; ".join(f"{verdict}: {', '.join(who)}" for verdict, who in verdicts.items() if who)
+        yield f"{METRIC_LABELS[metric]}, {said}."
+
+
+def _over_keys(views: Views) -> Section | None:
+    keys = views.remaining_keys
+    if len(keys) != 1:
+        return None
+    plot = over_key(views.study, views.groups, keys[0], views.looks)
+    return Section(f"Scores over {symbol(keys[0])}", plots=(plot,)) if plot else None
+
+
+def _progressive(views: Views) -> Section | None:
+    plot = progressive_plot(views.study, views.groups, views.looks)
+    note = "β is the student's share of the proxy (equation 6); the paper's Figure 3 counts the target's share, 1 - β."
+    return Section("Progressive and fixed β", note, plots=(plot,)) if plot else None
+
+
+def _similarity(views: Views) -> Section | None:
+    study, column = views.study, last_column(views.study)
+    groups = [group for group in (*study.models, *views.groups) if group.system != study.teacher]
+    columns = {
+        name: (lambda group, name=name: entry(group.similarity(name)))
+        for name in dict.fromkeys((*study.directions, column))
+    }
+    table = summary_table(study, groups, views.keys_of(groups), columns)
+    plot = similarity_plot(study, views.groups, views.looks)
+    note = f"SacreBLEU with the translations of {study.teacher} as references (Fig. 4 of the paper)."
+    return Section("Similarity to the teacher", note, tables=(table,), plots=(plot,)) if table and plot else None

@@ -1,0 +1,104 @@
+"""Training: what the gate does, how the systems learn, where they end, what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from llamafactory_sekd.study.report.cells import Group, Summary, summarize
+from llamafactory_sekd.study.report.document import Entry, Plot, Section
+from llamafactory_sekd.study.report.plots.style import Look
+from llamafactory_sekd.study.report.plots.training import gate_plot, learning_plot, point_looks
+from llamafactory_sekd.study.report.tables import NOTHING, entry, number, summary_table
+from llamafactory_sekd.study.report.views import Views
+
+
+# So many lines can still be told apart in one plot.
+MOST_LINES = 9
+# Heading -> (validation metric, digits, factor)
+_END = {
+    "NLL": ("nll", 4, 1.0),
+    "agreement (%)": ("eval_kd/agreement", 2, 100.0),
+    "KL(p ‖ q)": ("eval_kd/teacher_kl", 4, 1.0),
+    "difficulty d": ("eval_kd/difficulty", 4, 1.0),
+    "hard tokens (%)": ("eval_kd/hard_ratio", 2, 100.0),
+    "loss": ("eval_loss", 4, 1.0),
+}
+
+
+def sections(views: Views) -> Iterator[Section | None]:
+    groups = [group for group in views.groups if group.trained]
+    if not groups:
+        return
+    yield _gate(views, groups)
+    yield _learning(views, groups)
+    yield _cost(views, groups)
+
+
+_Draw = Callable[[str, Sequence[Group], dict[Group, Look]], Plot | None]
+
+
+def _drawn(views: Views, groups: Sequence[Group], draw: _Draw) -> tuple[Plot, ...]:
+    """Draw all groups in one plot, or one plot per system where they are too many or a system has several."""
+    systems = list(dict.fromkeys(group.system for group in groups))
+    if len(groups) <= MOST_LINES and len(groups) == len(systems):
+        plots = [draw("", groups, {group: views.looks[group.system] for group in groups})]
+    else:
+        plots = []
+        for index, system in enumerate(systems, start=1):
+            own = [group for group in groups if group.system == system]
+            plots.append(draw(f"_{index}", own, point_looks(own)))
+    return tuple(plot for plot in plots if plot is not None)
+
+
+def _gate(views: Views, groups: Sequence[Group]) -> Section | None:
+    plots = _drawn(views, groups, lambda name, some, looks: gate_plot(name, some, views.histories, looks))
+    note = (
+        "d is logged for every objective, also for those without a gate. Means over the response tokens of each "
+        "logging window, in at most 50 windows. Objectives without a gate have no hard share here."
+    )
+    return Section("Hard tokens over training", note, plots=plots) if plots else None
+
+
+def _learning(views: Views, groups: Sequence[Group]) -> Section | None:
+    columns = {
+        name: (lambda group, of=of: entry(_validation(group, of[0]), of[1], of[2])) for name, of in _END.items()
+    }
+    table = summary_table(views.study, groups, views.keys_of(groups), columns)
+    plots = _drawn(views, groups, lambda name, some, looks: learning_plot(name, some, views.histories, looks))
+    if table is None and not plots:
+        return None
+    note = (
+        "The table holds the last evaluation of each run on the validation text. NLL and agreement (how often student "
+        "and teacher have the same most likely token) can be compared between systems; losses of different objectives "
+        "cannot."
+    )
+    return Section("Learning curves", note, tables=(table,) if table else (), plots=plots)
+
+
+def _validation(group: Group, metric: str) -> Summary | None:
+    return summarize((cell["validation"] or {}).get(metric) for cell in group.cells.values())
+
+
+def _cost(views: Views, groups: Sequence[Group]) -> Section | None:
+    def relative(group: Group) -> Entry:
+        baseline = group if group.system == views.study.baseline else views.baseline_of(group)
+        own, base = _training(group, "seconds"), _training(baseline, "seconds") if baseline else None
+        return Entry(number(own.mean / base.mean) + " ×") if own and base and base.mean else NOTHING
+
+    columns = {
+        "seconds": lambda group: entry(_training(group, "seconds"), 1),
+        "relative to the baseline": relative,
+        "steps": lambda group: entry(_training(group, "steps"), 0),
+        "samples/s": lambda group: entry(_training(group, "samples_per_second")),
+    }
+    table = summary_table(views.study, groups, views.keys_of(groups), columns)
+    resumed = sum(bool((cell["training"] or {}).get("resumed")) for group in groups for cell in group.cells.values())
+    note = "Wall time of training, evaluations on the validation text included, as the host reports it."
+    if resumed:
+        note += f" {resumed} interrupted runs are left out: only the time of their last piece is known."
+    return Section("What training costs", note, tables=(table,)) if table else None
+
+
+def _training(group: Group, key: str) -> Summary | None:
+    whole = [cell["training"] or {} for cell in group.cells.values()]
+    return summarize(times.get(key) for times in whole if key == "steps" or not times.get("resumed"))
