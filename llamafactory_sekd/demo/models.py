@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +18,8 @@ if TYPE_CHECKING:
 VOCAB_SIZE = 4000
 EOS, PAD = "</s>", "<pad>"
 SEED = 42
-TEACHER = {
-    "hidden_size": 192,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 6,
+TEACHER = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
+COMMON = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
     # The default of 0.02 is for wide models; from 0.06 these few steps get twice as far.
@@ -60,19 +57,22 @@ def train_tokenizer(texts: list[str], direction: Direction, vocab_size: int = VO
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
 
 
-def save_untrained_teacher(records: Path, direction: Direction, folder: Path) -> None:
-    """Save a tokenizer trained on a file of instruction records, and a Llama with random weights for it."""
+def save_untrained(
+    records: Sequence[Path], direction: Direction, folder: Path, shape: Mapping[str, int] = TEACHER
+) -> None:
+    """Save a tokenizer trained on files of instruction records, and a Llama of this ``shape`` with random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    pairs = json.loads(records.read_text(encoding="utf-8"))
+    pairs = [pair for path in records for pair in json.loads(path.read_text(encoding="utf-8"))]
     tokenizer = train_tokenizer([pair[side] for pair in pairs for side in ("input", "output")], direction)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **TEACHER,
+        **COMMON,
+        **shape,
     )
     torch.manual_seed(SEED)
     _save(LlamaForCausalLM(config), tokenizer, folder)

@@ -90,7 +90,7 @@ def preparation(work: Path, offline: Path | None, say: Say) -> list[Step]:
         data.write_data(data.split_pairs(data.read_pairs(wheel)), places.data)
 
     def untrained_teacher(_: Callable[[float], None]) -> None:
-        models.save_untrained_teacher(places.data / f"{data.TRAIN}.json", data.DIRECTION, places.model("teacher_init"))
+        models.save_untrained([places.data / f"{data.TRAIN}.json"], data.DIRECTION, places.model("teacher_init"))
 
     def student(_: Callable[[float], None]) -> None:
         models.save_student(places.model("teacher"), places.model("student_init"))

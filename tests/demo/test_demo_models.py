@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_sekd.data.parrot import prompt, record
 from llamafactory_sekd.demo.data import DIRECTION
-from llamafactory_sekd.demo.models import prompt_pieces, save_student, save_untrained_teacher, train_tokenizer
+from llamafactory_sekd.demo.models import prompt_pieces, save_student, save_untrained, train_tokenizer
 
 
 PAIRS = [(f"Turn on lamp {number}", f"Lampe {number} einschalten") for number in range(40)]
@@ -20,7 +20,7 @@ PAIRS = [(f"Turn on lamp {number}", f"Lampe {number} einschalten") for number in
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo_models")
     (folder / "train.json").write_text(json.dumps([record(*pair, DIRECTION) for pair in PAIRS]), encoding="utf-8")
-    save_untrained_teacher(folder / "train.json", DIRECTION, folder / "teacher")
+    save_untrained([folder / "train.json"], DIRECTION, folder / "teacher")
     return folder / "teacher"
 
 
