@@ -7,6 +7,7 @@ Equation numbers are those of "Self-Evolution Knowledge Distillation for LLM-bas
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -17,6 +18,7 @@ from .errors import ArgumentError
 
 STAGE = "sekd"
 AUTO = "auto"
+SELF = "self"  # as `teacher_model`
 GAMMA = 0.4  # the paper's
 HARD_SCALES: tuple[str, ...] = ("none", "balanced")
 
@@ -41,7 +43,12 @@ class DistillationArguments:
 
     teacher_model: str | None = field(
         default=None,
-        metadata={"help": "Path or hub id of the teacher, any causal language model. Required without teacher_cache."},
+        metadata={
+            "help": (
+                "Path or hub id of the teacher, any causal language model; required without teacher_cache. 'self': "
+                "the base of the LoRA student, loaded once, with teacher_model_adapters or without any."
+            )
+        },
     )
     teacher_model_adapters: str | None = field(
         default=None,
@@ -50,6 +57,33 @@ class DistillationArguments:
     teacher_model_quantization_bit: int | None = field(
         default=None,
         metadata={"help": "The number of bits to quantize the teacher to with bitsandbytes: 4 or 8 (CUDA only)."},
+    )
+    teacher_model_device: str = field(
+        default=AUTO,
+        metadata={
+            "help": (
+                "Where the teacher stands: auto (with the student), cpu, or cuda:N. With several ranks it is the "
+                "place of each rank's own teacher, on its machine."
+            )
+        },
+    )
+    teacher_offload: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Whether the teacher's weights rest in main memory and come to the device for each forward pass, "
+                "layer by layer (under ZeRO-3: its `offload_param`)."
+            )
+        },
+    )
+    teacher_deepspeed: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "DeepSpeed file of the teacher's own engine, of ZeRO stage 0 or 3, instead of the student's "
+                "`deepspeed`."
+            )
+        },
     )
     teacher_cache: str | None = field(
         default=None,
@@ -153,6 +187,7 @@ class DistillationArguments:
         }
 
 
+_PLACING = ("teacher_model_device", "teacher_offload", "teacher_deepspeed")
 KEYS: tuple[str, ...] = tuple(item.name for item in fields(DistillationArguments))
 
 
@@ -169,17 +204,18 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
                 "`stage: sekd` needs one."
             )
 
-        for key in ("teacher_model_adapters", "teacher_model_quantization_bit"):
-            if getattr(args, key) is not None:
+        for key in ("teacher_model_adapters", "teacher_model_quantization_bit", *_PLACING):
+            if _is_set(args, key):
                 _refuse(args, key, "it belongs to `teacher_model`, which is missing; leave both out or set both")
 
-    for key in ("teacher_model", "teacher_model_adapters", "teacher_cache"):
+    for key in ("teacher_model", "teacher_model_adapters", "teacher_cache", "teacher_deepspeed"):
         if not isinstance(getattr(args, key), (str, type(None))):
-            _refuse(args, key, "use one path or hub id")
+            _refuse(args, key, "use one path" if key == "teacher_deepspeed" else "use one path or hub id")
 
     if args.teacher_model_quantization_bit not in (None, 4, 8):
         _refuse(args, "teacher_model_quantization_bit", "use 4 or 8, or leave it out")
 
+    _check_placement(args)
     if not isinstance(args.kd_loss, str) or args.kd_loss not in KD_LOSSES:
         _refuse(args, "kd_loss", f"choose one of {', '.join(KD_LOSSES)}")
 
@@ -231,6 +267,35 @@ def check_no_distillation_arguments(args: DistillationArguments, stage: str, giv
             )
 
 
+def _check_placement(args: DistillationArguments) -> None:
+    device = args.teacher_model_device
+    if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|cuda:\d{1,4}", device):
+        _refuse(args, "teacher_model_device", "use auto, cpu, or cuda:N with the number of a device")
+
+    if not isinstance(args.teacher_offload, bool):
+        _refuse(args, "teacher_offload", "use true or false")
+
+    placing = [key for key in _PLACING if _is_set(args, key)]
+    if args.teacher_model == SELF and args.teacher_model_quantization_bit is not None:
+        _refuse(
+            args,
+            "teacher_model_quantization_bit",
+            f"`teacher_model: {SELF}` is the student's base; set `quantization_bit` for both",
+        )
+
+    if args.teacher_model == SELF and placing:
+        _refuse(args, placing[0], f"`teacher_model: {SELF}` is the student's base and stands where it does; remove it")
+
+    if args.teacher_model_quantization_bit is not None and placing:
+        _refuse(args, placing[0], "a quantized teacher stands where bitsandbytes put it, with the student; remove it")
+
+    if args.teacher_offload and device == "cpu":
+        _refuse(args, "teacher_offload", "`teacher_model_device: cpu` keeps the weights there anyway; remove one")
+
+    if args.teacher_deepspeed is not None and device != AUTO:
+        _refuse(args, "teacher_deepspeed", f"`teacher_model_device: {device}` takes the teacher apart; remove one")
+
+
 def _check_topk(args: DistillationArguments) -> None:
     wants_topk = args.kd_loss == "self_evolution_topk"
     if wants_topk and args.kd_topk is None:
@@ -259,6 +324,10 @@ def _check_range(args: DistillationArguments, key: str, low: float, high: float)
     value = getattr(args, key)
     if not _is_number(value) or not low <= value <= high:
         _refuse(args, key, f"use a number from {low} to {high}")
+
+
+def _is_set(args: DistillationArguments, key: str) -> bool:
+    return getattr(args, key) != DistillationArguments.__dataclass_fields__[key].default
 
 
 def _is_number(value: object) -> TypeGuard[float]:

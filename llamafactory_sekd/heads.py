@@ -98,8 +98,12 @@ def whole_parameters(head: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor | N
     weight, bias = head.weight, head.bias
     if hasattr(weight, "ds_id"):
         import deepspeed
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        with deepspeed.zero.GatheredParameters([parameter for parameter in (weight, bias) if parameter is not None]):
+        # What is whole already is so for the head's own forward pass, and gathering it would shard it at the end.
+        parameters = [parameter for parameter in (weight, bias) if parameter is not None]
+        sharded = [parameter for parameter in parameters if parameter.ds_status != ZeroParamStatus.AVAILABLE]
+        with deepspeed.zero.GatheredParameters(sharded):
             yield weight, bias
     elif hasattr(weight, "full_tensor"):
         yield weight.full_tensor(), None if bias is None else bias.full_tensor()

@@ -15,6 +15,8 @@ from ..arguments import (
     check_no_distillation_arguments,
 )
 from ..errors import ArgumentError
+from .launcher import end_rank_with_launcher
+from .placement import check_devices, check_placement
 from .resume import resume_from_whole_checkpoint
 
 
@@ -50,7 +52,7 @@ def extend_finetuning_arguments(host_class: type) -> type:
             else:
                 check_no_distillation_arguments(self, self.stage, self._named_by_user())
 
-            host_class.__post_init__(self)
+            host_class.__post_init__(self)  # type: ignore[attr-defined]
 
         def to_dict(self) -> dict[str, Any]:
             # What trackers record: our stage by its name, and nothing of ours in a run of another stage.
@@ -101,20 +103,31 @@ def check_together(host_parse: Callable[..., tuple[Any, ...]]) -> Callable[..., 
         if finetuning_args.use_sekd:
             _check_model_arguments(model_args)
             _check_training_arguments(training_args)
+            check_placement(model_args, training_args, finetuning_args)
             _check_quantization(finetuning_args)
+            check_devices(finetuning_args)
             resume_from_whole_checkpoint(training_args)
+            end_rank_with_launcher()
 
         return parsed
 
     return parse
 
 
-def check_run(args: Any) -> None:
-    """The same checks on the keys of a run as attributes of one object, before the host has parsed them (web UI)."""
+def check_run(args: Any, *, machine: bool = True) -> None:
+    """The same checks on the keys of a run as attributes of one object, before the host has parsed them (web UI).
+
+    Args:
+        args: the keys.
+        machine: whether this is the machine that the run is for.
+    """
     _check_other_finetuning_arguments(args)
     _check_model_arguments(args)
     _check_training_arguments(args)
-    _check_quantization(args)
+    check_placement(args, args, args)
+    if machine:
+        _check_quantization(args)
+        check_devices(args)
 
 
 def _check_model_arguments(model_args: Any) -> None:

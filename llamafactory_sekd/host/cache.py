@@ -24,6 +24,7 @@ from ..teacher.cache import (
     fingerprints,
     make_plan,
 )
+from .model_arguments import teacher_identity, teacher_model_arguments
 
 
 # What a template makes of this tells two templates of one name apart.
@@ -151,11 +152,13 @@ def tokenised(config: dict[str, Any]) -> Tokenised:
 def _compute(plan: Plan, session: Session, data: Tokenised, batch_size: int) -> None:
     from transformers import Trainer
 
+    from .placement import placement_of
     from .stage import load_teacher
 
     # The trainer's accelerator, so that the teacher is placed and sharded as it is in training.
     accelerator = Trainer(model=torch.nn.Identity(), args=data.training_args).accelerator
-    teacher = Teacher(load_teacher(data.model_args, data.finetuning_args), accelerator)
+    model = load_teacher(data.model_args, data.training_args, data.finetuning_args)
+    teacher = Teacher(model, accelerator, placement_of(data.finetuning_args))
     device = data.training_args.device
     probe = {"input_ids": torch.zeros(1, 8, dtype=torch.int64, device=device)}
     manifest = session.admit(teacher, used_ids(data.tokenizer), probe, autocast_type(accelerator))
@@ -203,11 +206,13 @@ def _datasets(module: dict[str, Any], *, skip_evaluation: bool) -> list[Any]:
 
 
 def _teacher_fields(model_args: Any, finetuning_args: Any) -> dict[str, Any]:
-    adapters = finetuning_args.teacher_model_adapters or ""
+    model, adapters, quantization_bit = teacher_identity(model_args, finetuning_args)
     return {
-        "teacher_weights": _weights_of(finetuning_args.teacher_model),
-        "teacher_adapters": fingerprints.of_folders([Path(name.strip()) for name in adapters.split(",") if name]),
-        "teacher_model_quantization_bit": finetuning_args.teacher_model_quantization_bit,
+        "teacher_weights": _weights_of(model),
+        "teacher_adapters": fingerprints.of_folders(
+            [Path(name.strip()) for name in (adapters or "").split(",") if name]
+        ),
+        "teacher_model_quantization_bit": quantization_bit,
         "compute_dtype": str(model_args.compute_dtype).removeprefix("torch."),
         "rope_scaling": str(getattr(model_args.rope_scaling, "value", model_args.rope_scaling)),
     }
@@ -250,8 +255,6 @@ def _announce(plan: Plan, session: Session, data: Tokenised, say: Callable[[str]
 def _expected(settings: Settings, data: Tokenised) -> Manifest:
     """The manifest of a cache that is not there yet, from the teacher's configuration alone."""
     from llamafactory.model import load_config
-
-    from .stage import teacher_model_arguments
 
     config = load_config(teacher_model_arguments(data.model_args, data.finetuning_args)).get_text_config()
     dtype = data.model_args.compute_dtype

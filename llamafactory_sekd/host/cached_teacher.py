@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import TrainerCallback
 
 from ..errors import TeacherError
@@ -76,14 +76,14 @@ class CacheOfRun:
         """How many ids the teacher's answers are over; None for a cache that is not there yet."""
         return None if self.manifest is None else self.manifest.vocab_size
 
-    def make_teacher(self, model: nn.Module | None, accelerator: Any) -> TeacherSource:
-        """The teacher that the trainer asks."""
+    def make_teacher(self, make_online: Callable[[Any], Teacher] | None, accelerator: Any) -> TeacherSource:
+        """The teacher that the trainer asks; `make_online` makes the one that is needed where something is missing."""
         if self.session is None:
             assert self.manifest is not None
             return CachedTeacher(self.directory, self.manifest.kept(), self.device, self._text)
 
-        assert model is not None
-        online = Teacher(model, accelerator)
+        assert make_online is not None
+        online = make_online(accelerator)
         probe = {"input_ids": torch.zeros(1, 8, dtype=torch.int64, device=self.device)}
         self.manifest = self.session.admit(online, used_ids(self.tokenizer), probe, autocast_type(accelerator))
         return FillingTeacher(

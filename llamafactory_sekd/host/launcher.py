@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
+from types import SimpleNamespace
+from typing import Any
 
 from .. import __version__
 from ..arguments import STAGE
+from ..children import end_with_parent
 from ..errors import HostError
 from . import ledger, versions
 
@@ -18,7 +23,10 @@ _EVAL_HELP = "|   llamafactory-cli eval -h: evaluate translations (llamafactory_
 
 
 def extend_launch(host_launch: Callable[[], None]) -> Callable[[], None]:
-    """Wrap the host's ``launch``: `eval` is ours, `help` and `env` gain our lines, the rest is the host's."""
+    """Wrap the host's ``launch``: `eval` is ours, `help` and `env` gain our lines, the rest is the host's.
+
+    Training of our stage on several ranks ends with the process that it was started by.
+    """
 
     @wraps(host_launch)
     def launch() -> None:
@@ -29,6 +37,11 @@ def extend_launch(host_launch: Callable[[], None]) -> Callable[[], None]:
             run_eval(sys.argv[2:])
             return
 
+        if command == "train" and versions.sekd_requested(sys.argv[2:]):
+            with _torchrun_ends_with_us(host_launch):
+                host_launch()
+            return
+
         host_launch()
         if command == "help":
             print(_EVAL_HELP)
@@ -36,6 +49,27 @@ def extend_launch(host_launch: Callable[[], None]) -> Callable[[], None]:
             print(describe())
 
     return launch
+
+
+@contextmanager
+def _torchrun_ends_with_us(host_launch: Any) -> Iterator[None]:
+    """For the duration, what the host starts by `subprocess.run`, torchrun, does not outlive this process."""
+    names = host_launch.__globals__
+    original = names["subprocess"]
+    names["subprocess"] = SimpleNamespace(run=partial(original.run, preexec_fn=end_with_parent))
+    try:
+        yield
+    finally:
+        names["subprocess"] = original
+
+
+def end_rank_with_launcher() -> None:
+    """On a rank that torchrun or `accelerate launch` started: end with it, however it ends.
+
+    Without a launcher the parent is a user's shell, which a training started with `nohup` outlives.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
 
 
 def describe() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
@@ -13,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..arguments import STAGE
+from ..arguments import AUTO, SELF, STAGE
 from ..errors import ArgumentError
-from ..planner import Blueprint, Run, Sharding
+from ..planner import Blueprint, Run, Sharding, TeacherPlace
 from ..planner.sharding import read_deepspeed
-from ..teacher import common_vocabulary
+from ..teacher import common_vocabulary, engine_config
 from .arguments import check_run
-from .model_arguments import copy_model_arguments
-from .stage import teacher_model_arguments
+from .model_arguments import copy_model_arguments, teacher_model_arguments
+from .placement import read_deepspeed_file
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def parse(config: Mapping[str, Any]) -> Parsed:
         raise ArgumentError(f"`stage: {finetuning.stage}` cannot be planned: `sekd doctor` knows {STAGE} and sft.")
 
     if finetuning.use_sekd:
-        check_run(SimpleNamespace(**{**config, "teacher_model_quantization_bit": None}))  # that asks for CUDA
+        check_run(SimpleNamespace(**config), machine=False)
 
     if training.fsdp:
         raise ArgumentError(f"`fsdp: {training.fsdp}` cannot be planned: `sekd doctor` knows DDP and DeepSpeed.")
@@ -92,7 +91,7 @@ def run_of(
     model, training, finetuning = parsed.model, parsed.training, parsed.finetuning
     student_config = _load_config(model, "model_name_or_path")
     half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
-    deepspeed = _read_json(training.deepspeed)
+    deepspeed = None if training.deepspeed is None else read_deepspeed_file("deepspeed", training.deepspeed)
     sharding: Sharding | None = None
     engine_dtype = None
     if deepspeed is not None:
@@ -117,7 +116,30 @@ def run_of(
         devices=devices,
         sharding=sharding,
         accelerator=accelerator,
+        place=_teacher_place(finetuning, deepspeed, student_config, accelerator) if has_teacher else TeacherPlace(),
     )
+
+
+def _teacher_place(
+    finetuning: Any, deepspeed: dict[str, Any] | None, student_config: Any, accelerator: bool
+) -> TeacherPlace:
+    if finetuning.teacher_model == SELF:
+        folders = [Path(name) for name in (finetuning.teacher_model_adapters or "").split(",") if name]
+        files = [path for folder in folders for path in folder.glob("adapter_model.*")]
+        return TeacherPlace("student", adapters=sum(path.stat().st_size for path in files))
+
+    offload, device, own = finetuning.teacher_offload, finetuning.teacher_model_device, finetuning.teacher_deepspeed
+    sharding = None
+    if deepspeed is not None:
+        own_config = None if own is None else read_deepspeed_file("teacher_deepspeed", own)
+        engine = engine_config(deepspeed, own_config, offload)
+        sharding = read_deepspeed(engine, student_config.get_text_config().hidden_size)
+
+    if not accelerator or not (offload or device != AUTO):  # without accelerators all of it is main memory
+        return TeacherPlace(sharding=sharding)
+
+    kind = "main memory" if offload or device == "cpu" else "another device"
+    return TeacherPlace(kind, streamed=offload, sharding=sharding)
 
 
 def _optimizer(parsed: Parsed) -> str:
@@ -190,18 +212,6 @@ def _load_config(model_args: Any, key: str) -> Any:
             f"`{key}: {model_args.model_name_or_path}` has no configuration that can be read ({lines[0]}): give the "
             f"folder or hub id of a model, or plan with one of its size: sekd doctor X.yaml {key}=PATH"
         ) from error
-
-
-def _read_json(source: Any) -> dict[str, Any] | None:
-    if source is None or isinstance(source, dict):
-        return source
-
-    try:
-        return json.loads(Path(source).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArgumentError(f"`deepspeed: {source}` cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise ArgumentError(f"`deepspeed: {source}` is not JSON: {error}.") from error
 
 
 def _engine_dtype(deepspeed: dict[str, Any], half: torch.dtype | None) -> torch.dtype | None:

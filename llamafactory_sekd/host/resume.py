@@ -7,6 +7,7 @@ from typing import Any
 
 from ..arguments import DistillationArguments
 from ..errors import TeacherError
+from .model_arguments import teacher_identity
 
 
 def resume_from_whole_checkpoint(training_args: Any) -> None:
@@ -42,7 +43,7 @@ def resume_from_whole_checkpoint(training_args: Any) -> None:
         )
 
 
-def teacher_fingerprint(training_args: Any, finetuning_args: DistillationArguments) -> str | None:
+def teacher_fingerprint(model_args: Any, training_args: Any, finetuning_args: DistillationArguments) -> str | None:
     """What a checkpoint records of the teacher: a digest of its files, or its hub id; None where nothing is saved.
 
     Reads every byte of the teacher's files, on the process that writes checkpoints only.
@@ -51,11 +52,7 @@ def teacher_fingerprint(training_args: Any, finetuning_args: DistillationArgumen
     if training_args.process_index != 0 or not finetuning_args.teacher_model or not saves:
         return None
 
-    return _fingerprint(
-        str(finetuning_args.teacher_model),
-        finetuning_args.teacher_model_adapters or "",
-        finetuning_args.teacher_model_quantization_bit,
-    )
+    return _fingerprint(*teacher_identity(model_args, finetuning_args))
 
 
 def check_same_teacher(training_args: Any, finetuning_args: DistillationArguments, fingerprint: str | None) -> None:
@@ -79,11 +76,11 @@ def check_same_teacher(training_args: Any, finetuning_args: DistillationArgument
         )
 
 
-def _fingerprint(model: str, adapters: str, quantization_bit: int | None) -> str:
+def _fingerprint(model: str, adapters: str | None, quantization_bit: int | None) -> str:
     from ..teacher.cache import fingerprints
 
     parts = []
-    for name in filter(None, (model, *adapters.split(","))):
+    for name in filter(None, (model, *(adapters or "").split(","))):
         folder = Path(name).expanduser()
         parts.append(fingerprints.of_folder(folder) if folder.is_dir() else name)
 

@@ -7,13 +7,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..arguments import DistillationArguments
+from ..arguments import SELF, DistillationArguments
 from ..demo.missing import check_prepared
 from ..errors import DataError, TeacherError
-from .model_arguments import copy_model_arguments
+from .model_arguments import teacher_identity, teacher_model_arguments
+from .placement import placement_of, teachers_deepspeed
 from .resume import check_same_teacher, teacher_fingerprint
+
+
+if TYPE_CHECKING:
+    from ..teacher import Teacher
 
 
 def dispatch(host_run_sft: Callable[..., None]) -> Callable[..., None]:
@@ -56,7 +61,7 @@ def _run_sekd(
     if finetuning_args.teacher_model:
         check_fit(model_args, finetuning_args)
 
-    fingerprint = teacher_fingerprint(training_args, finetuning_args)
+    fingerprint = teacher_fingerprint(model_args, training_args, finetuning_args)
     check_same_teacher(training_args, finetuning_args, fingerprint)
     arguments = (model_args, data_args, training_args, finetuning_args)
     with _our_trainer(*arguments, fingerprint), _empty_dataset_explained(data_args):
@@ -78,11 +83,14 @@ def check_fit(model_args: Any, finetuning_args: DistillationArguments) -> None:
     """
     from llamafactory.model import load_config, load_tokenizer
 
-    from ..teacher.files import check_is_causal, check_teacher_files
+    from ..teacher.files import check_adapter_files, check_is_causal, check_teacher_files
     from ..teacher.vocabulary import check_tokenizers
 
-    name = str(finetuning_args.teacher_model)
+    name, adapters, _ = teacher_identity(model_args, finetuning_args)
     check_teacher_files(name)
+    if adapters:
+        check_adapter_files(adapters)
+
     teacher_args = teacher_model_arguments(model_args, finetuning_args)
     try:
         config = load_config(teacher_args)
@@ -97,18 +105,7 @@ def check_fit(model_args: Any, finetuning_args: DistillationArguments) -> None:
     check_tokenizers(load_tokenizer(model_args)["tokenizer"], teacher_tokenizer)
 
 
-def teacher_model_arguments(model_args: Any, finetuning_args: DistillationArguments) -> Any:
-    """The host's model arguments for the teacher: the student's, as for a reference model, with our keys."""
-    return copy_model_arguments(
-        model_args,
-        model_name_or_path=finetuning_args.teacher_model,
-        adapter_name_or_path=finetuning_args.teacher_model_adapters,
-        quantization_bit=finetuning_args.teacher_model_quantization_bit,
-        train_from_scratch=False,
-    )
-
-
-def load_teacher(model_args: Any, finetuning_args: DistillationArguments) -> Any:
+def load_teacher(model_args: Any, training_args: Any, finetuning_args: DistillationArguments) -> Any:
     """Load the teacher as the host loads a reference model: adapters merged, quantised, frozen, in eval mode."""
     from llamafactory.hparams import FinetuningArguments
     from llamafactory.model import load_model, load_tokenizer
@@ -117,11 +114,11 @@ def load_teacher(model_args: Any, finetuning_args: DistillationArguments) -> Any
     teacher_args = teacher_model_arguments(model_args, finetuning_args)
     tokenizer = load_tokenizer(teacher_args)["tokenizer"]
     try:
-        with _whole_weights_on_every_rank():
+        with _whole_weights_on_every_rank(), teachers_deepspeed(training_args, finetuning_args):
             return load_model(tokenizer, teacher_args, FinetuningArguments(), is_trainable=False)
     except (OSError, SafetensorError) as error:
         raise TeacherError(
-            f"the weights of `teacher_model: {finetuning_args.teacher_model}` cannot be loaded "
+            f"the weights of `teacher_model: {teacher_args.model_name_or_path}` cannot be loaded "
             f"({_first_line(error)}): are its files all there and whole?"
         ) from error
 
@@ -137,7 +134,7 @@ def _our_trainer(
     """For the duration, the host's SFT workflow builds our trainer where it names its own."""
     from transformers.utils import logging
 
-    from ..teacher import Teacher, TeacherSource, common_vocabulary
+    from ..teacher import TeacherSource, common_vocabulary
     from ..trainer import DistillationTrainer
     from .cached_teacher import CacheOfRun
 
@@ -154,14 +151,19 @@ def _our_trainer(
                 CacheOfRun(model_args, data_args, training_args, finetuning_args, kwargs)
             )
 
-        model: Any = load_teacher(model_args, finetuning_args) if cache is None or cache.needs_model else None
-        teacher_rows = (cache.vocab_size if cache is not None else None) or _head_rows(model)
-        vocab_size, explanation = common_vocabulary(kwargs["tokenizer"], _head_rows(kwargs["model"]), teacher_rows)
+        student_rows = _head_rows(kwargs["model"])
+        make_online: Any = None
+        rows: Any = None
+        if cache is None or cache.needs_model:
+            make_online, rows = _online(model_args, training_args, finetuning_args, kwargs["model"])
+
+        teacher_rows = (cache.vocab_size if cache is not None else None) or rows
+        vocab_size, explanation = common_vocabulary(kwargs["tokenizer"], student_rows, teacher_rows)
         if explanation:
             logging.get_logger(__name__).warning(explanation)
 
         def make_teacher(accelerator: Any) -> TeacherSource:
-            return cache.make_teacher(model, accelerator) if cache is not None else Teacher(model, accelerator)
+            return cache.make_teacher(make_online, accelerator) if cache is not None else make_online(accelerator)
 
         trainer = SekdTrainer(
             make_teacher=make_teacher,
@@ -181,6 +183,28 @@ def _our_trainer(
             yield
     finally:
         workflow.CustomSeq2SeqTrainer = host_trainer
+
+
+def _online(
+    model_args: Any, training_args: Any, finetuning_args: DistillationArguments, student: Any
+) -> tuple[Callable[[Any], Teacher], int]:
+    """Load a teacher that computes; return what makes it from the trainer's accelerator, and the rows of its head."""
+    from ..teacher import SharedTeacher, Teacher, add_teacher_adapters
+
+    if finetuning_args.teacher_model == SELF:
+        adapters = finetuning_args.teacher_model_adapters
+        hub = {
+            "cache_dir": model_args.cache_dir,
+            "revision": model_args.model_revision,
+            "token": model_args.hf_hub_token,
+        }
+        rows = _head_rows(student)
+        names = add_teacher_adapters(student, adapters.split(",") if adapters else [], **hub)
+        return lambda _: SharedTeacher(student, names), rows
+
+    model = load_teacher(model_args, training_args, finetuning_args)
+    placement = placement_of(finetuning_args)
+    return lambda accelerator: Teacher(model, accelerator, placement), _head_rows(model)
 
 
 def _head_rows(model: Any) -> int:

@@ -33,8 +33,8 @@ def is_supported() -> bool:
 def sekd_requested(argv: Sequence[str]) -> bool:
     """Whether a command line (without the program's name) asks for ``stage: sekd``.
 
-    It looks at ``--stage sekd``, ``stage=sekd`` and the ``stage`` of a YAML or JSON file, and it never raises: it
-    serves only to word the refusal of a host that we do not support.
+    It looks at ``--stage sekd``, ``stage=sekd`` and the ``stage`` of a YAML or JSON file, and it never raises: what
+    cannot be read is refused elsewhere.
     """
     words = [word for argument in argv for word in argument.removeprefix("--").split("=", 1)]
     if any(key == "stage" for key in words):

@@ -10,6 +10,7 @@ from llamafactory.extras.constants import PEFT_METHODS, SUPPORTED_MODELS
 from llamafactory.webui.common import DEFAULT_SAVE_DIR, get_model_path, get_save_dir, load_config
 from llamafactory.webui.locales import ALERTS
 
+from ..arguments import SELF
 from ..webui.page import LoadedModel, Page
 
 
@@ -97,11 +98,17 @@ def _teacher_arguments(values: Mapping[str, Any]) -> dict[str, Any] | None:
     if not name:
         return None
 
-    arguments = {"model_name_or_path": model_path(name), **_shared_arguments()}
-    if adapters := adapter_paths(name, values["train.teacher_model_adapters"]):
+    is_shared = name == SELF
+    arguments: dict[str, Any] = {"model_name_or_path": model_path(name)}
+    if is_shared:
+        arguments = _student_arguments(values, None)
+
+    arguments.update(_shared_arguments())
+    trained_from = values["top.model_name"] if is_shared else name
+    if adapters := adapter_paths(trained_from, values["train.teacher_model_adapters"]):
         arguments["adapter_name_or_path"] = ",".join(adapters)
 
-    if values["train.teacher_model_quantization_bit"] != "none":
+    if not is_shared and values["train.teacher_model_quantization_bit"] != "none":
         arguments["quantization_bit"] = int(values["train.teacher_model_quantization_bit"])
 
     return arguments

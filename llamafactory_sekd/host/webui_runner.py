@@ -10,7 +10,7 @@ from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
-from ..arguments import KEYS, STAGE
+from ..arguments import KEYS, SELF, STAGE
 from ..errors import SekdError
 
 
@@ -62,7 +62,8 @@ def extend_runner(host_class: type) -> type:
             values = {key: data[self.manager.get_elem_by_id(f"train.{key}")] for key in KEYS}
             teacher = values["teacher_model"]
             values["teacher_model"] = model_path(teacher)
-            values["teacher_model_adapters"] = adapter_paths(teacher, values["teacher_model_adapters"])
+            trained_from = data[self.manager.get_elem_by_id("top.model_name")] if teacher == SELF else teacher
+            values["teacher_model_adapters"] = adapter_paths(trained_from, values["teacher_model_adapters"])
             return distillation_keys(values)
 
         def _refusal(self, data: dict[Any, Any]) -> str:

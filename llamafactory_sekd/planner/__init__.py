@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .estimate import Estimate, Row, estimate
-from .run import Blueprint, Run
+from .run import Blueprint, Run, TeacherPlace
 from .sharding import Sharding
 
 
-__all__ = ["Blueprint", "Estimate", "Row", "Run", "Sharding", "estimate"]
+__all__ = ["Blueprint", "Estimate", "Row", "Run", "Sharding", "TeacherPlace", "estimate"]

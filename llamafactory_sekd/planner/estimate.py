@@ -109,7 +109,8 @@ class _Ledger:
         self.gradient_size = engine.itemsize if engine else self.student.trainable_bytes // max(self.trained, 1)
         # A quantised teacher stays whole on each device.
         quantized = run.teacher is not None and run.teacher.quantization_bit is not None
-        self.teacher_is_sharded = self.sharding.shards_parameters and not quantized
+        self.teachers = run.place.sharding or self.sharding
+        self.teacher_is_sharded = self.teachers.shards_parameters and not quantized
 
     def parameters(self) -> Row:
         why = f"{_count(self.student.parameters)}, {_count(self.trained)} of them trained"
@@ -166,22 +167,32 @@ class _Ledger:
         if teacher is None:
             return Row("teacher", "")
 
-        is_sharded = self.teacher_is_sharded
+        place, is_sharded = self.run.place, self.teacher_is_sharded
+        if place.kind == "student":
+            return _always("teacher", "its adapters; the base is the student's", place.adapters)
+
         why = f"{_count(teacher.parameters)}, {8 * teacher.bytes / teacher.parameters:.3g} bits each"
+        if place.kind != "device" and not is_sharded:
+            here = (teacher.head + (teacher.largest_leaf if place.streamed else 0)) * teacher.item_size
+            host = teacher.bytes if place.kind == "main memory" else 0
+            what = "its head and the largest layer" if place.streamed else "its head"
+            return Row("teacher", f"{what}; {why}, in {place.kind}", backward=here, step=here, host=host)
+
         size = self._share(teacher.bytes, is_sharded)
-        return _always("teacher", why + self._over(is_sharded), size, self.sharding.offload_param and is_sharded)
+        return _always("teacher", why + self._over(is_sharded), size, self.teachers.offload_param and is_sharded)
 
     def gathered(self) -> Row:
         """ZeRO-3 gathers weights as they are needed."""
-        if not self.sharding.shards_parameters:
-            return Row("gathered weights", "")
+        size = 0
+        if self.sharding.shards_parameters:
+            # Weights whose next use is near stay: those in the last part of the forward pass, used first in the
+            # backward.
+            kept = self.sharding.reuse_distance // 2 + self.sharding.prefetch + self.student.largest_leaf
+            size += self.student.item_size * min(self.student.parameters, kept)
 
-        # Weights whose next use is near stay: those in the last part of the forward pass, used first in the backward.
-        kept = self.sharding.reuse_distance // 2 + self.sharding.prefetch + self.student.largest_leaf
-        size = self.student.item_size * min(self.student.parameters, kept)
         teacher = self.rehearsal.teacher
         if teacher is not None and self.teacher_is_sharded:
-            size += teacher.item_size * min(teacher.parameters, self.sharding.prefetch + teacher.largest_leaf)
+            size += teacher.item_size * min(teacher.parameters, self.teachers.prefetch + teacher.largest_leaf)
 
         return Row("gathered weights", "those in use or soon used again", backward=size)
 

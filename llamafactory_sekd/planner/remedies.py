@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..arguments import AUTO, SELF
 from .estimate import Estimate
 from .run import Run
 
@@ -38,7 +39,16 @@ def remedies_for(config: Mapping[str, Any], run: Run) -> list[Remedy]:
     """The remedies that a run has not taken yet, the cheapest first."""
     return [
         remedy
-        for make in (_checkpointing, _micro_batch, _zero, _offload, _cache, _quantized_teacher, _lora)
+        for make in (
+            _checkpointing,
+            _micro_batch,
+            _zero,
+            _offload,
+            _cache,
+            _teacher_offload,
+            _quantized_teacher,
+            _lora,
+        )
         if (remedy := make(config, run)) is not None
     ]
 
@@ -63,6 +73,9 @@ def price(
     """
     gathered: dict[str, Any] = {}
     for remedy in remedies_for(config, run):
+        if "teacher_cache" in gathered and any(key.startswith("teacher_") for key in remedy.keys):
+            continue  # the teacher is gone already
+
         alone = plan(_changed(config, remedy.keys)).device
         if alone > 0.99 * needed:
             continue
@@ -98,14 +111,14 @@ def _micro_batch(config: Mapping[str, Any], run: Run) -> Remedy | None:
 
 
 def _zero(config: Mapping[str, Any], run: Run) -> Remedy | None:
-    if run.devices == 1 or (run.sharding is not None and run.sharding.stage == 3) or _is_quantized(run):
+    if run.devices == 1 or (run.sharding is not None and run.sharding.stage == 3) or not _takes_zero_3(config, run):
         return None
 
     return Remedy({"deepspeed": _zero_3(run)}, "deepspeed: a file with ZeRO-3", "communication")
 
 
 def _offload(config: Mapping[str, Any], run: Run) -> Remedy | None:
-    if not run.accelerator or run.distillation is None or _is_quantized(run):
+    if not run.accelerator or run.distillation is None or not _takes_zero_3(config, run):
         return None
 
     if run.sharding is not None and run.sharding.offload_optimizer:
@@ -119,12 +132,31 @@ def _cache(config: Mapping[str, Any], run: Run) -> Remedy | None:
     if run.teacher is None:
         return None
 
-    keys = {"teacher_cache": "teacher_cache", "teacher_model": None}
+    if run.place.kind == "student":
+        return None
+
+    keys = {**{key: None for key in config if key.startswith("teacher_model")}, "teacher_cache": "teacher_cache"}
+    keys.update(teacher_offload=None, teacher_deepspeed=None)
     return Remedy(keys, "teacher_cache instead of teacher_model (sekd cache)", "disk, and the teacher once beforehand")
+
+
+def _teacher_offload(config: Mapping[str, Any], run: Run) -> Remedy | None:
+    if run.teacher is None or run.teacher.quantization_bit is not None or not run.accelerator:
+        return None
+
+    if run.place.kind != "device" or config.get("teacher_deepspeed") or config.get("teacher_offload"):
+        return None
+
+    return Remedy(
+        {"teacher_offload": True}, "teacher_offload: true", "the teacher's weights sent in each forward pass"
+    )
 
 
 def _quantized_teacher(config: Mapping[str, Any], run: Run) -> Remedy | None:
     if run.teacher is None or run.teacher.quantization_bit is not None or not run.accelerator:
+        return None
+
+    if run.place.kind != "device" or config.get("teacher_deepspeed") or config.get("teacher_offload"):
         return None
 
     return Remedy({"teacher_model_quantization_bit": 4}, "teacher_model_quantization_bit: 4", "an inexact teacher")
@@ -148,5 +180,6 @@ def _zero_3(run: Run) -> dict[str, Any]:
     return {"zero_optimization": _ZERO_3, "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
 
 
-def _is_quantized(run: Run) -> bool:
-    return run.student.quantization_bit is not None
+def _takes_zero_3(config: Mapping[str, Any], run: Run) -> bool:
+    apart = config.get("teacher_model_device", AUTO) != AUTO or config.get("teacher_model") == SELF
+    return run.student.quantization_bit is None and not apart

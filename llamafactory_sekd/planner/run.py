@@ -29,6 +29,23 @@ class Blueprint:
 
 
 @dataclass(frozen=True)
+class TeacherPlace:
+    """Where the teacher's weights are while its forward pass does not need them.
+
+    Attributes:
+        kind: `device` (the student's), `main memory`, `another device`, or `student` where they are its base.
+        streamed: whether they come to the device layer by layer.
+        adapters: bytes of the adapters that it has beside the student's base.
+        sharding: of its own engine, None for the student's.
+    """
+
+    kind: str = "device"
+    streamed: bool = False
+    adapters: int = 0
+    sharding: Sharding | None = None
+
+
+@dataclass(frozen=True)
 class Run:
     """A training run.
 
@@ -46,6 +63,7 @@ class Run:
         devices: how many take part.
         sharding: DeepSpeed's, None where every device keeps everything.
         accelerator: whether the devices are accelerators; otherwise each is a process in the machine's memory.
+        place: where the teacher is.
     """
 
     student: Blueprint
@@ -61,3 +79,4 @@ class Run:
     devices: int = 1
     sharding: Sharding | None = None
     accelerator: bool = True
+    place: TeacherPlace = TeacherPlace()

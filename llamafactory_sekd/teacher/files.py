@@ -38,6 +38,23 @@ def check_teacher_files(teacher_model: str) -> None:
         raise TeacherError(f"`teacher_model: {teacher_model}` holds no config.json: give the folder of a saved model.")
 
 
+def check_adapter_files(adapters: str) -> None:
+    """Check the local folders among a teacher's adapters, separated by commas; a hub id passes.
+
+    Raises:
+        TeacherError: one of them holds no adapter.
+    """
+    for name in adapters.split(","):
+        path = Path(name).expanduser()
+        if path.is_dir() and not (path / "adapter_config.json").is_file():
+            raise TeacherError(
+                f"`teacher_model_adapters: {name}` holds no adapter_config.json: give the folder of a saved adapter."
+            )
+
+        if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+            raise TeacherError(f"`teacher_model_adapters: {name}` does not exist: give the folder of a saved adapter.")
+
+
 def check_is_causal(teacher_model: str, config: Any) -> None:
     """Check that a configuration belongs to a causal language model.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 
 from ..heads import (
@@ -17,6 +18,7 @@ from ..heads import (
     whole_parameters,
 )
 from ..objectives import LogitsSource
+from .placement import Placement, place
 from .source import Answers, product
 
 
@@ -26,23 +28,26 @@ class Teacher:
     Args:
         model: the model, loaded and not yet placed.
         accelerator: the trainer's accelerator; the teacher is sharded and placed where it puts models.
+        placement: where it stands otherwise.
     """
 
     collated_keys: tuple[str, ...] = ()
 
-    def __init__(self, model: nn.Module, accelerator: Any) -> None:
+    def __init__(self, model: nn.Module, accelerator: Any, placement: Placement | None = None) -> None:
+        placement = placement or Placement()
         model.requires_grad_(False)
         self.head: Any = model.get_output_embeddings()  # type: ignore[operator]
-        self.model: nn.Module = _place(model, accelerator)
+        self.device = placement.device
+        self.model: nn.Module = place(model, self.head, accelerator, placement)
         self.model.eval()
 
     def can_hand_out_hidden_states(self, inputs: dict[str, Any]) -> bool:
         """Whether logits are exactly head times hidden states, and the head can be read outside of a forward pass."""
-        return (
-            is_plain_product(self.head)
-            and not _is_flat(self.model)
-            and hands_out_what_the_head_returns(self.model, self.head, inputs)
-        )
+        if not is_plain_product(self.head) or _is_flat(self.model):
+            return False
+
+        with self._speaking():
+            return hands_out_what_the_head_returns(self.model, self.head, self._there(inputs))
 
     @torch.no_grad()
     def logits(self, inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
@@ -52,8 +57,8 @@ class Teacher:
             inputs: the batch as the student sees it (ids, attention mask, position ids), without labels.
             rows: ``[batch, length]`` bool, from :func:`llamafactory_sekd.heads.response_positions`.
         """
-        with selected_rows(self.head, rows):
-            return self.model(**inputs, use_cache=False).logits[0]
+        with self._speaking(), selected_rows(self.head, rows):
+            return self.model(**self._there(inputs), use_cache=False).logits[0].to(rows.device)
 
     @torch.no_grad()
     def hidden_states(self, inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
@@ -64,10 +69,10 @@ class Teacher:
             caught.append(hidden[rows.to(hidden.device)])
             return hidden.new_zeros(1, 1, 1)
 
-        with replaced_forward(self.head, catch):
-            self.model(**inputs, use_cache=False)
+        with self._speaking(), replaced_forward(self.head, catch):
+            self.model(**self._there(inputs), use_cache=False)
 
-        return caught[0]
+        return caught[0].to(rows.device)
 
     def can_answer_in_chunks(self, inputs: dict[str, Any]) -> bool:
         """Where its logits are a product that can be formed anywhere."""
@@ -80,7 +85,8 @@ class Teacher:
         @contextmanager
         def opened(vocab_size: int | None) -> Iterator[LogitsSource]:
             with self.head_parameters() as (weight, bias):
-                yield product(hidden, weight, bias, vocab_size)
+                bias = None if bias is None else bias.to(hidden.device)
+                yield product(hidden, weight.to(hidden.device), bias, vocab_size)
 
         return opened
 
@@ -90,9 +96,13 @@ class Teacher:
         with whole_parameters(self.head) as parameters:
             yield parameters
 
+    def _speaking(self) -> AbstractContextManager[None]:
+        """What has to hold while the model computes."""
+        return nullcontext()
 
-def _is_quantized(model: nn.Module) -> bool:
-    return bool(getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False))
+    def _there(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch where the teacher stands."""
+        return inputs if self.device is None else send_to_device(inputs, self.device)
 
 
 def _is_flat(model: nn.Module) -> bool:
@@ -100,27 +110,3 @@ def _is_flat(model: nn.Module) -> bool:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     return isinstance(model, FullyShardedDataParallel)
-
-
-def _place(model: nn.Module, accelerator: Any) -> nn.Module:
-    """Place and shard a frozen model the way the student is."""
-    if _is_quantized(model):  # bitsandbytes has put it on its device already
-        return model
-
-    state = accelerator.state
-    if getattr(state, "deepspeed_plugin", None) is not None:
-        from trl.models.utils import prepare_deepspeed
-
-        return prepare_deepspeed(model, accelerator)
-
-    if getattr(state, "fsdp_plugin", None) is not None:
-        if getattr(accelerator, "is_fsdp2", False):
-            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-
-            return fsdp2_prepare_model(accelerator, model)
-
-        from trl.models.utils import prepare_fsdp
-
-        return prepare_fsdp(model, accelerator)
-
-    return accelerator.prepare_model(model, evaluation_mode=True)

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from ..arguments import HARD_SCALES, KEYS, DistillationArguments
+from ..arguments import AUTO, HARD_SCALES, KEYS, DistillationArguments
 from .labels import element_labels, objective_choices
 from .settings import NO_QUANTIZATION, unused_keys
 
@@ -86,6 +86,16 @@ def build_panel() -> Panel:
             built["kd_hard_scale"] = gr.Dropdown(
                 choices=list(HARD_SCALES), value=_default("kd_hard_scale"), **_texts("kd_hard_scale")
             )
+
+        with gr.Row():
+            built["teacher_model_device"] = gr.Dropdown(
+                choices=[AUTO, "cpu", "cuda:1"],
+                value=_default("teacher_model_device"),
+                allow_custom_value=True,
+                **_texts("teacher_model_device"),
+            )
+            built["teacher_offload"] = gr.Checkbox(value=_default("teacher_offload"), **_texts("teacher_offload"))
+            built["teacher_deepspeed"] = _text("teacher_deepspeed")
 
         with gr.Row():
             for key in KEYS:

@@ -1,13 +1,16 @@
-"""Two launchers that meet are one run, and a rank that is killed takes the run down, to be resumed whole."""
+"""Two launchers that meet are one run; a launcher or a rank that is killed takes the run down, to be resumed whole."""
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import engines
+import psutil
 import pytest
 import torch
 from runs import CLI, base_config, command, logged, train, weights, write_yaml
@@ -56,9 +59,35 @@ def test_two_nodes_are_one_rank(tiny_root, one_rank, tmp_path):
     assert_same(tmp_path / "out", one_rank)
 
 
-def test_a_run_whose_rank_was_killed_is_resumed_by_the_same_command(tiny_root, one_rank, tmp_path):
+def kill_launcher_after_a_step(arguments: list[str], env: dict[str, str], checkpoint: Path) -> list[psutil.Process]:
+    """Start two ranks, kill the process that started them after a checkpoint, and return all that it had started."""
+    with (checkpoint.parents[1] / "killed.log").open("wb") as log:
+        launcher = psutil.Popen(arguments, env=env, cwd=checkpoint.parents[1], stdout=log, stderr=log)
+    deadline = time.time() + 120
+    while not (checkpoint / "trainer_state.json").exists() and time.time() < deadline:
+        time.sleep(0.002)
+    family = launcher.children(recursive=True)
+    launcher.kill()
+    assert launcher.wait() == -signal.SIGKILL  # it had not ended by itself
+    return family
+
+
+def test_a_run_whose_launcher_and_then_whose_rank_was_killed_is_resumed_by_the_same_command(
+    tiny_root, one_rank, tmp_path
+):
     saving = {"save_strategy": "steps", "save_steps": 2, "overwrite_output_dir": False, "ddp_backend": "gloo"}
     config = base_config(tiny_root, output_dir=str(tmp_path / "out"), **STEPS, **saving)
+    path = write_yaml(tmp_path / "run.yaml", config)
+    ranks = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "MASTER_PORT": str(engines.free_port())}
+
+    family = kill_launcher_after_a_step(
+        [CLI, "train", str(path)], {**engines.environment(), **ranks}, tmp_path / "out" / "checkpoint-2"
+    )
+    assert len(family) >= 3  # torchrun, which is killed with it, and the ranks, which are killed with torchrun
+    _, left = psutil.wait_procs(family, timeout=10)
+    assert not left
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
     jobs = tmp_path / "jobs.json"
     jobs.write_text(json.dumps([{"config": config, "kill": "in_a_step_of_rank_1"}]))
     killed = command(engines.torchrun(engines.SEQUENCE, str(jobs)), cwd=tmp_path)
@@ -66,8 +95,6 @@ def test_a_run_whose_rank_was_killed_is_resumed_by_the_same_command(tiny_root, o
     assert "SIGKILL" in killed.stderr or "Signal 9" in killed.stderr
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
-    path = write_yaml(tmp_path / "run.yaml", config)
-    env = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "MASTER_PORT": str(engines.free_port())}
-    again = command([sys.executable, "-m", "llamafactory_sekd", "train", str(path)], env=env, cwd=tmp_path)
+    again = command([sys.executable, "-m", "llamafactory_sekd", "train", str(path)], env=ranks, cwd=tmp_path)
     assert again.returncode == 0, again.stderr[-3000:]
     assert_same(tmp_path / "out", one_rank)

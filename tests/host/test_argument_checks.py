@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch  # noqa: F401  (registers the plug-in, as in every process of the host)
@@ -14,6 +17,8 @@ from llamafactory_sekd.errors import ArgumentError
 
 
 KNOWN = {name for group in _TRAIN_ARGS for name in group.__dataclass_fields__}
+ZERO_3 = str(Path(__file__).parents[2] / "examples" / "deepspeed" / "ds_z3_config.json")
+SELF = {"teacher_model": "self", "finetuning_type": "lora"}
 BAD_KEYS = [
     ({"teacher_model": None}, ["teacher_model", "missing", "hub id"]),
     ({"kd_loss": "jsd"}, ["kd_loss: jsd", *KD_LOSSES]),
@@ -39,6 +44,25 @@ BAD_KEYS = [
     ({"kd_chunk_size": 0}, ["kd_chunk_size: 0"]),
     ({"teacher_model_quantization_bit": 3}, ["teacher_model_quantization_bit: 3", "4 or 8"]),
     ({"teacher_model_quantization_bit": 4}, ["teacher_model_quantization_bit: 4", "CUDA"]),
+    ({"teacher_model_device": "gpu"}, ["teacher_model_device: gpu", "auto, cpu, or cuda:N"]),
+    ({"teacher_model_device": "cuda:99"}, ["teacher_model_device: cuda:99", "CUDA", "cpu"]),
+    ({"teacher_model_device": "cpu", "teacher_offload": True}, ["teacher_offload: True", "device: cpu", "remove one"]),
+    ({"teacher_model_device": "cpu", "deepspeed": ZERO_3}, ["teacher_model_device: cpu", "ZeRO-3", "remove the key"]),
+    ({"teacher_model_device": "cpu", "fsdp": "full_shard"}, ["teacher_model_device: cpu", "FSDP"]),
+    ({"teacher_offload": "yes"}, ["teacher_offload: yes", "true or false"]),
+    ({"teacher_offload": True, "fsdp": "full_shard"}, ["teacher_offload: true", "fsdp_offload_params"]),
+    ({"teacher_offload": True, "teacher_model_quantization_bit": 4}, ["teacher_offload: True", "quantized", "remove"]),
+    ({"teacher_deepspeed": ZERO_3}, ["teacher_deepspeed: ", "set `deepspeed`"]),
+    ({"teacher_deepspeed": "no.json", "deepspeed": ZERO_3}, ["teacher_deepspeed: no.json", "cannot be read"]),
+    ({"teacher_model": None, "teacher_cache": "x", "teacher_offload": True}, ["teacher_offload: True", "missing"]),
+    ({"teacher_model": "self"}, ["teacher_model: self", "finetuning_type: lora", "is full"]),
+    ({**SELF, "teacher_offload": True}, ["teacher_offload: True", "stands where it does"]),
+    ({**SELF, "teacher_model_quantization_bit": 4}, ["teacher_model_quantization_bit: 4", "set `quantization_bit`"]),
+    ({**SELF, "pissa_init": True}, ["pissa_init: true", "teacher_model: self"]),
+    ({**SELF, "adapter_name_or_path": "a,b"}, ["adapter_name_or_path: a,b", "merged"]),
+    ({**SELF, "adapter_name_or_path": "a", "create_new_adapter": True}, ["adapter_name_or_path: a", "merged"]),
+    ({**SELF, "deepspeed": ZERO_3}, ["teacher_model: self", "ZeRO-3", "ZeRO-2"]),
+    ({**SELF, "fsdp": "full_shard"}, ["teacher_model: self", "FSDP"]),
     ({"use_dft_loss": True}, ["use_dft_loss", "sekd"]),
     ({"use_eaft_loss": True}, ["use_eaft_loss"]),
     ({"use_asft_loss": True}, ["use_asft_loss"]),
@@ -47,6 +71,13 @@ BAD_KEYS = [
     ({"use_unsloth": True, "finetuning_type": "lora"}, ["use_unsloth", "logits"]),
     ({"label_smoothing_factor": 0.1}, ["label_smoothing_factor: 0.1", "kd_lambda"]),
 ]
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """transformers leaves a run's engine there for the next one."""
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.mark.parametrize(("overrides", "words"), BAD_KEYS, ids=lambda value: str(value)[:60])
@@ -109,6 +140,19 @@ def test_gamma_on_the_command_line_is_auto_or_a_number(tmp_path, monkeypatch, te
     options = [part for key, value in config.items() for part in (f"--{key}", str(value))]
     monkeypatch.setattr("sys.argv", ["train", *options])
     assert get_train_args(None)[3].kd_gamma == gamma
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("[]", "must hold a JSON object"), ("{", "is not JSON"), ('{"zero_optimization": {"stage": 2}}', "3, or 0")],
+)
+def test_a_deepspeed_file_that_no_teacher_can_use_is_refused(tmp_path, content, words):
+    own = tmp_path / "own.json"
+    own.write_text(content)
+    keys = {"teacher_deepspeed": str(own), "deepspeed": ZERO_3}
+    with pytest.raises(ArgumentError, match=f"`teacher_deepspeed: {own}`.*{words}") as caught:
+        get_train_args(base_config(tmp_path, output_dir=str(tmp_path / "out"), **keys))
+    assert "\n" not in str(caught.value)
 
 
 def test_infinite_gamma_is_a_number():

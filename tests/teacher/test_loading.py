@@ -7,7 +7,7 @@ from llamafactory.hparams import FinetuningArguments, ModelArguments
 
 
 def test_the_teachers_path_adapters_and_bits_take_the_place_of_the_students():
-    from llamafactory_sekd.host.stage import teacher_model_arguments
+    from llamafactory_sekd.host.model_arguments import teacher_model_arguments
 
     student = ModelArguments(model_name_or_path="student", adapter_name_or_path="a", trust_remote_code=True)
     keys = FinetuningArguments(

@@ -1,0 +1,181 @@
+"""Where the teacher of a run stands: what cannot be combined, and the DeepSpeed configuration for loading it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..arguments import AUTO, SELF, DistillationArguments
+from ..errors import ArgumentError
+from .model_arguments import own_device
+
+
+if TYPE_CHECKING:
+    from ..teacher import Placement
+
+
+def placement_of(finetuning_args: DistillationArguments) -> Placement:
+    """Where the teacher of a parsed run stands."""
+    from ..teacher import Placement
+
+    own = finetuning_args.teacher_deepspeed
+    engine = None if own is None else read_deepspeed_file("teacher_deepspeed", own)
+    return Placement(own_device(finetuning_args), finetuning_args.teacher_offload, engine)
+
+
+@contextmanager
+def teachers_deepspeed(training_args: Any, finetuning_args: DistillationArguments) -> Iterator[None]:
+    """For the duration, transformers loads weights as the teacher's engine shards them, not the student's."""
+    plugin = getattr(training_args, "deepspeed_plugin", None)
+    if plugin is None:
+        yield
+        return
+
+    from transformers.integrations import HfDeepSpeedConfig, deepspeed
+
+    from ..teacher import engine_config
+
+    placement, students = placement_of(finetuning_args), deepspeed._hf_deepspeed_config_weak_ref
+    # It is the current one from here on, as long as it exists.
+    teachers = HfDeepSpeedConfig(engine_config(plugin.deepspeed_config, placement.engine, placement.offload))
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = students
+        del teachers
+
+
+def check_placement(model_args: Any, training_args: Any, finetuning_args: Any) -> None:
+    """Check where the teacher shall stand against how the student is trained.
+
+    Each argument may be an object that holds the keys of a YAML file and no others.
+
+    Raises:
+        ArgumentError: the two cannot be combined.
+    """
+    stage, fsdp = _zero_stage(training_args), _uses_fsdp(training_args)
+    if getattr(finetuning_args, "teacher_model", None) == SELF:
+        _check_shared(model_args, finetuning_args, stage, fsdp)
+
+    device = getattr(finetuning_args, "teacher_model_device", AUTO)
+    if device != AUTO and (stage == 3 or fsdp):
+        engine = "FSDP" if fsdp else "ZeRO-3"
+        raise ArgumentError(
+            f"`teacher_model_device: {device}` cannot be used: {engine} shards the teacher over all ranks, as it does "
+            "the student: remove the key, or train with DDP or ZeRO-2."
+        )
+
+    if getattr(finetuning_args, "teacher_offload", False) and fsdp:
+        raise ArgumentError(
+            "`teacher_offload: true` cannot be used with FSDP: set `fsdp_offload_params: true` in its configuration."
+        )
+
+    own = getattr(finetuning_args, "teacher_deepspeed", None)
+    if own is not None:
+        _check_own_engine(own, stage)
+
+
+def check_devices(finetuning_args: Any) -> None:
+    """Check that the device of the teacher's own exists here.
+
+    Raises:
+        ArgumentError: it does not.
+    """
+    name = str(getattr(finetuning_args, "teacher_model_device", AUTO))
+    count = torch.cuda.device_count()
+    if name.startswith("cuda:") and int(name.removeprefix("cuda:")) >= count:
+        there = f"cuda:0 to cuda:{count - 1}" if count else "no CUDA device"
+        raise ArgumentError(
+            f"`teacher_model_device: {name}` does not exist, this machine has {there}: choose one that it has, cpu, "
+            f"or {AUTO}."
+        )
+
+
+def read_deepspeed_file(key: str, source: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Read a DeepSpeed configuration.
+
+    Raises:
+        ArgumentError: it cannot be read, or is no JSON object.
+    """
+    if isinstance(source, Mapping):
+        return dict(source)
+
+    try:
+        config = json.loads(Path(source).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArgumentError(f"`{key}: {source}` cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ArgumentError(f"`{key}: {source}` is not JSON: {error}.") from error
+
+    if not isinstance(config, dict):
+        raise ArgumentError(f"`{key}: {source}` is not a DeepSpeed configuration: it must hold a JSON object.")
+
+    return config
+
+
+def _check_own_engine(own: str, stage: int | None) -> None:
+    if stage is None:
+        raise ArgumentError(
+            f"`teacher_deepspeed: {own}` needs a student under DeepSpeed: set `deepspeed` as well, or remove it."
+        )
+
+    zero = read_deepspeed_file("teacher_deepspeed", own).get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 3):
+        raise ArgumentError(
+            f"`teacher_deepspeed: {own}` must have `zero_optimization.stage` 3, or 0 for a teacher whole on each "
+            "rank: the others shard optimizer states and gradients, which a teacher has not."
+        )
+
+
+def _check_shared(model_args: Any, finetuning_args: Any, stage: int | None, fsdp: bool) -> None:
+    kind = getattr(finetuning_args, "finetuning_type", "lora")
+    if kind != "lora":
+        raise ArgumentError(
+            f"`teacher_model: {SELF}` needs `finetuning_type: lora`, and it is {kind}, which changes the base itself: "
+            "name the base model under `teacher_model`."
+        )
+
+    if getattr(finetuning_args, "pissa_init", False):
+        raise ArgumentError(
+            f"`pissa_init: true` takes a part out of the base that `teacher_model: {SELF}` shares: remove one of them."
+        )
+
+    adapters = getattr(model_args, "adapter_name_or_path", None) or []
+    adapters = adapters.split(",") if isinstance(adapters, str) else adapters
+    if len(adapters) > 1 or (adapters and getattr(finetuning_args, "create_new_adapter", False)):
+        raise ArgumentError(
+            f"`adapter_name_or_path: {','.join(adapters)}` is merged into the base that `teacher_model: {SELF}` "
+            "shares: name the base model under `teacher_model`."
+        )
+
+    if fsdp or stage == 3:
+        engine = "FSDP" if fsdp else "ZeRO-3"
+        raise ArgumentError(
+            f"`teacher_model: {SELF}` cannot be used with {engine}, which shards the base for one forward pass at a "
+            "time: name the base model under `teacher_model`, or train with DDP or ZeRO-2."
+        )
+
+
+def _zero_stage(training_args: Any) -> int | None:
+    """The student's stage of ZeRO, None without DeepSpeed; a file that cannot be read is left to others to refuse."""
+    source = getattr(training_args, "deepspeed", None)
+    if not source:
+        launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "") == "true"
+        return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)) if launched else None
+
+    try:
+        zero = read_deepspeed_file("deepspeed", source).get("zero_optimization", {})
+    except ArgumentError:
+        return 0
+
+    return zero.get("stage", 0) if isinstance(zero, dict) else 0
+
+
+def _uses_fsdp(training_args: Any) -> bool:
+    return bool(getattr(training_args, "fsdp", None)) or os.environ.get("ACCELERATE_USE_FSDP", "") == "true"
