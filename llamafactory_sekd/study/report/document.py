@@ -46,6 +46,11 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
 
+    @property
+    def marked(self) -> bool:
+        """Tell whether any figure has a mark, so that the others leave room for one."""
+        return any(entry.mark for row in self.rows for entry in row.entries)
+
 
 @dataclass(frozen=True)
 class Plot:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from llamafactory_sekd.arguments import STAGE
 from llamafactory_sekd.evaluation.files import read_json
 from llamafactory_sekd.study.report.cells import Cell, Group, Summary, summarize
+from llamafactory_sekd.study.report.paired import paired_cells
 
 
 # Logged points of one curve; more of them are averaged in equal windows.
@@ -31,9 +32,17 @@ class Histories:
         self._root = root
         self._logs: dict[str, list[dict[str, Any]]] = {}
 
-    def curve(self, group: Group, metric: str) -> Curve | None:
-        """Return the curve of a metric at the steps that all seeds have, None without any."""
-        seeds = [series for cell in group.cells.values() if (series := self._series(cell, metric))]
+    def curve(self, group: Group, metric: str, baseline: Group | None = None) -> Curve | None:
+        """Return the curve of a metric at the steps that all seeds have, None without any.
+
+        With ``baseline`` it is the difference to that group, seed by seed.
+        """
+        if baseline is None:
+            seeds = [self._series(cell, metric) for cell in group.cells.values()]
+        else:
+            pairs = paired_cells(group, baseline)
+            seeds = [_minus(self._series(one, metric), self._series(other, metric)) for one, other in pairs]
+        seeds = [series for series in seeds if series]
         if not seeds:
             return None
         steps = sorted(set.intersection(*(set(series) for series in seeds)))
@@ -59,6 +68,10 @@ class Histories:
             state = read_json(self._root / path)
             self._logs[path] = state.get("log_history", []) if isinstance(state, dict) else []
         return self._logs[path]
+
+
+def _minus(series: Mapping[int, float], other: Mapping[int, float]) -> dict[int, float]:
+    return {step: value - other[step] for step, value in series.items() if step in other}
 
 
 def _windows(steps: Sequence[int]) -> list[Sequence[int]]:

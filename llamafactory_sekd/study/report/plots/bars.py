@@ -13,8 +13,12 @@ from llamafactory_sekd.study.report.plots.style import SOFT, Look, canvas, finis
 from llamafactory_sekd.study.report.tables import entry, last_column, shown_metrics
 
 
+# More of them are a table's business.
+MOST_BARS = 14
+
+
 def similarity_plot(study: Study, groups: Sequence[Group], looks: Mapping[str, Look]) -> Plot | None:
-    """Draw BLEU with the teacher's translations as references (Fig. 4)."""
+    """Draw BLEU with the teacher's translations as references (Fig. 4); None where there are none, or too many."""
     column = last_column(study)
     values = {
         group: [(cell["similarity"] or {}).get(column) for cell in group.cells.values()]
@@ -22,7 +26,7 @@ def similarity_plot(study: Study, groups: Sequence[Group], looks: Mapping[str, L
         if group.system != study.teacher
     }
     kept = {group: known for group, seeds in values.items() if (known := [one for one in seeds if one is not None])}
-    if not kept:
+    if not kept or len(kept) > MOST_BARS:
         return None
     with canvas(height=_height(len(kept))) as (figure, (axes,)):
         _bars(axes, kept, looks)

@@ -13,9 +13,11 @@ from llamafactory_sekd.study.report.cells import Group, Study
 from llamafactory_sekd.study.report.document import Plot
 
 
-# Okabe and Ito's colours without the yellow, which is pale on white; then again with other marks and dashes.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B4C9A")
-_LOOKS = (("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"))
+# Okabe and Ito's colours without the yellow, which is pale on white, and two dark ones; each has its own mark. When
+# they are used up they come again, dashed.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5B3A8C", "#7A4A1E")
+_MARKS = ("o", "s", "^", "D", "v", "P", "X", "<")
+_LINES = ("-", "--", "-.", ":")
 BASELINE = "#000000"
 SOFT, FAINT = "#5b6675", "#dfe4ea"
 # Inches; at 150 dpi a README shows it one to one.
@@ -54,7 +56,7 @@ class Look:
 
 def looks(study: Study) -> dict[str, Look]:
     """Give each system its look: the baseline black, the others colours in the study's order."""
-    given = itertools.product(_LOOKS, _COLOURS)
+    given = itertools.product(_LINES, zip(_COLOURS, _MARKS, strict=True))
     found: dict[str, Look] = {}
     for system in dict.fromkeys([*study.spec["systems"], *study.systems]):
         if system == study.baseline:
@@ -62,7 +64,7 @@ def looks(study: Study) -> dict[str, Look]:
         elif system == study.teacher:
             found[system] = Look(SOFT, "", ":")
         else:
-            (marker, line), colour = next(given)
+            line, (colour, marker) = next(given)
             found[system] = Look(colour, marker, line)
     return found
 

@@ -3,90 +3,109 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from llamafactory_sekd.study.report.cells import Group, short_names
 from llamafactory_sekd.study.report.document import Plot
 from llamafactory_sekd.study.report.history import Curve, Histories
-from llamafactory_sekd.study.report.plots.style import Look, canvas, finish, name_below
+from llamafactory_sekd.study.report.plots.style import BASELINE, Look, canvas, finish, name_below
 
 
-# (metric, name, factor)
+@dataclass(frozen=True)
+class Panel:
+    """One metric over the steps, times ``factor``; ``relative`` takes the baseline's off, seed by seed."""
+
+    metric: str
+    title: str
+    factor: float = 1.0
+    relative: bool = False
+
+
 GATE = (
-    ("kd/hard_ratio", "hard tokens (%)", 100.0),
-    ("kd/difficulty", "mean difficulty d (nats)", 1.0),
-    ("kd/gamma", "Γ, where it adapts", 1.0),
-    ("kd/hard_scale", "factor of the hard loss", 1.0),
+    Panel("kd/hard_ratio", "hard tokens (%)", 100.0),
+    Panel("kd/difficulty", "mean difficulty d (nats)"),
+    Panel("kd/gamma", "Γ, where it adapts"),
+    Panel("kd/hard_scale", "factor of the hard loss"),
 )
 LEARNING = (
-    ("kd/ce", "NLL, training", 1.0),
-    ("eval_kd/ce", "NLL, validation", 1.0),
-    ("kd/agreement", "agreement (%), training", 100.0),
-    ("eval_kd/agreement", "agreement (%), validation", 100.0),
-    ("loss", "loss, training", 1.0),
-    ("eval_loss", "loss, validation", 1.0),
+    Panel("kd/ce", "NLL, training"),
+    Panel("eval_kd/ce", "NLL, validation"),
+    Panel("kd/agreement", "agreement (%), training", 100.0),
+    Panel("eval_kd/agreement", "agreement (%), validation", 100.0),
+    Panel("loss", "loss, training"),
+    Panel("eval_loss", "loss, validation"),
+    Panel("eval_kd/ce", "NLL, validation, to the baseline", relative=True),
+    Panel("eval_kd/agreement", "agreement, validation, to the baseline", 100.0, relative=True),
 )
-Panel = tuple[str, str, float]
 
 
-def gate_plot(name: str, groups: Sequence[Group], histories: Histories, looks: Mapping[Group, Look]) -> Plot | None:
+@dataclass(frozen=True)
+class Runs:
+    """What is drawn: groups with their baselines and looks, and where the logs are."""
+
+    baselines: Mapping[Group, Group | None]
+    looks: Mapping[Group, Look]
+    histories: Histories
+
+    @property
+    def groups(self) -> list[Group]:
+        return list(self.baselines)
+
+    def curves(self, panel: Panel) -> dict[Group, Curve]:
+        found = {group: self._curve(panel, group) for group in self.baselines}
+        return {group: curve for group, curve in found.items() if curve is not None}
+
+    def _curve(self, panel: Panel, group: Group) -> Curve | None:
+        if panel.relative:
+            baseline = self.baselines[group]
+            return self.histories.curve(group, panel.metric, baseline) if baseline is not None else None
+        curve = self.histories.curve(group, panel.metric)
+        if panel.metric == "kd/hard_ratio" and curve and all(one.mean in (0, 1) for one in curve.summaries):
+            return None  # an objective without a gate has none or all of the tokens
+        return curve
+
+
+def gate_plot(name: str, runs: Runs) -> Plot | None:
     """Draw the share of hard tokens and the mean difficulty of equation 5, and what adapts."""
     caption = "Share of hard tokens and mean difficulty d = KL(y~ ‖ q) during training; mean over seeds, ± one sd."
-    return _curves(f"gate{name}", caption, GATE, groups, histories, looks)
+    return _plot(f"gate{name}", caption, GATE, runs)
 
 
-def learning_plot(
-    name: str, groups: Sequence[Group], histories: Histories, looks: Mapping[Group, Look]
-) -> Plot | None:
-    """Draw NLL, agreement and loss, on the training and on the validation text."""
+def learning_plot(name: str, runs: Runs) -> Plot | None:
+    """Draw NLL, agreement and loss on the training and on the validation text, and differences to the baseline."""
     caption = "NLL, agreement and loss during training; mean over seeds, ± one sd."
-    return _curves(f"learning{name}", caption, LEARNING, groups, histories, looks)
+    return _plot(f"learning{name}", caption, LEARNING, runs)
 
 
-def _curves(
-    name: str,
-    caption: str,
-    panels: Sequence[Panel],
-    groups: Sequence[Group],
-    histories: Histories,
-    looks: Mapping[Group, Look],
-) -> Plot | None:
-    found = {panel: _found(panel[0], groups, histories) for panel in panels}
-    kept = [panel for panel in panels if found[panel]]
-    if not kept:
+def _plot(name: str, caption: str, panels: Sequence[Panel], runs: Runs) -> Plot | None:
+    found = {panel: curves for panel in panels if (curves := runs.curves(panel))}
+    if not found:
         return None
-    alone = len(groups) > 1 and len({group.system for group in groups}) == 1
-    with canvas(len(kept), columns=2, height=2.5) as (figure, all_axes):
-        for axes, (metric, title, factor) in zip(all_axes, kept, strict=True):
-            for group, curve in found[metric, title, factor].items():
-                _draw(axes, curve, factor, looks[group])
-            axes.set(title=title, xlabel="step")
-        drawn = [group for group in groups if any(group in found[panel] for panel in kept)]
-        name_below(figure, short_names(groups), {group: looks[group] for group in drawn})
-        if alone:
-            figure.suptitle(groups[0].system, fontsize=11)
-            caption = f"{groups[0].system}: {caption}"
+    with canvas(len(found), columns=2, height=2.5) as (figure, all_axes):
+        for axes, (panel, curves) in zip(all_axes, found.items(), strict=True):
+            for group, curve in curves.items():
+                _draw(axes, curve, panel.factor, runs.looks[group], len(curves))
+            if panel.relative:
+                axes.axhline(0, color=BASELINE, linewidth=1.2)
+            axes.set_title(panel.title)
+            axes.set_xlabel("step")
+        drawn = [group for group in runs.groups if any(group in curves for curves in found.values())]
+        name_below(figure, short_names(runs.groups), {group: runs.looks[group] for group in drawn})
+        if len(drawn) > 1 and len({group.system for group in drawn}) == 1:
+            figure.suptitle(drawn[0].system, fontsize=11)
+            caption = f"{drawn[0].system}: {caption}"
         return finish(figure, name, caption)
 
 
-def _found(metric: str, groups: Sequence[Group], histories: Histories) -> dict[Group, Curve]:
-    curves = {group: histories.curve(group, metric) for group in groups}
-    if metric == "kd/hard_ratio":  # an objective without a gate has none or all of the tokens
-        curves = {
-            group: curve if curve and any(0 < one.mean < 1 for one in curve.summaries) else None
-            for group, curve in curves.items()
-        }
-    return {group: curve for group, curve in curves.items() if curve is not None}
-
-
-def _draw(axes: Any, curve: Curve, factor: float, look: Look) -> None:
+def _draw(axes: Any, curve: Curve, factor: float, look: Look, lines: int) -> None:
     means = [factor * summary.mean for summary in curve.summaries]
     spread = [factor * (summary.sd or 0.0) for summary in curve.summaries]
     dots = look.marker if len(means) < 12 else ""
     axes.plot(curve.steps, means, color=look.colour, linestyle=look.line, marker=dots, markersize=4, linewidth=1.5)
     low = [mean - sd for mean, sd in zip(means, spread, strict=True)]
     high = [mean + sd for mean, sd in zip(means, spread, strict=True)]
-    axes.fill_between(curve.steps, low, high, color=look.colour, alpha=0.13, linewidth=0)
+    axes.fill_between(curve.steps, low, high, color=look.colour, alpha=0.13 if lines < 5 else 0.06, linewidth=0)
 
 
 def point_looks(groups: Sequence[Group]) -> dict[Group, Look]:

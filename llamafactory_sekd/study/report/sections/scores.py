@@ -25,6 +25,10 @@ from llamafactory_sekd.study.report.tables import (
 from llamafactory_sekd.study.report.views import Views
 
 
+# Between names, which often hold commas.
+SEPARATOR = " · "
+
+
 def sections(views: Views) -> Iterator[Section | None]:
     if not views.study.groups and not views.study.models:
         return
@@ -68,8 +72,9 @@ def how_it_was_tested(views: Views) -> str:
     text = (
         f"Paired bootstrap: the test sentences were resampled {SAMPLES:,} times, the same resamples for every system "
         "and seed; each seed is paired with the baseline's same seed, and the differences are averaged over pairs. "
-        "Seeds were not resampled, so † speaks of other sentences, and ± of other seeds. p is sacrebleu's; a † also "
-        "asks that the 95 % interval of the difference lies above zero. Nothing is corrected for the number of tests."
+        "Seeds were not resampled, so † speaks of other sentences, and ± of other seeds. p is sacrebleu's, in effect "
+        "one-sided; a † also asks that the 95 % interval of the difference lies above zero. Nothing is corrected for "
+        "the number of tests."
     )
     if "comet" in shown_metrics(views.study):
         text += " For COMET the segment scores were resampled."
@@ -98,7 +103,7 @@ def _selection(views: Views) -> Section:
     at_edge = [choice.group.name(without=[key]) for choice in chosen if choice.at_the_edge]
     alarm = ""
     if at_edge:
-        names = ", ".join(at_edge)
+        names = SEPARATOR.join(at_edge)
         alarm = f"The best {symbol(key)} is at the edge of what was tried, a better one may lie beyond: {names}."
     plot = selection_plot(study, chosen, views.looks)
     note = f"Chosen by the {selected_by(study)}, averaged over the seeds (bold). The test set had no part in it."
@@ -131,7 +136,7 @@ def _verdicts(views: Views) -> Iterator[str]:
             "behind": [names[group] for group, one in known.items() if one.worse],
             "undecided": [names[group] for group, one in known.items() if not one.better and not one.worse],
         }
-        said = "; ".join(f"{verdict}: {', '.join(who)}" for verdict, who in verdicts.items() if who)
+        said = "; ".join(f"{verdict}: {SEPARATOR.join(who)}" for verdict, who in verdicts.items() if who)
         yield f"{METRIC_LABELS[metric]}, {said}."
 
 
@@ -159,4 +164,6 @@ def _similarity(views: Views) -> Section | None:
     table = summary_table(study, groups, views.keys_of(groups), columns)
     plot = similarity_plot(study, views.groups, views.looks)
     note = f"SacreBLEU with the translations of {study.teacher} as references (Fig. 4 of the paper)."
-    return Section("Similarity to the teacher", note, tables=(table,), plots=(plot,)) if table and plot else None
+    return (
+        Section("Similarity to the teacher", note, tables=(table,), plots=(plot,) if plot else ()) if table else None
+    )

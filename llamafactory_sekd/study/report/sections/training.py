@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from llamafactory_sekd.study.report.cells import Group, Summary, summarize
 from llamafactory_sekd.study.report.document import Entry, Plot, Section
-from llamafactory_sekd.study.report.plots.style import Look
-from llamafactory_sekd.study.report.plots.training import gate_plot, learning_plot, point_looks
+from llamafactory_sekd.study.report.plots.training import Runs, gate_plot, learning_plot, point_looks
 from llamafactory_sekd.study.report.tables import NOTHING, entry, number, summary_table
 from llamafactory_sekd.study.report.views import Views
 
@@ -34,24 +33,24 @@ def sections(views: Views) -> Iterator[Section | None]:
     yield _cost(views, groups)
 
 
-_Draw = Callable[[str, Sequence[Group], dict[Group, Look]], Plot | None]
-
-
-def _drawn(views: Views, groups: Sequence[Group], draw: _Draw) -> tuple[Plot, ...]:
+def _drawn(views: Views, groups: Sequence[Group], draw: Callable[[str, Runs], Plot | None]) -> tuple[Plot, ...]:
     """Draw all groups in one plot, or one plot per system where they are too many or a system has several."""
     systems = list(dict.fromkeys(group.system for group in groups))
+    baselines = {group: views.baseline_of(group) for group in groups}
     if len(groups) <= MOST_LINES and len(groups) == len(systems):
-        plots = [draw("", groups, {group: views.looks[group.system] for group in groups})]
+        looks = {group: views.looks[group.system] for group in groups}
+        plots = [draw("", Runs(baselines, looks, views.histories))]
     else:
         plots = []
         for index, system in enumerate(systems, start=1):
             own = [group for group in groups if group.system == system]
-            plots.append(draw(f"_{index}", own, point_looks(own)))
+            some = {group: baselines[group] for group in own}
+            plots.append(draw(f"_{index}", Runs(some, point_looks(own), views.histories)))
     return tuple(plot for plot in plots if plot is not None)
 
 
 def _gate(views: Views, groups: Sequence[Group]) -> Section | None:
-    plots = _drawn(views, groups, lambda name, some, looks: gate_plot(name, some, views.histories, looks))
+    plots = _drawn(views, groups, gate_plot)
     note = (
         "d is logged for every objective, also for those without a gate. Means over the response tokens of each "
         "logging window, in at most 50 windows. Objectives without a gate have no hard share here."
@@ -64,7 +63,7 @@ def _learning(views: Views, groups: Sequence[Group]) -> Section | None:
         name: (lambda group, of=of: entry(_validation(group, of[0]), of[1], of[2])) for name, of in _END.items()
     }
     table = summary_table(views.study, groups, views.keys_of(groups), columns)
-    plots = _drawn(views, groups, lambda name, some, looks: learning_plot(name, some, views.histories, looks))
+    plots = _drawn(views, groups, learning_plot)
     if table is None and not plots:
         return None
     note = (
