@@ -12,7 +12,8 @@ help:
 	@echo "make demo   install, then distil a tiny translator and report its scores (under 15 minutes on two cores)"
 	@echo "make test   install with the test extras, then run the whole suite"
 	@echo "make test-matrix  the smoke tests on every supported host version, each installed from nothing (about an hour)"
-	@echo "make lint   ruff and mypy"
+	@echo "make lint   ruff and mypy, and the documentation built strictly"
+	@echo "make docs   the documentation as a site that opens offline: site/index.html"
 	@echo "make bench  the benchmarks; they print and write their tables to benchmarks/results"
 
 # torch first: with it in place the rest finds its version satisfied and nothing large is fetched twice.
@@ -43,6 +44,12 @@ lint: $(VENV)/dev.done
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(MAKE) --no-print-directory docs
+
+# Strict: a broken link, a missing anchor and a page outside of the navigation are errors. (`-q` would hide and pass them.)
+docs: $(VENV)/dev.done
+	@NO_MKDOCS_2_WARNING=1 PYTHONWARNINGS=ignore $(BIN)/mkdocs build --strict
+	@echo "site/index.html"
 
 bench: $(VENV)/dev.done
 	@mkdir -p benchmarks/results

@@ -1,0 +1,93 @@
+"""The documentation's site: built strictly, complete, and in a real browser without a request to another host."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamafactory_sekd.arguments import KEYS
+
+
+pytest.importorskip("material", reason='the site needs `pip install -e ".[docs]"`')
+
+REPOSITORY = Path(__file__).parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or "/usr/bin/chromium"
+
+
+def build(config: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(config), "-d", str(site)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    result = build(REPOSITORY / "mkdocs.yml", folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+def test_every_page_of_docs_and_every_example_is_part_of_the_site(site: Path) -> None:
+    sources = [*(REPOSITORY / "docs").glob("*.md"), *(REPOSITORY / "examples").rglob("*.yaml")]
+    for source in sources:
+        name = source.relative_to(REPOSITORY).as_posix().removeprefix("docs/")
+        assert (site / name).with_suffix(".html").is_file(), name
+    for name in ("index", "CONTRIBUTING", "CHANGELOG", "keys"):
+        assert (site / f"{name}.html").is_file()
+
+
+def test_the_page_of_keys_has_every_key_of_the_stage(site: Path) -> None:
+    page = (site / "keys.html").read_text(encoding="utf-8")
+    assert set(re.findall(r'<h3 id="(\w+)"', page)) == set(KEYS)
+
+
+def test_a_broken_link_and_a_page_outside_of_the_navigation_stop_the_build(tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "docs", tmp_path / "docs")
+    (tmp_path / "docs" / "stray.md").write_text("[nowhere](nowhere.md) [no heading](data.md#nowhere)\n")
+    config = tmp_path / "mkdocs.yml"
+    hooks = REPOSITORY / "docs" / "site" / "hooks.py"
+    config.write_text(f"INHERIT: {REPOSITORY / 'mkdocs.yml'}\ndocs_dir: {tmp_path / 'docs'}\nhooks: [{hooks}]\n")
+    result = build(config, tmp_path / "site")
+    assert result.returncode != 0
+    warned = [line for line in (result.stdout + result.stderr).splitlines() if line.startswith("WARNING")]
+    for complaint in ("'nowhere.md'", "'data.md#nowhere'", 'not included in the "nav"'):
+        assert any(complaint in line for line in warned), result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
+    if not Path(CHROMIUM).is_file():
+        pytest.skip("the browser tests need chromium (apt-get install chromium)")
+    with playwright.sync_playwright() as engine:
+        chromium = engine.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+def test_opened_from_the_disk_the_site_asks_no_host_shows_its_pictures_and_finds_words(
+    site: Path, browser: Any
+) -> None:
+    page = browser.new_page()
+    requests: list[str] = []
+    errors: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("requestfailed", lambda request: errors.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    for name in ("index", "objectives", "keys", "demo"):
+        page.goto((site / f"{name}.html").as_uri())
+        page.wait_for_load_state("networkidle")
+        broken = "[...document.images].filter(i => i.loading !== 'lazy' && !i.naturalWidth).map(i => i.src)"
+        assert page.evaluate(broken) == []
+    page.locator(".md-search__input").fill("kd_gamma")
+    page.locator(".md-search-result__link").first.wait_for(timeout=10_000)
+    page.close()
+    assert not errors
+    assert {url.split(":", 1)[0] for url in requests} <= {"file", "data", "blob", "about"}

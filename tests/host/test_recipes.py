@@ -1,0 +1,35 @@
+"""Every training command of README and recipes names a file that is there and keys that the host accepts."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from llamafactory_sekd.host.configuration import read_training_config
+
+
+REPOSITORY = Path(__file__).parents[2]
+TEXT = "".join((REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "docs/recipes.md"))
+TRAINING = re.compile(r"^[A-Z_0-9=. ]*(?:llamafactory-cli train|sekd cache) +(examples/[^#\n]*)", re.MULTILINE)
+COMMANDS = sorted({command.strip() for command in TRAINING.findall(re.sub(r" *\\\n *", " ", TEXT))})
+
+
+def test_the_pages_hold_commands():
+    assert len(COMMANDS) >= 10
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_pages_parses_with_the_hosts_classes(command, monkeypatch):
+    import torch  # noqa: F401  # the plug-in comes with it, as under the command
+    from llamafactory.hparams import parser
+
+    monkeypatch.chdir(REPOSITORY)
+    yaml, *rest = shlex.split(command)
+    config = read_training_config(Path(yaml), [word for word in rest if "=" in word])
+    for key in ("deepspeed", "bf16", "teacher_model_quantization_bit"):  # what they ask of the machine
+        config.pop(key, None)
+    model_args, *_ = parser._parse_train_args(config)
+    assert model_args.model_name_or_path
