@@ -9,17 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd import __version__
+from llamafactory_sekd.children import host_command, last_checkpoint, printable, run_child, training_share
 from llamafactory_sekd.demo import data, models, report
-from llamafactory_sekd.demo.children import (
-    host_command,
-    last_checkpoint,
-    moved,
-    printable,
-    read_yaml,
-    run_child,
-    training_share,
-)
 from llamafactory_sekd.demo.steps import Step
+from llamafactory_sekd.demo.surroundings import environment, moved, read_yaml
 
 
 # The folder that the YAML files name; another one is put in its place by overrides.
@@ -198,7 +191,7 @@ def _run_yaml(
 ) -> None:
     child = host_command(*_arguments(file, command, places.work), *more)
     say(f"$ {printable(child)}")
-    run_child(child, places.log(Path(file).stem), share_done, progress)
+    run_child(child, places.log(Path(file).stem), share_done, progress, environment=environment())
 
 
 def _arguments(file: str, command: str, work: Path) -> list[str]:

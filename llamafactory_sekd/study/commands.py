@@ -32,7 +32,7 @@ def study(
 
     from llamafactory_sekd.study.cluster import list_commands, write_slurm
     from llamafactory_sekd.study.devices import parse_devices
-    from llamafactory_sekd.study.engine import find_inputs, open_study, run_one, run_study, write_study
+    from llamafactory_sekd.study.engine import find_inputs, open_study, report, run_one, run_study, write_study
     from llamafactory_sekd.study.spec import read_spec
 
     logging.disable(logging.WARNING)  # the libraries' chatter would break the progress bars
@@ -61,7 +61,8 @@ def study(
         raise typer.Exit(130) from None
 
     if only is None:
-        console.print(f"Results: {opened.spec.output_dir / 'results.json'}, results.csv", highlight=False)
+        for path in report(opened):
+            console.print(str(path), highlight=False, soft_wrap=True)
     if failed:
         console.print(f"{len(failed)} failed: {', '.join(failed)}. The same command tries them again.")
         raise typer.Exit(2)

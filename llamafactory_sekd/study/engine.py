@@ -18,6 +18,7 @@ from rich.console import Console
 from llamafactory_sekd.children import ChildError, Stopped, printable, tail
 from llamafactory_sekd.data.testsets import TestSet
 from llamafactory_sekd.errors import SekdError, StudyError
+from llamafactory_sekd.evaluation.files import read_json
 from llamafactory_sekd.study.collect import collect
 from llamafactory_sekd.study.devices import environments
 from llamafactory_sekd.study.evaluation import read_evaluation
@@ -26,7 +27,7 @@ from llamafactory_sekd.study.jobs import Job, changed, is_done, is_trained, list
 from llamafactory_sekd.study.matrix import Cell, expand
 from llamafactory_sekd.study.preparation import cache_teacher, prepare, remaining
 from llamafactory_sekd.study.progress import View
-from llamafactory_sekd.study.results import write_results
+from llamafactory_sekd.study.results import CSV, JSON, write_results
 from llamafactory_sekd.study.runner import run_job
 from llamafactory_sekd.study.spec import Spec
 
@@ -105,6 +106,15 @@ def write_study(study: Study, inputs: Inputs) -> dict[str, Any]:
     return results
 
 
+def report(study: Study) -> list[Path]:
+    """Write the report on what results.json holds; return the paths of what a reader looks for."""
+    from llamafactory_sekd.study.report import write
+
+    folder = study.spec.output_dir
+    written = write(read_json(folder / JSON), folder)
+    return [folder / JSON, folder / CSV, *(path for path in written if path.parent == folder)]
+
+
 def _prepare(study: Study, devices: Sequence[str], console: Console, stop: threading.Event) -> Inputs:
     environment = environments(1, devices)[0]
     with View(console, 0, 0) as view, _in_one_line():
@@ -175,7 +185,7 @@ def _run_all(
         futures = {pool.submit(work, job): job for job in todo}
         try:
             for future in as_completed(futures):
-                why = _failure(future, futures[future])
+                why = _failure(future)
                 if why is None:
                     view.finish(futures[future].id, future.result())
                 else:
@@ -188,7 +198,7 @@ def _run_all(
     return failed
 
 
-def _failure(future: Future[float], job: Job) -> str | None:
+def _failure(future: Future[float]) -> str | None:
     """Return in one line why a job failed, None if it did not; what is a bug is raised."""
     error = future.exception()
     if error is None:

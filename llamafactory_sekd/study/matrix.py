@@ -16,7 +16,10 @@ from llamafactory_sekd.study.files import read_yaml
 from llamafactory_sekd.study.spec import Spec
 
 
-_TEACHER_KEYS = ("teacher_model", "teacher_model_adapters", "teacher_model_quantization_bit")
+# Keys of a teacher that is loaded, which a cached one has no use for.
+_LOADED_TEACHER = frozenset(
+    key for key in KEYS if key.startswith("teacher_") and key not in ("teacher_cache", "teacher_max_nonfinite")
+)
 _READ_BY_SOME = frozenset().union(*(keys for _, keys in KD_LOSSES.values()))
 # Below the 255 bytes that file systems allow, with room for what tools append.
 _LONGEST_ID = 180
@@ -117,7 +120,7 @@ def _cell(spec: Spec, system: str, axes: dict[str, Any], config: dict[str, Any],
 def _with_cache(config: dict[str, Any], spec: Spec) -> dict[str, Any]:
     if spec.teacher_cache is None or not _is_ours(config):
         return config
-    kept = {key: value for key, value in config.items() if key not in _TEACHER_KEYS}
+    kept = {key: value for key, value in config.items() if key not in _LOADED_TEACHER}
     return {**kept, "teacher_cache": str(spec.teacher_cache.folder)}
 
 

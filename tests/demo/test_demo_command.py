@@ -16,7 +16,7 @@ import pytest
 import yaml
 from fake_wheel import save_wheel
 
-from llamafactory_sekd.demo import children, data, missing, plan
+from llamafactory_sekd.demo import data, missing, plan, surroundings
 from llamafactory_sekd.errors import DataError
 from llamafactory_sekd.evaluation.settings import parse_settings
 from llamafactory_sekd.host.evaluate import read_config
@@ -115,7 +115,7 @@ def test_the_yaml_files_name_what_the_demo_makes():
 
 def test_the_evaluation_can_be_moved_to_another_folder():
     path = YAMLS / plan.EVALUATION
-    moved = read_config([str(path), *children.moved(children.read_yaml(path), plan.HOME, Path("/data/d"))])
+    moved = read_config([str(path), *surroundings.moved(surroundings.read_yaml(path), plan.HOME, Path("/data/d"))])
     assert "demo/" not in json.dumps(moved)
     assert moved["systems"]["teacher"] == {"model_name_or_path": "/data/d/models/teacher"}
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from llamafactory_sekd.demo import children
+from llamafactory_sekd import children
+from llamafactory_sekd.demo import surroundings
 from llamafactory_sekd.demo.progress import Progress, RemainingTime, show_seconds
 from llamafactory_sekd.demo.steps import Step, only_one, run_steps
 from llamafactory_sekd.errors import DataError, HostError
@@ -111,14 +112,15 @@ DRIVER = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from llamafactory_sekd.demo.children import run_child
+from llamafactory_sekd.children import run_child
 from llamafactory_sekd.demo.progress import Progress
 from llamafactory_sekd.demo.steps import Step, only_one, run_steps
 folder = Path(sys.argv[1])
 out = folder / "out"
 def work(report):
     out.mkdir(exist_ok=True)
-    run_child([sys.executable, str(folder / "worker.py"), str(out)], folder / "log", lambda: 0.5, report)
+    command = [sys.executable, str(folder / "worker.py"), str(out)]
+    run_child(command, folder / "log", lambda: 0.5, report, environment={})
 with only_one(folder):
     run_steps([Step("work", "Work", 2, work, (out,), "same")], folder / ".steps", Progress(Console()))
 """
@@ -163,7 +165,11 @@ def test_a_failing_child_shows_its_last_lines_and_its_log(tmp_path):
     script = "import sys; [print('line', n) for n in range(30)]; sys.exit(3)"
     with pytest.raises(HostError) as caught:
         children.run_child(
-            [sys.executable, "-c", script], tmp_path / "logs" / "x.log", lambda: 0.0, lambda share: None
+            [sys.executable, "-c", script],
+            tmp_path / "logs" / "x.log",
+            lambda: 0.0,
+            lambda share: None,
+            environment={},
         )
 
     message = str(caught.value)
@@ -199,8 +205,8 @@ def test_another_folder_moves_every_path_of_a_yaml_file_and_nothing_else():
         "output_dir": "demo/models/x",
         "systems": {"a": {"model_name_or_path": "demo/models/a"}},
     }
-    assert children.moved(config, "demo", Path("demo")) == []
-    assert children.moved(config, "demo", Path("/data/d")) == [
+    assert surroundings.moved(config, "demo", Path("demo")) == []
+    assert surroundings.moved(config, "demo", Path("/data/d")) == [
         "output_dir=/data/d/models/x",
         "systems.a.model_name_or_path=/data/d/models/a",
     ]
@@ -209,10 +215,10 @@ def test_another_folder_moves_every_path_of_a_yaml_file_and_nothing_else():
 def test_commands_run_on_the_cores_there_are_and_one_gpu_unless_the_user_says_otherwise(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    assert children.environment()["OMP_NUM_THREADS"] == "2"
-    assert children.environment()["CUDA_VISIBLE_DEVICES"] == "0"
+    assert surroundings.environment()["OMP_NUM_THREADS"] == "2"
+    assert surroundings.environment()["CUDA_VISIBLE_DEVICES"] == "0"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert children.environment()["CUDA_VISIBLE_DEVICES"] == "3"
+    assert surroundings.environment()["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 def test_the_remaining_time_follows_the_machines_pace_and_ignores_what_was_done_before():
