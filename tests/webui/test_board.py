@@ -222,6 +222,7 @@ def test_what_is_previewed_is_what_runs(distilled: dict[str, Any]) -> None:
         "kd_lambda": 0.5,
         "kd_beta": 0.5,
         "kd_gamma": 0.4,
+        "kd_hard_scale": "none",
         "kd_temperature": 1.0,
     }
 
