@@ -32,7 +32,15 @@ def study(
 
     from llamafactory_sekd.study.cluster import list_commands, write_slurm
     from llamafactory_sekd.study.devices import parse_devices
-    from llamafactory_sekd.study.engine import find_inputs, open_study, report, run_one, run_study, write_study
+    from llamafactory_sekd.study.engine import (
+        changes,
+        find_inputs,
+        open_study,
+        report,
+        run_one,
+        run_study,
+        write_study,
+    )
     from llamafactory_sekd.study.spec import read_spec
 
     logging.disable(logging.WARNING)  # the libraries' chatter would break the progress bars
@@ -53,7 +61,10 @@ def study(
         if only is not None:
             failed = run_one(opened, only, devices=parse_devices(devices), console=console)
         elif report_only:
-            write_study(opened, find_inputs(opened))
+            inputs = find_inputs(opened)
+            for line in changes(inputs):
+                console.print(f"{line}; it is left out", highlight=False, markup=False, soft_wrap=True)
+            write_study(opened, inputs)
         else:
             failed = run_study(opened, jobs=jobs, devices=parse_devices(devices), console=console)
     except KeyboardInterrupt:

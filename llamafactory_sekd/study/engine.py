@@ -99,6 +99,14 @@ def find_job(jobs: Sequence[Job], chosen: str) -> Job:
     return by_name[chosen]
 
 
+def changes(inputs: Inputs) -> Iterator[str]:
+    """Yield a line for each job that was done from something else than the study now asks for."""
+    for job in inputs.jobs:
+        difference = changed(job)
+        if difference is not None:
+            yield f"{job.id}: {difference}"
+
+
 def write_study(study: Study, inputs: Inputs) -> dict[str, Any]:
     """Collect what is there, write results.json and results.csv, and return the results."""
     results = collect(study.spec, inputs.jobs, study.evaluation, inputs.test_sets)
@@ -138,11 +146,9 @@ def _in_one_line() -> Iterator[None]:
 def _run(
     study: Study, inputs: Inputs, workers: list[dict[str, str]], console: Console, stop: threading.Event
 ) -> list[str]:
+    for line in changes(inputs):
+        console.print(f"{line}; it is done again", highlight=False, markup=False, soft_wrap=True)
     todo = sorted((job for job in inputs.jobs if not is_done(job)), key=lambda job: _turn(study.spec, job))
-    for job in todo:
-        difference = changed(job)
-        if difference is not None:
-            console.print(f"{job.id} is done again: {difference}", highlight=False, markup=False, soft_wrap=True)
     done = len(inputs.jobs) - len(todo)
     if done:
         console.print(f"{done} of {len(inputs.jobs)} done before.", highlight=False)

@@ -40,6 +40,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -56,9 +57,18 @@ Cell = Mapping[str, Any]
 def write_results(results: Mapping[str, Any], folder: Path) -> Path:
     """Write both files, each whole or not at all, and return the path of results.json."""
     write_atomic(folder / CSV, _table(results).encode("utf-8"))
-    text = json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False, default=str)
+    text = json.dumps(_plain(results), ensure_ascii=False, indent=1, allow_nan=False, default=str)
     write_atomic(folder / JSON, f"{text}\n".encode())
     return folder / JSON
+
+
+def _plain(value: Any) -> Any:
+    """Return the value with what JSON has no number for, such as Γ = inf, as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def select(cells: Iterable[Cell], key: str, metric: str, mode: str) -> list[dict[str, Any]]:

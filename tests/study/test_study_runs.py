@@ -182,7 +182,8 @@ def rewrite(path, **keys):
 def test_what_is_done_again_says_why():
     run()
     _, said = run("overrides.learning_rate=0.5")
-    assert "a-seed=1 is done again: training.config.learning_rate was 0.001, now 0.5" in said
+    assert "a-seed=1: training.config.learning_rate was 0.001, now 0.5; it is done again" in said
+    assert write_study(opened(), find_inputs(opened()))["cells"][0]["scores"] is None  # another study's figures
 
 
 def test_another_version_of_a_package_is_another_training(monkeypatch):
@@ -245,6 +246,17 @@ def test_the_best_value_of_a_key_is_chosen_by_validation():
     write({**STUDY, "matrix": {"learning_rate": [0.001, 0.002]}, "select": {"key": "learning_rate", "mode": "max"}})
     results = write_study(opened(), find_inputs(opened()))
     assert results["selection"][0]["value"] == 0.001
+
+
+def test_what_json_has_no_number_for_is_text():
+    write({**STUDY, "systems": {"A": {}}, "matrix": {"kd_gamma": [float("inf"), 0.4]}, "seeds": [1]})
+    assert run()[0] == []
+    results = json.loads(Path("out/results.json").read_text(), parse_constant=pytest.fail)
+    assert [cell["axes"]["kd_gamma"] for cell in results["cells"]] == ["inf", 0.4]
+    assert yaml.safe_load(Path("out/cells/a-kd_gamma=inf-seed=1/train.yaml").read_text())["kd_gamma"] == float("inf")
+    starts()
+    run()
+    assert starts() == []
 
 
 DRIVER = """
