@@ -26,7 +26,7 @@ TEACHER = ("Teacher", 0.05)
 _SUBJECTS = ("Der Nachbar", "Die Lehrerin", "Ein alter Freund", "Das Kind", "Unsere Kollegin", "Der Fahrer")
 _VERBS = ("öffnet", "sucht", "findet", "verkauft", "repariert", "zeigt")
 _OBJECTS = ("das Fenster", "einen Schlüssel", "die Zeitung", "den Brief", "ein Fahrrad")
-_PLACES = ("am Bahnhof", "im Garten hinter dem Haus", "auf dem Markt", "vor der Schule", "neben der Brücke")
+_PLACES = ("am Bahnhof", "im Garten hinter dem Haus", "auf dem Markt", "vor der Schule", "in Hamburg")
 _ENGLISH = {
     "Der Nachbar": "The neighbour", "Die Lehrerin": "The teacher", "Ein alter Freund": "An old friend",
     "Das Kind": "The child", "Unsere Kollegin": "Our colleague", "Der Fahrer": "The driver",
@@ -34,7 +34,7 @@ _ENGLISH = {
     "zeigt": "shows", "das Fenster": "the window", "einen Schlüssel": "a key", "die Zeitung": "the newspaper",
     "den Brief": "the letter", "ein Fahrrad": "a bicycle", "am Bahnhof": "at the station",
     "im Garten hinter dem Haus": "in the garden behind the house", "auf dem Markt": "at the market",
-    "vor der Schule": "in front of the school", "neben der Brücke": "next to the bridge",
+    "vor der Schule": "in front of the school", "in Hamburg": "in Hamburg",
 }  # fmt: skip
 
 
@@ -49,14 +49,14 @@ def sentences(count: int, seed: int) -> list[tuple[str, str]]:
 
 
 def spoiled(text: str, share: float, rng: random.Random) -> str:
-    """Lose or replace a share of the words."""
+    """Lose, double or replace a share of the words."""
     words = []
     for word in text.split():
         luck = rng.random()
         if luck > share:
             words.append(word)
         elif luck > share / 2:
-            words.append("etwas")
+            words += [word, word] if luck > 0.8 * share else ["etwas"]
     return " ".join(words)
 
 
@@ -192,7 +192,7 @@ def _selection(cells: list[dict[str, Any]], system: str) -> dict[str, Any]:
 def _write_training(folder: Path) -> None:
     folder.mkdir()
     records = []
-    for english, german in sentences(60, seed=6):
+    for english, german in sentences(80, seed=6):
         records.append({"instruction": instruction(parse_direction("en-de")), "input": english, "output": german})
         records.append({"instruction": instruction(parse_direction("de-en")), "input": german, "output": english})
     (folder / "train.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")

@@ -190,7 +190,7 @@ def test_cost_is_told_against_the_baseline_without_interrupted_runs(results: dic
     rows = {row.names[0]: [entry.text for entry in row.entries] for row in table.rows}
     assert rows["SFT"][:2] == ["35.5", "1.00 ×"]
     assert rows["Self-Evolution KD"][:2] == ["49.5", f"{49.5 / 35.5:.2f} ×"]
-    assert "3 interrupted runs" in costs.note
+    assert "interrupted are left out (3)" in costs.note
 
 
 def test_both_reports_and_all_plots_are_written_the_same_each_time(
@@ -221,7 +221,7 @@ def test_names_are_escaped_everywhere(results: dict[str, Any], folder: Path, tmp
     for row in (*hostile["cells"], *hostile["selection"]):
         row["system"] = SCRIPT if row["system"] == "Forward KD" else row["system"]
     for cell in hostile["cells"]:
-        cell["config"]["template"] = SCRIPT
+        cell["config"] |= {"template": SCRIPT, **({"kd_loss": SCRIPT} if cell["system"] == SCRIPT else {})}
         cell["history"] = str(folder / cell["history"])
         cell["hypotheses"] = {direction: str(folder / path) for direction, path in cell["hypotheses"].items()}
     paths = {direction: str(folder / path) for direction, path in hostile["models"][0]["hypotheses"].items()}

@@ -9,7 +9,7 @@ from typing import Any
 
 from llamafactory_sekd.arguments import STAGE
 from llamafactory_sekd.evaluation.files import read_json
-from llamafactory_sekd.study.report.cells import Cell, Group, Summary, summarize
+from llamafactory_sekd.study.report.cells import Cell, Group, Summary, is_number, summarize
 from llamafactory_sekd.study.report.paired import paired_cells
 
 
@@ -58,7 +58,7 @@ class Histories:
         log = self._log(cell)
         if metric.endswith("kd/ce") and (cell.get("config") or {}).get("stage") != STAGE:
             metric = metric.replace("_kd/ce", "_loss").replace("kd/ce", "loss")
-        return {entry["step"]: entry[metric] for entry in log if isinstance(entry.get(metric), (int, float))}
+        return {entry["step"]: entry[metric] for entry in log if "step" in entry and is_number(entry.get(metric))}
 
     def _log(self, cell: Cell) -> list[dict[str, Any]]:
         path = cell.get("history")

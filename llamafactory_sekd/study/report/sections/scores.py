@@ -62,8 +62,8 @@ def _scores(views: Views, title: str, groups: Sequence[Group], compare: Compare,
             + f". † marks a system that is better at p < 0.05. {tested}"
         )
     alarm = ""
-    if study.baseline is not None and views.unreadable is not None:
-        alarm = f"Nothing was tested for significance: {views.unreadable}"
+    if views.unreadable is not None:
+        alarm = f"Significance, hard sentences and rare words are left out: {views.unreadable}"
     table = score_table(study, rows, views.keys_of(groups), compare)
     return Section(title, note, alarm, (table,))
 

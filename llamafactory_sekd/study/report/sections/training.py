@@ -94,7 +94,7 @@ def _cost(views: Views, groups: Sequence[Group]) -> Section | None:
     resumed = sum(bool((cell["training"] or {}).get("resumed")) for group in groups for cell in group.cells.values())
     note = "Wall time of training, evaluations on the validation text included, as the host reports it."
     if resumed:
-        note += f" {resumed} interrupted runs are left out: only the time of their last piece is known."
+        note += f" Runs that were interrupted are left out ({resumed}): only the time of their last piece is known."
     return Section("What training costs", note, tables=(table,)) if table else None
 
 
