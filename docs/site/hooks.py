@@ -23,6 +23,7 @@ REPOSITORY = Path(__file__).parents[2]
 # Page of the site -> file of the top folder.
 TOP_PAGES = {"index.md": "README.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
 _LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(?=[)#])")
+_FILE_AS_TEXT = re.compile(r"\[(?:docs/)?(\w+)\.md\]\(")
 _KINDS = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 
 
@@ -41,7 +42,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Let links between files of the repository lead to the pages of the site."""
     page_name = page.file.src_uri
     source = TOP_PAGES.get(page_name, f"docs/{page_name}")
-    return _LINK.sub(lambda match: _site_link(match[1], source, page_name), markdown)
+    named = _FILE_AS_TEXT.sub(lambda match: f"[{match[1].replace('_', ' ').capitalize()}](", markdown)
+    return _LINK.sub(lambda match: _site_link(match[1], source, page_name), named)
 
 
 def _site_link(link: str, source: str, page: str) -> str:

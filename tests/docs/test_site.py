@@ -48,6 +48,12 @@ def test_the_page_of_keys_has_every_key_of_the_stage(site: Path) -> None:
     assert set(re.findall(r'<h3 id="(\w+)"', page)) == set(KEYS)
 
 
+def test_links_lead_to_pages_and_are_not_called_by_file_names(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert not re.findall(r'<a [^>]*href="(?!https?:)[^"]*\.(?:md|yaml)"|<a [^>]*>[\w/]+\.md</a>', text), page.name
+
+
 def test_a_broken_link_and_a_page_outside_of_the_navigation_stop_the_build(tmp_path: Path) -> None:
     shutil.copytree(REPOSITORY / "docs", tmp_path / "docs")
     (tmp_path / "docs" / "stray.md").write_text("[nowhere](nowhere.md) [no heading](data.md#nowhere)\n")
