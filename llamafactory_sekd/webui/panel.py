@@ -83,9 +83,6 @@ def build_panel() -> Panel:
             built["kd_beta_end"] = _text("kd_beta_end")
             built["kd_gamma"] = _text("kd_gamma")
             built["kd_topk"] = _text("kd_topk", value="0.5")
-            built["kd_hard_scale"] = gr.Dropdown(
-                choices=list(HARD_SCALES), value=_default("kd_hard_scale"), **_texts("kd_hard_scale")
-            )
 
         with gr.Row():
             built["teacher_model_device"] = gr.Dropdown(
@@ -98,6 +95,9 @@ def build_panel() -> Panel:
             built["teacher_deepspeed"] = _text("teacher_deepspeed")
 
         with gr.Row():
+            built["kd_hard_scale"] = gr.Dropdown(
+                choices=list(HARD_SCALES), value=_default("kd_hard_scale"), **_texts("kd_hard_scale")
+            )
             for key in KEYS:
                 if key not in built:
                     built[key] = _text(key)
