@@ -111,6 +111,8 @@ class BlockProcessor:
 
     def _measure(self, z: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> Block:
         z_copy, w_copy, p, q, plain_q, log_ratio = self.buffers[:, : len(labels)]
+        # Half-precision logits are off by more than what the softmax kernel loses.
+        exact = z.dtype == z_copy.dtype or w.dtype == w_copy.dtype
         z = z if z.dtype == z_copy.dtype else z_copy.copy_(z)
         w = w if w.dtype == w_copy.dtype else w_copy.copy_(w)
         temperature = self.settings.kd_temperature
@@ -123,7 +125,7 @@ class BlockProcessor:
         if self.may_be_infinite:
             log_ratio.nan_to_num_(nan=0.0, posinf=HUGE, neginf=-HUGE)
 
-        student_norm, teacher_norm = _softmax(z, q), _softmax(w, p)
+        student_norm, teacher_norm = _softmax(z, q, exact), _softmax(w, p, exact)
         ce = student_norm - _pick(z, labels)
         teacher_ce = teacher_norm - _pick(w, labels)
         shift = student_norm - teacher_norm
@@ -133,8 +135,8 @@ class BlockProcessor:
             plain_q = q
         else:
             plain_q, q = q, plain_q
-            student_norm = _softmax(z.div_(temperature), q)
-            teacher_norm = _softmax(w.div_(temperature), p)
+            student_norm = _softmax(z.div_(temperature), q, exact)
+            teacher_norm = _softmax(w.div_(temperature), p, exact)
             shift = student_norm - teacher_norm
             tempered_ce = student_norm - _pick(z, labels)
             kl = self._kl(p, log_ratio.div_(temperature), shift, spare=w)
@@ -165,14 +167,14 @@ class BlockProcessor:
         return kl.masked_fill_(kl > INFINITE, math.inf) if self.may_be_infinite else kl
 
 
-def _softmax(logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Write the softmax to `out` and return `log Σ exp(logits)`, `[rows]`.
+def _softmax(logits: torch.Tensor, out: torch.Tensor, exact: bool) -> torch.Tensor:
+    """Write the softmax to `out` and return `log Σ exp(logits)`, `[rows]`; on the CPU with full precision if `exact`.
 
     The softmax kernel knows the sum but does not tell; the largest logit and its probability, which cannot underflow,
     give it back for less than another pass of exponentials.
     """
     torch.softmax(logits, -1, out=out)
-    if out.device.type == "cpu":
+    if exact and out.device.type == "cpu":
         # The CPU's kernel adds a row up in a few long chains, which at 128,256 entries is off by 1e-5; `sum` is not.
         out.div_(out.sum(-1, keepdim=True))
     return logits.amax(-1) - out.amax(-1).log()

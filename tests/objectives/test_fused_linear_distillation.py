@@ -491,3 +491,21 @@ def test_a_missing_share_and_an_unknown_objective_are_refused() -> None:
         fused(problem(), kd_loss="self_evolution_topk")
     with pytest.raises(ArgumentError, match="`kd_loss: jsd` is unknown"):
         fused(problem(), kd_loss="jsd")
+
+
+def test_a_large_vocabulary_costs_no_precision():
+    single = problem(tokens=6, vocab=128_256, dtype=torch.float32)
+    double = Problem(**{item.name: getattr(single, item.name).detach() for item in fields(Problem)})
+    double = replace(
+        double,
+        **{n: v.double().requires_grad_() for n, v in zip(("hidden", "head", "bias"), double.trained, strict=True)},
+        **{n: getattr(double, n).double() for n in ("teacher_hidden", "teacher_head", "teacher_bias")},
+    )
+    keys = keys_for("self_evolution", kd_gamma=-1.0)
+    fused(single, **keys).loss.backward()
+    student, teacher = double.logits()
+    (distillation_loss(student, teacher, double.labels, **keys).loss.sum() / 5).backward()
+
+    # Of the hidden states' gradient, a sum over the whole vocabulary, the product's own rounding is larger.
+    for ours, exact in ((single.head, double.head), (single.bias, double.bias)):
+        assert float((ours.grad.double() - exact.grad).norm() / exact.grad.norm()) < 2e-6

@@ -125,7 +125,7 @@ def skew_teacher(block: Block) -> torch.Tensor:
     settings = block.settings
     if settings.kd_beta >= 1.0:
         return forward_kl(block)
-    divergence = _skewed(block, block.q, block.p, block.gradient)
+    divergence = _skewed(block, block.q, block.p.clamp_min_(torch.finfo(block.p.dtype).tiny), block.gradient)
     if block.wants_gradient:
         _scale(block.gradient, settings.kd_lambda * settings.kd_temperature)
         _add_cross_entropy_gradient(block)
@@ -185,8 +185,8 @@ def _self_evolution_everywhere(block: Block) -> torch.Tensor:
 
 
 def _mixed_target(p: torch.Tensor, labels: torch.Tensor, kd_lambda: float) -> torch.Tensor:
-    """Equation 4, in place."""
-    p.mul_(kd_lambda)
+    """Equation 4, in place, but for the smallest normal number: see `_skewed`."""
+    torch.add(p.new_full((), torch.finfo(p.dtype).tiny), p, alpha=kd_lambda, out=p)
     return p.scatter_add_(-1, labels, p.new_full((len(labels), 1), 1.0 - kd_lambda))
 
 
@@ -197,12 +197,14 @@ def _skewed(
     gradient: torch.Tensor,
     scratch: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`KL(t ‖ β q + (1-β) t)` for β < 1 through `g = (1-β) + β q/t`: the sum of `-t log g`, and `r = t·(β q/t)/g`."""
+    """`KL(t ‖ β q + (1-β) t)` for β < 1 through `g = (1-β) + β q/t`: the sum of `-t log g`, and `r = t·(β q/t)/g`.
+
+    The target must not be zero anywhere: with the smallest normal number in its place, q/t is finite and its weight
+    still vanishes.
+    """
     beta = block.settings.kd_beta
     g = block.log_ratio if scratch is None else scratch
-    # With the smallest normal number in place of a target of zero, q/t is finite and its weight still vanishes.
-    target.clamp_min_(torch.finfo(target.dtype).tiny)
-    torch.addcdiv(target.new_tensor(1.0 - beta), q, target, value=beta, out=g)
+    torch.addcdiv(target.new_full((), 1.0 - beta), q, target, value=beta, out=g)
     torch.log(g, out=gradient)
     loss = -gradient.mul_(target).sum(-1)
     if block.wants_gradient:
