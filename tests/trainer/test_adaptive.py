@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from runs import base_config, logged, train
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.objectives import TokenStatistics
@@ -77,6 +78,23 @@ def test_without_tokens_or_hard_tokens_the_start_stays_and_vanishing_gradients_a
     keys.add(statistics([9.0], [1.0], [1e-9]))
     keys.advance(ONE_RANK)
     assert values(keys)["kd_hard_scale"] == 100.0
+
+
+class NothingIsReadBack(TorchDispatchMode):
+    """On an accelerator a number that is read back is a wait for the device."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_back_from_the_device():
+    keys, tokens = adaptive(**FOLLOWED), statistics([1.0, 0.3], [0.7, 0.0], [0.1, 0.0])
+    with NothingIsReadBack():
+        for _ in range(2):
+            keys.keywords()
+            keys.add(tokens)
+            keys.advance(ONE_RANK)
 
 
 @pytest.mark.parametrize("followed", [{}, {"kd_gamma": "auto"}, {"kd_hard_scale": "balanced"}, FOLLOWED])
