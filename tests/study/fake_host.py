@@ -28,7 +28,7 @@ def train(config: dict, overrides: list[str]) -> None:
     for step in range(done + 1, steps + 1):
         with open(out / "steps.txt", "a") as file:
             file.write(f"{step}\n")
-        (out / f"checkpoint-{step}").mkdir()
+        (out / f"checkpoint-{step}").mkdir(exist_ok=True)
         (out / f"checkpoint-{step}" / "optimizer.pt").write_text("large")
         (out / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
         (out / "trainer_log.jsonl").write_text(json.dumps({"current_steps": step, "total_steps": steps}) + "\n")
@@ -41,17 +41,20 @@ def train(config: dict, overrides: list[str]) -> None:
 
 
 def evaluate(config: dict) -> None:
+    from llamafactory_sekd.data.testsets import load_test_set
+    from llamafactory_sekd.evaluation.settings import parse_settings
+    from llamafactory_sekd.evaluation.workspace import open_workspace
+
     out = Path(config["save_dir"])
-    text = Path(config["task_dir"], "en-de.de").read_text().lower()
-    path = out / "hypotheses" / "model" / "en-de.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    shared = {"task": config["task"], "template": config.get("template", "parrot"), "test_sets": {}}
-    (out / "evaluation.json").write_text(json.dumps(shared))
-    scores = {"bleu": 10.0, "chrf": 20.0}
-    system = {"scores": {"en-de": scores, "average": scores}, "guards": {"en-de": {"empty": 0.0}}}
-    results = {"metrics": ["bleu", "chrf"], "skipped": {}, "systems": {"model": system}}
-    (out / "results.json").write_text(json.dumps(results))
+    test_set = load_test_set(config["task"], config["task_dir"], "en-de")
+    with open_workspace(parse_settings(config, "eval.yaml"), {"en-de": test_set.fingerprint}):
+        path = out / "hypotheses" / "model" / "en-de.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{line.lower()}\n" for line in test_set.references))
+        scores = {"bleu": 10.0, "chrf": 20.0}
+        system = {"scores": {"en-de": scores, "average": scores}, "guards": {"en-de": {"empty": 0.0}}}
+        results = {"metrics": ["bleu", "chrf"], "skipped": {}, "systems": {"model": system}}
+        (out / "results.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
