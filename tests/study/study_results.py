@@ -192,7 +192,7 @@ def _selection(cells: list[dict[str, Any]], system: str) -> dict[str, Any]:
 def _write_training(folder: Path) -> None:
     folder.mkdir()
     records = []
-    for english, german in sentences(80, seed=6):
+    for english, german in sentences(60, seed=6):
         records.append({"instruction": instruction(parse_direction("en-de")), "input": english, "output": german})
         records.append({"instruction": instruction(parse_direction("de-en")), "input": german, "output": english})
     (folder / "train.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")

@@ -83,7 +83,6 @@ def _bars(
     axes.set_yticks(range(len(names)), names, color="#1c2430")
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.margins(x=0.16)
-    axes.set_xlim(left=0)
     axes.grid(visible=False, axis="y")
 
 
