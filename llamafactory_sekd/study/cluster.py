@@ -28,11 +28,13 @@ def list_commands(study: Study, inputs: Inputs) -> Iterator[str]:
 
 def write_slurm(path: Path, study_command: Sequence[str], study: Study, count: int) -> None:
     """Write a SLURM script that runs job ``$SLURM_ARRAY_TASK_ID`` of ``count``; ``study_command`` without options."""
+    logs = study.spec.output_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)  # SLURM ends a job that cannot open its log
     text = _SLURM.format(
         path=shlex.quote(str(path)),
         name=study.spec.name,
         last=count - 1,
-        output=shlex.quote(str(study.spec.output_dir / "logs" / "slurm-%a.log")),
+        output=shlex.quote(str(logs / "slurm-%a.log")),
         folder=shlex.quote(str(Path.cwd())),
         command=shlex.join(study_command),
     )
@@ -41,7 +43,7 @@ def write_slurm(path: Path, study_command: Sequence[str], study: Study, count: i
 
 _SLURM = """\
 #!/bin/bash
-# Every run of the study {name}, one array task each:
+# Every run of the study {name}, one array task each, in an environment in which `sekd` is found:
 #   sbatch {path}
 # What has to be done once is done by the first task that comes; the others wait for it. A task that was ended
 # continues when it is submitted again, and one that is done ends at once. When all are done, collect and report:

@@ -85,8 +85,7 @@ def run_one(study: Study, chosen: str, *, devices: Sequence[str], console: Conso
     The first to come runs what has to be done once; the others wait for it.
     """
     stop = threading.Event()
-    with only_one(study.spec.output_dir / ".prepare.lock", "the preparation", wait=True):
-        inputs = _prepare(study, devices, console, stop)
+    inputs = _prepare(study, devices, console, stop)
     job = find_job(inputs.jobs, chosen)
     return _run_all([job], inputs, environments(1, devices), console, stop, done=0)
 
@@ -95,7 +94,7 @@ def find_job(jobs: Sequence[Job], chosen: str) -> Job:
     """Return the job of an id or a number from 0; :class:`StudyError` where there is none."""
     by_name = {job.id: job for job in jobs} | {str(number): job for number, job in enumerate(jobs)}
     if chosen not in by_name:
-        raise StudyError(f"`--only {chosen}`: there is no such run; `--list` shows them, 0 to {len(jobs) - 1}.")
+        raise StudyError(f"`--only {chosen}`: there is no such run; `--list` has them, from 0 to {len(jobs) - 1}.")
     return by_name[chosen]
 
 
@@ -125,7 +124,8 @@ def report(study: Study) -> list[Path]:
 
 def _prepare(study: Study, devices: Sequence[str], console: Console, stop: threading.Event) -> Inputs:
     environment = environments(1, devices)[0]
-    with View(console, 0, 0) as view, _in_one_line():
+    lock = only_one(study.spec.output_dir / ".prepare.lock", "the preparation", wait=True)
+    with lock, View(console, 0, 0) as view, _in_one_line():
         prepare(study.spec, environment, view.preparing, stop)
         inputs = find_inputs(study)
         distilled = [job for job in inputs.jobs if job.cell is not None and job.cell.is_distillation]

@@ -360,7 +360,7 @@ def test_one_cell_may_be_run_alone_by_name_or_number_and_the_study_collects():
         assert run_one(opened(), chosen, devices=(), console=console) == []
     assert sorted({folder for _, folder, _ in starts()}) == ["a-seed=1", "b-seed=1", "teacher"]
     assert not Path("out/results.json").exists()
-    with pytest.raises(StudyError, match=r"`--only 5`: there is no such run; `--list` shows them, 0 to 4"):
+    with pytest.raises(StudyError, match=r"`--only 5`: there is no such run; `--list` has them, from 0 to 4"):
         run_one(opened(), "5", devices=(), console=console)
     run()
     assert names("train") == ["a-seed=2", "b-seed=2"]
@@ -381,7 +381,10 @@ def test_the_listed_commands_do_what_the_study_does():
 def test_the_slurm_script_is_bash_and_runs_one_task(place):
     write_slurm(Path("array.sh"), ["sekd", "study", "a study.yaml", "seeds=[1,2]"], opened(), 5)
     subprocess.run(["bash", "-n", "array.sh"], check=True)
-    assert "#SBATCH --array=0-4" in Path("array.sh").read_text()
+    text = Path("array.sh").read_text()
+    assert "#SBATCH --array=0-4\n" in text
+    assert "#SBATCH --output=out/logs/slurm-%a.log\n" in text
+    assert Path("out/logs").is_dir()
     Path("bin").mkdir()
     Path("bin/sekd").write_text('#!/bin/bash\nprintf "%s|" "$PWD" "$@"')
     Path("bin/sekd").chmod(0o755)
