@@ -15,6 +15,7 @@ from llamafactory_sekd.evaluation.scores import mean
 from llamafactory_sekd.evaluation.similarity import similarity
 from llamafactory_sekd.study.evaluation import SYSTEM
 from llamafactory_sekd.study.jobs import Job, changed, is_evaluated, is_trained, was_resumed
+from llamafactory_sekd.study.matrix import Cell
 from llamafactory_sekd.study.results import SCHEMA_VERSION, select
 from llamafactory_sekd.study.spec import Spec
 
@@ -74,7 +75,7 @@ class _Reader:
             "model": self._path(job.model_folder),
             "config": dict(cell.config),
             "training": _training(job) if trained else None,
-            "validation": _validation(history, is_distillation=cell.is_distillation) if trained else None,
+            "validation": _validation(history, cell) if trained else None,
             "history": self._path(history),
             **self._evaluation(job),
         }
@@ -135,14 +136,18 @@ def _training(job: Job) -> dict[str, Any]:
     }
 
 
-def _validation(history: Path, *, is_distillation: bool) -> dict[str, float | None]:
-    """Return the last entry of the log that has validation metrics, and the negative log-likelihood by one name."""
-    log = (read_json(history) or {}).get("log_history", [])
-    entry: dict[str, Any] = next(
-        (entry for entry in reversed(log) if any(key.startswith("eval_") for key in entry)), {}
-    )
+def _validation(history: Path, cell: Cell) -> dict[str, float | None]:
+    """Return the validation metrics of the model that was saved, and the negative log-likelihood by one name.
+
+    That is the log's last entry that has some, or with `load_best_model_at_end` the best checkpoint's.
+    """
+    state = read_json(history) or {}
+    entries = [entry for entry in state.get("log_history", []) if any(key.startswith("eval_") for key in entry)]
+    best = state.get("best_global_step") if cell.config.get("load_best_model_at_end") else None
+    chosen = [entry for entry in entries if best is None or entry.get("step") == best] or entries
+    entry: dict[str, Any] = chosen[-1] if chosen else {}
     metrics = {key: _finite(value) for key, value in entry.items() if key.startswith("eval_")}
-    nll = metrics.get("eval_kd/ce" if is_distillation else "eval_loss")
+    nll = metrics.get("eval_kd/ce" if cell.is_distillation else "eval_loss")
     return {**metrics, **({"nll": nll} if nll is not None else {})}
 
 

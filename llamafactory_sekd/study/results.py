@@ -17,8 +17,9 @@ Schema 1 of ``results.json``; within a version keys are only ever added. Every p
 - ``training``                      null before the training is done, else ``seconds``, ``steps``,
                                     ``samples_per_second`` (null where unknown) and ``resumed``: true where it was
                                     interrupted, and the two times are those of the last piece alone
-- ``validation``                    null before; the last ``eval_*`` entries of the log, and ``nll``: ``eval_kd/ce``,
-                                    or ``eval_loss`` of a system that is trained by the host's SFT
+- ``validation``                    null before; the ``eval_*`` entries of the model that was saved: the log's last, or
+                                    with `load_best_model_at_end` the best; and ``nll``: ``eval_kd/ce``, or
+                                    ``eval_loss`` of a system that is trained by the host's SFT
 - ``history``                       path of ``trainer_state.json``, whose ``log_history`` holds loss and ``kd/*``
 - ``scores``                        null before the evaluation is done, else as in the evaluation's results.json:
                                     ``{direction or "average": {"bleu", "chrf", "comet"}}``

@@ -131,6 +131,17 @@ def test_results_hold_every_cell_and_paths_that_lead_there():
     assert (rows[0]["average bleu"], rows[0]["nll"], rows[0]["seconds"]) == ("10.0", "1.101", "1.5")
 
 
+def test_validation_is_that_of_the_model_that_was_saved():
+    write({**STUDY, "systems": {"Last": {}, "Best": {"load_best_model_at_end": True}}, "seeds": [1]})
+    run()
+    for cell in ("last-seed=1", "best-seed=1"):
+        path = Path("out/cells", cell, "model/trainer_state.json")
+        log = [{"step": 10, "eval_kd/ce": 1.0}, {"step": 20, "eval_kd/ce": 3.0}, {"step": 20, "loss": 2.0}]
+        path.write_text(json.dumps({"global_step": 20, "best_global_step": 10, "log_history": log}))
+    last, best = write_study(opened(), find_inputs(opened()))["cells"]
+    assert (last["validation"]["nll"], best["validation"]["nll"]) == (3.0, 1.0)
+
+
 def test_checkpoints_go_and_the_log_stays():
     run()
     left = sorted(path.name for path in Path("out/cells/a-seed=1/model").iterdir())
