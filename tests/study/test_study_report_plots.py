@@ -103,9 +103,11 @@ def test_learning_curves_are_logged_values_and_differences_to_the_baseline(
     results: dict[str, Any], folder: Path, drawn: list[Any]
 ) -> None:
     views = Views(read_study(results, folder))
+    names = {group: group.system for group in views.groups}
     looks = {group: views.looks[group.system] for group in views.groups}
     baselines = {group: views.baseline_of(group) for group in views.groups}
-    assert training.learning_plot("", training.Runs(baselines, looks, views.histories)) == "learning"
+    runs = training.Runs(names, baselines, looks, views.histories)
+    assert training.learning_plot("", runs) == "learning"
     panels = {axes.get_title(loc="left"): axes for axes in drawn[0].axes}
     colour = views.looks["Forward KD"].colour
     steps, nll = lines(panels["NLL, validation"], colour)[0]
@@ -116,10 +118,10 @@ def test_learning_curves_are_logged_values_and_differences_to_the_baseline(
     )
     assert nll[-1] == pytest.approx(mean_of(results, "Forward KD", 0.0005, lambda cell: cell["validation"]["nll"]))
     assert not lines(panels["agreement (%), training"], BASELINE), "the host's SFT logs no agreement"
-    assert training.gate_plot("", training.Runs(baselines, looks, views.histories)) == "gate"
+    assert training.gate_plot("", runs) == "gate"
     hard = next(axes for axes in drawn[1].axes if axes.get_title(loc="left") == "hard tokens (%)")
-    assert len(hard.get_lines()) == 1, "Forward KD has no gate"
-    assert max(hard.get_lines()[0].get_ydata()) < 50
+    assert len(hard.get_lines()) == 2, "the host's SFT has no difficulty"
+    assert lines(hard, views.looks["Self-Evolution KD"].colour)[0][1][-1] == pytest.approx(30)
 
 
 def test_word_recall_is_drawn_against_the_baseline(results: dict[str, Any], folder: Path, drawn: list[Any]) -> None:

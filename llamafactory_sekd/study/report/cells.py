@@ -170,6 +170,8 @@ def shown(value: Any) -> str:
     """Return a value of the matrix as a reader writes it."""
     if value is None:
         return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

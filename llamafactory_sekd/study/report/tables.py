@@ -17,8 +17,9 @@ Compare = Callable[[Group, str, str], Difference | None]
 
 
 def number(value: float, digits: int = 2, sign: bool = False) -> str:
-    """Return a figure with a real minus."""
-    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+    """Return a figure with a real minus, and none before a zero."""
+    rounded = round(value, digits) + 0.0  # −0.0 + 0.0 is 0.0
+    return f"{rounded:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
 def entry(summary: Summary | None, digits: int = 2, scale: float = 1.0) -> Entry:

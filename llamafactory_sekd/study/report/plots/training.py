@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llamafactory_sekd.study.report.cells import Group, short_names
+from llamafactory_sekd.study.report.cells import Group
 from llamafactory_sekd.study.report.document import Plot
 from llamafactory_sekd.study.report.history import Curve, Histories
 from llamafactory_sekd.study.report.plots.style import BASELINE, Look, canvas, finish, name_below
@@ -42,28 +42,23 @@ LEARNING = (
 
 @dataclass(frozen=True)
 class Runs:
-    """What is drawn: groups with their baselines and looks, and where the logs are."""
+    """What one plot shows: groups with their names, baselines and looks, where the logs are, and a title."""
 
+    names: Mapping[Group, str]
     baselines: Mapping[Group, Group | None]
     looks: Mapping[Group, Look]
     histories: Histories
-
-    @property
-    def groups(self) -> list[Group]:
-        return list(self.baselines)
+    title: str = ""
 
     def curves(self, panel: Panel) -> dict[Group, Curve]:
-        found = {group: self._curve(panel, group) for group in self.baselines}
+        found = {group: self._curve(panel, group) for group in self.names}
         return {group: curve for group, curve in found.items() if curve is not None}
 
     def _curve(self, panel: Panel, group: Group) -> Curve | None:
         if panel.relative:
             baseline = self.baselines[group]
             return self.histories.curve(group, panel.metric, baseline) if baseline is not None else None
-        curve = self.histories.curve(group, panel.metric)
-        if panel.metric == "kd/hard_ratio" and curve and all(one.mean in (0, 1) for one in curve.summaries):
-            return None  # an objective without a gate has none or all of the tokens
-        return curve
+        return self.histories.curve(group, panel.metric)
 
 
 def gate_plot(name: str, runs: Runs) -> Plot | None:
@@ -90,11 +85,11 @@ def _plot(name: str, caption: str, panels: Sequence[Panel], runs: Runs) -> Plot 
                 axes.axhline(0, color=BASELINE, linewidth=1.2)
             axes.set_title(panel.title)
             axes.set_xlabel("step")
-        drawn = [group for group in runs.groups if any(group in curves for curves in found.values())]
-        name_below(figure, short_names(runs.groups), {group: runs.looks[group] for group in drawn})
-        if len(drawn) > 1 and len({group.system for group in drawn}) == 1:
-            figure.suptitle(drawn[0].system, fontsize=11)
-            caption = f"{drawn[0].system}: {caption}"
+        drawn = [group for group in runs.names if any(group in curves for curves in found.values())]
+        name_below(figure, runs.names, {group: runs.looks[group] for group in drawn})
+        if runs.title:
+            figure.suptitle(runs.title, fontsize=11)
+            caption = f"{runs.title}: {caption}"
         return finish(figure, name, caption)
 
 

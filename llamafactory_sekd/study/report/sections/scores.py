@@ -62,10 +62,12 @@ def _scores(views: Views, title: str, groups: Sequence[Group], compare: Compare,
             + f". † marks a system that is better at p < 0.05. {tested}"
         )
     alarm = ""
+    if groups and all(len(group.cells) == 1 for group in groups):
+        alarm = "One seed only: how far another one would move these figures is not known. "
     if views.unreadable is not None:
-        alarm = f"Significance, hard sentences and rare words are left out: {views.unreadable}"
+        alarm += f"Significance, hard sentences and rare words are left out: {views.unreadable}"
     table = score_table(study, rows, views.keys_of(groups), compare)
-    return Section(title, note, alarm, (table,))
+    return Section(title, note, alarm.strip(), (table,))
 
 
 def how_it_was_tested(views: Views) -> str:

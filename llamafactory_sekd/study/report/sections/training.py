@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from llamafactory_sekd.study.report.cells import Group, Summary, summarize
+from llamafactory_sekd.study.report.cells import Group, Summary, short_names, summarize
 from llamafactory_sekd.study.report.document import Entry, Plot, Section
 from llamafactory_sekd.study.report.plots.training import Runs, gate_plot, learning_plot, point_looks
 from llamafactory_sekd.study.report.tables import NOTHING, entry, number, summary_table
@@ -35,25 +35,29 @@ def sections(views: Views) -> Iterator[Section | None]:
 
 def _drawn(views: Views, groups: Sequence[Group], draw: Callable[[str, Runs], Plot | None]) -> tuple[Plot, ...]:
     """Draw all groups in one plot, or one plot per system where they are too many or a system has several."""
-    systems = list(dict.fromkeys(group.system for group in groups))
     baselines = {group: views.baseline_of(group) for group in groups}
-    if len(groups) <= MOST_LINES and len(groups) == len(systems):
-        looks = {group: views.looks[group.system] for group in groups}
-        plots = [draw("", Runs(baselines, looks, views.histories))]
+    by_system = {system: [group for group in groups if group.system == system] for system in views.study.systems}
+    looks = {group: views.looks[group.system] for group in groups}
+    if len(groups) <= MOST_LINES and all(len(own) <= 1 for own in by_system.values()):
+        plots = [draw("", Runs(short_names(groups), baselines, looks, views.histories))]
     else:
         plots = []
-        for index, system in enumerate(systems, start=1):
-            own = [group for group in groups if group.system == system]
-            some = {group: baselines[group] for group in own}
-            plots.append(draw(f"_{index}", Runs(some, point_looks(own), views.histories)))
+        # A baseline on which the matrix has no effect stands in every system's plot.
+        own_baseline = by_system.get(views.study.baseline or "", [])
+        reference = own_baseline if len(own_baseline) == 1 else []
+        for index, (system, own) in enumerate(by_system.items(), start=1):
+            if own and own != reference:
+                names = {**short_names(own), **{group: group.system for group in reference}}
+                own_looks = {**point_looks(own), **{group: looks[group] for group in reference}}
+                plots.append(draw(f"_{index}", Runs(names, baselines, own_looks, views.histories, title=system)))
     return tuple(plot for plot in plots if plot is not None)
 
 
 def _gate(views: Views, groups: Sequence[Group]) -> Section | None:
     plots = _drawn(views, groups, gate_plot)
     note = (
-        "d is logged for every objective, also for those without a gate. Means over the response tokens of each "
-        "logging window, in at most 50 windows. Objectives without a gate have no hard share here."
+        "Hard are the tokens with d > Γ, or the top K. All objectives of the stage log them, also those that treat "
+        "all tokens alike. d depends on λ. Means over response tokens of each logging window, in 50 windows at most."
     )
     return Section("Hard tokens over training", note, plots=plots) if plots else None
 
