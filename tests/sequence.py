@@ -161,6 +161,7 @@ def run_forked(job: dict) -> int:
 def run_on_ranks(jobs: list[dict]) -> None:
     from accelerate.state import AcceleratorState
 
+    destroy = torch.distributed.destroy_process_group
     torch.distributed.destroy_process_group = lambda *_: None  # the host does so after each run
     environment = dict(os.environ)
     for job in jobs:
@@ -169,6 +170,7 @@ def run_on_ranks(jobs: list[dict]) -> None:
         os.environ.clear()
         os.environ.update(environment)
         trainer_utils.set_seed(0)
+    destroy()
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def check_placement(model_args: Any, training_args: Any, finetuning_args: Any) -
     """
     stage, fsdp = _zero_stage(training_args), _uses_fsdp(training_args)
     if getattr(finetuning_args, "teacher_model", None) == SELF:
-        _check_shared(model_args, finetuning_args, stage, fsdp)
+        _check_shared(model_args, finetuning_args, fsdp)
 
     device = getattr(finetuning_args, "teacher_model_device", AUTO)
     if device != AUTO and (stage == 3 or fsdp):
@@ -133,7 +133,7 @@ def _check_own_engine(own: str, stage: int | None) -> None:
         )
 
 
-def _check_shared(model_args: Any, finetuning_args: Any, stage: int | None, fsdp: bool) -> None:
+def _check_shared(model_args: Any, finetuning_args: Any, fsdp: bool) -> None:
     kind = getattr(finetuning_args, "finetuning_type", "lora")
     if kind != "lora":
         raise ArgumentError(
@@ -154,11 +154,10 @@ def _check_shared(model_args: Any, finetuning_args: Any, stage: int | None, fsdp
             "shares: name the base model under `teacher_model`."
         )
 
-    if fsdp or stage == 3:
-        engine = "FSDP" if fsdp else "ZeRO-3"
+    if fsdp and os.environ.get("FSDP_VERSION", "1") != "2":  # the first keeps weights whole in its own pass alone
         raise ArgumentError(
-            f"`teacher_model: {SELF}` cannot be used with {engine}, which shards the base for one forward pass at a "
-            "time: name the base model under `teacher_model`, or train with DDP or ZeRO-2."
+            f"`teacher_model: {SELF}` cannot be used with FSDP 1: set `fsdp_version: 2` in its configuration, or name "
+            "the base model under `teacher_model`."
         )
 
 

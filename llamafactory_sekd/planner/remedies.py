@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..arguments import AUTO, SELF
+from ..arguments import AUTO
 from .estimate import Estimate
 from .run import Run
 
@@ -181,5 +181,4 @@ def _zero_3(run: Run) -> dict[str, Any]:
 
 
 def _takes_zero_3(config: Mapping[str, Any], run: Run) -> bool:
-    apart = config.get("teacher_model_device", AUTO) != AUTO or config.get("teacher_model") == SELF
-    return run.student.quantization_bit is None and not apart
+    return run.student.quantization_bit is None and config.get("teacher_model_device", AUTO) == AUTO

@@ -97,7 +97,8 @@ def place(model: nn.Module, head: nn.Module, accelerator: Any, placement: Placem
     if not placement.offload:
         return model.to(device)
 
-    _rest_in_main_memory(model, head, device)
+    # A rank without an accelerator is called `cpu:0`, which its tensors' device is not equal to.
+    _rest_in_main_memory(model, head, torch.device("cpu") if device.type == "cpu" else device)
     return model
 
 

@@ -10,8 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from runs import CLI, base_config, command
+from transformers import AutoModelForCausalLM
 
 
 SEQUENCE = str(Path(__file__).parents[1] / "sequence.py")
@@ -69,6 +72,36 @@ def trainings(root: Path, out: Path, ranks: int, **engine: Any) -> list[dict[str
     return [*configs, base_config(root, output_dir=str(out / "uneven"), **{**common, **uneven})]
 
 
+def teachers(root: Path, out: Path, ranks: int, zero: int | None = None, **engine: Any) -> list[dict[str, Any]]:
+    """Trainings whose teacher stands elsewhere: on the student's base, in main memory, in an engine of its own."""
+    common = {
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "max_steps": 2,
+        "kd_gamma": 1.0,  # as in the training of this objective above
+        "per_device_train_batch_size": 8 // ranks,
+        **engine,
+    }
+    # DeepSpeed drops an empty group of parameters, as that without weight decay is of LoRA alone, and the scheduler
+    # of torch 2.14 stumbles over that (in the host's own SFT, too); a norm fills it.
+    adapters = {"finetuning_type": "lora", "lora_target": "all", "additional_target": "norm", "learning_rate": 0.5}
+    keys: dict[str, dict[str, Any]] = {"offloaded": {"teacher_offload": True}}
+    if zero is not None:
+        keys["own_engine"] = {"teacher_deepspeed": zero_config(out, 3 if zero != 3 else 0)}
+    keys["shared"] = {**adapters, "teacher_model": "self", "teacher_model_adapters": str(root / "adapter")}
+    if zero != 3:
+        keys["device"] = {"teacher_model_device": "cpu"}
+    return [base_config(root, output_dir=str(out / name), **{**common, **own}) for name, own in keys.items()]
+
+
+def save_adapter(root: Path) -> None:
+    """Adapters of a teacher that has the student's base."""
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_pretrained(root / "student")
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.5, init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(root / "adapter")
+
+
 def zero_config(directory: Path, stage: int) -> str:
     """A DeepSpeed configuration in float32; `auto` is filled in by the trainer."""
     config = {
@@ -79,6 +112,7 @@ def zero_config(directory: Path, stage: int) -> str:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
     }
+    directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"zero{stage}.json"
     path.write_text(json.dumps(config))
     return str(path)

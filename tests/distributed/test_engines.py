@@ -28,6 +28,7 @@ def root(tiny_root, tmp_path_factory) -> Path:
     for path in (tiny_root / "data").iterdir():
         (directory / "data" / path.name).write_bytes(path.read_bytes())
     engines.save_uneven_dataset(directory / "data")
+    engines.save_adapter(directory)
     return directory
 
 
@@ -36,6 +37,8 @@ def one_rank(root, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("one_rank")
     for config in engines.trainings(root, out, ranks=1):
         train(config)
+    (shared,) = (config for config in engines.teachers(root, out, ranks=1) if config["teacher_model"] == "self")
+    train(shared)
     return out
 
 
@@ -44,22 +47,46 @@ def under_torchrun(root, tmp_path_factory) -> Path:
     """DDP and the three stages of ZeRO, one after the other in one launch."""
     out = tmp_path_factory.mktemp("torchrun")
     jobs = engines.trainings(root, out / "ddp", ranks=2, ddp_backend="gloo")
+    jobs += engines.teachers(root, out / "ddp", ranks=2, ddp_backend="gloo")
     for stage in (1, 2, 3):
         deepspeed = engines.zero_config(out, stage)
-        jobs += engines.trainings(root, out / f"zero{stage}", ranks=2, ddp_backend="gloo", deepspeed=deepspeed)
+        engine = {"ranks": 2, "ddp_backend": "gloo", "deepspeed": deepspeed}
+        jobs += engines.trainings(root, out / f"zero{stage}", **engine)
+        if stage > 1:
+            jobs += engines.teachers(root, out / f"zero{stage}", zero=stage, **engine)
     engines.launch(engines.torchrun, jobs, out)
     return out
 
 
-@pytest.fixture(scope="module", params=ENGINES)
-def two_ranks(request, root, tmp_path_factory) -> Path:
-    if not request.param.startswith("fsdp"):
-        return request.getfixturevalue("under_torchrun") / request.param
+@pytest.fixture(scope="module")
+def fsdp1(root, tmp_path_factory) -> Path:
+    return under_fsdp(1, root, tmp_path_factory.mktemp("fsdp1"))
 
-    out = tmp_path_factory.mktemp(request.param)
-    launcher = partial(engines.accelerate, engines.fsdp_config(out, version=int(request.param[-1])))
-    engines.launch(launcher, engines.trainings(root, out, ranks=2, ddp_backend="gloo", use_cpu=True), out)
+
+@pytest.fixture(scope="module")
+def fsdp2(root, tmp_path_factory) -> Path:
+    return under_fsdp(2, root, tmp_path_factory.mktemp("fsdp2"))
+
+
+def under_fsdp(version: int, root: Path, out: Path) -> Path:
+    engine = {"ranks": 2, "ddp_backend": "gloo", "use_cpu": True}
+    jobs = engines.trainings(root, out, **engine)
+    if version == 2:
+        jobs += [config for config in engines.teachers(root, out, **engine) if config["teacher_model"] == "self"]
+    engines.launch(partial(engines.accelerate, engines.fsdp_config(out, version)), jobs, out)
     return out
+
+
+def out_of(engine: str, request: pytest.FixtureRequest) -> Path:
+    if engine.startswith("fsdp"):
+        return request.getfixturevalue(engine)
+
+    return request.getfixturevalue("under_torchrun") / engine
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def two_ranks(request) -> Path:
+    return out_of(request.param, request)
 
 
 def assert_same(first: Path, second: Path) -> None:
@@ -76,6 +103,21 @@ def assert_same(first: Path, second: Path) -> None:
 @pytest.mark.parametrize("run", RUNS)
 def test_two_ranks_are_one_rank(one_rank, two_ranks, run):
     assert_same(two_ranks / run, one_rank / run)
+
+
+# Engine of the student -> where its teacher stands.
+TEACHERS = {
+    "ddp": ["shared", "device", "offloaded"],
+    "zero2": ["shared", "device", "offloaded", "own_engine"],
+    "zero3": ["shared", "offloaded", "own_engine"],
+    "fsdp2": ["shared"],
+}
+
+
+@pytest.mark.parametrize(("engine", "teacher"), [(name, teacher) for name in TEACHERS for teacher in TEACHERS[name]])
+def test_two_ranks_are_one_rank_wherever_the_teacher_stands(one_rank, engine, teacher, request):
+    reference = "shared" if teacher == "shared" else "self_evolution"
+    assert_same(out_of(engine, request) / teacher, one_rank / reference)
 
 
 def test_evaluation_counts_every_record_once(one_rank, two_ranks):

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from llamafactory_sekd.errors import ArgumentError, TeacherError
 from llamafactory_sekd.host.configuration import read_training_config
 from llamafactory_sekd.host.plan import missing_tokenizer, parse, run_of, vocabulary_line
-from llamafactory_sekd.planner import estimate
+from llamafactory_sekd.planner import TeacherPlace, estimate
 from llamafactory_sekd.planner.rehearsal import rehearse
 
 
@@ -129,6 +129,35 @@ def test_a_file_or_an_override_that_cannot_be_read_is_named(tmp_path):
     assert read_training_config(tmp_path / "x.yaml", ["a=2", "b=c"]) == {"a": 2, "b": "c"}
     with pytest.raises(ArgumentError, match="'--a' is not an override"):
         read_training_config(tmp_path / "x.yaml", ["--a"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "place"),
+    [
+        ({}, TeacherPlace()),
+        ({"teacher_model_device": "cpu"}, TeacherPlace("main memory")),
+        ({"teacher_model_device": "cuda:7"}, TeacherPlace("another device")),
+        ({"teacher_offload": True}, TeacherPlace("main memory", streamed=True)),
+        ({"teacher_model": "self", "finetuning_type": "lora"}, TeacherPlace("student")),
+    ],
+    ids=str,
+)
+def test_a_teacher_is_planned_where_it_will_stand(weightless, keys, place):
+    assert plan(base_config(weightless, **keys), accelerator=True).place == place
+    # Without accelerators there is only main memory.
+    if place.kind != "student":
+        assert plan(base_config(weightless, **keys)).place == TeacherPlace()
+
+
+def test_a_base_that_student_and_teacher_share_is_counted_once(weightless, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(bytes(1000))
+    keys = {"finetuning_type": "lora", "teacher_model_adapters": str(tmp_path / "adapter")}
+    shared = estimate(plan(base_config(weightless, teacher_model="self", **keys)))
+    apart = estimate(plan(base_config(weightless, teacher_model=str(weightless / "student"), **keys)))
+    base = next(row.step for row in apart.rows if row.name == "teacher")
+    assert next(row.step for row in shared.rows if row.name == "teacher") == 1000
+    assert apart.step - shared.step == base - 1000
 
 
 def test_batches_are_padded_to_multiples_of_eight_and_the_length_can_be_given(weightless):

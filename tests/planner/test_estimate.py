@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.errors import ArgumentError
-from llamafactory_sekd.planner import Blueprint, Run, Sharding, estimate
+from llamafactory_sekd.planner import Blueprint, Run, Sharding, TeacherPlace, estimate
 from llamafactory_sekd.planner.devices import devices_of_the_environment, parse_memory
 from llamafactory_sekd.planner.optimizers import copies_nothing, state_bytes
 from llamafactory_sekd.planner.remedies import price, remedies_for
@@ -109,6 +109,49 @@ def test_what_is_offloaded_lies_in_main_memory(short):
     result = estimate(replace(short, sharding=sharding))
     assert result.host == (2 + 2 + 12) * S7 // 8 + 2 * S13 // 8
     assert result.step < kept.step - result.host
+
+
+def test_a_teacher_is_counted_where_it_stands():
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    keys = DistillationArguments(teacher_model="x")
+    whole = Run(llama(sizes), llama(sizes), keys, batch_size=1, length=32)
+    bytes_, head = 2 * parameters_of(sizes), 2 * 32000 * 64
+
+    def row(**place):
+        return by_name(estimate(replace(whole, place=TeacherPlace(**place))))["teacher"]
+
+    assert (row().step, row().host) == (bytes_, 0)
+    assert (row(kind="main memory").step, row(kind="main memory").host) == (head, bytes_)
+    assert (row(kind="another device").step, row(kind="another device").host) == (head, 0)
+    streamed = row(kind="main memory", streamed=True)
+    assert head < streamed.step <= 2 * head
+    assert (row(kind="student", adapters=1000).step, row(kind="student", adapters=1000).host) == (1000, 0)
+
+
+def test_a_teacher_with_an_engine_of_its_own_is_sharded_as_that_says(short):
+    zero_2, zero_3 = Sharding(2), replace(short.sharding, offload_param=True)
+    rows = by_name(estimate(replace(short, sharding=zero_2, place=TeacherPlace(sharding=zero_3))))
+    assert (rows["teacher"].step, rows["teacher"].host) == (0, 2 * S13 // 8)
+    assert rows["parameters"].step == 2 * S7
+    assert rows["gathered weights"].backward > 0
+    rows = by_name(estimate(replace(short, place=TeacherPlace(sharding=Sharding(0)))))
+    assert rows["teacher"].step == 2 * S13
+
+
+def test_remedies_of_a_teacher_that_is_cached_are_over(short):
+    config = {"teacher_model": "x", "teacher_model_adapters": "y", "finetuning_type": "full"}
+    keys = [remedy.keys for remedy in remedies_for(config, short)]
+    assert {"teacher_offload": True} in keys
+    (cache,) = (changed for changed in keys if "teacher_cache" in changed)
+    assert (cache["teacher_model"], cache["teacher_model_adapters"]) == (None, None)
+
+    def plan(changed):
+        assert not ("teacher_cache" in changed and "teacher_offload" in changed)
+        return type("Estimate", (), {"device": 90 - len(changed)})()
+
+    assert list(price(config, short, needed=100, memory=0, plan=plan))
+    on_the_students_base = replace(short, place=TeacherPlace("student"))
+    assert not [item for item in remedies_for(config, on_the_students_base) if "teacher_" in item.text]
 
 
 def test_mixed_precision_keeps_float32_and_ddp_a_second_set_of_gradients():
