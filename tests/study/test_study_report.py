@@ -127,9 +127,9 @@ def test_the_plots_follow_from_the_shape_of_the_study(document: Document, plain:
     def names(one: Document) -> list[str]:
         return [plot.name for section in one.sections for plot in section.plots]
 
-    assert names(document) == ["selection_learning_rate", "similarity", "gate", "learning", "frequency"]
+    assert names(document) == ["selection_learning_rate", "differences", "similarity", "gate", "learning", "frequency"]
     by_system = ["gate_2", "gate_3", "learning_1", "learning_2", "learning_3"]
-    assert names(plain) == ["over_learning_rate", "similarity", *by_system]
+    assert names(plain) == ["differences", "over_learning_rate", "similarity", *by_system]
 
 
 def test_progressive_beta_stands_beside_the_fixed_one(results: dict[str, Any], folder: Path) -> None:

@@ -13,7 +13,7 @@ from study_results import RATES, SEEDS, SYSTEMS, without_select, write_study
 
 from llamafactory_sekd.study.report.cells import read_study
 from llamafactory_sekd.study.report.frequency import word_recall
-from llamafactory_sekd.study.report.plots import bars, keys, training, words
+from llamafactory_sekd.study.report.plots import bars, differences, keys, training, words
 from llamafactory_sekd.study.report.plots.style import BASELINE
 from llamafactory_sekd.study.report.views import Views
 
@@ -37,7 +37,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         figures.append(figure)
         return name
 
-    for module in (bars, keys, training, words):
+    for module in (bars, differences, keys, training, words):
         monkeypatch.setattr(module, "finish", keep)
     return figures
 
@@ -97,6 +97,22 @@ def test_bars_are_means_with_a_dot_for_each_seed(results: dict[str, Any], folder
         expected = mean_of(results, choice.group.system, choice.value, lambda cell: cell["similarity"]["average"])
         assert bar.get_width() == pytest.approx(expected)
     assert axes.get_xlim()[0] == 0
+
+
+def test_differences_are_drawn_with_their_intervals_and_seeds(
+    results: dict[str, Any], folder: Path, drawn: list[Any]
+) -> None:
+    views = Views(read_study(results, folder))
+    assert differences.differences_plot(views.study, views.groups, views.at_own_best, views.looks) == "differences"
+    axes = drawn[0].axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["Forward KD", "Self-Evolution KD"]
+    for place, group in enumerate(views.groups[1:]):
+        expected = views.at_own_best(group, "average", "bleu")
+        assert expected is not None
+        interval, seeds, point = lines(axes, views.looks[group.system].colour)
+        assert interval == ([expected.low, expected.high], [place, place])
+        assert seeds[0] == list(expected.seeds)
+        assert point == ([expected.value], [place])
 
 
 def test_learning_curves_are_logged_values_and_differences_to_the_baseline(

@@ -9,7 +9,7 @@ from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.evaluation.report.view import METRIC_LABELS, METRIC_SCALES
 from llamafactory_sekd.study.report.cells import Group, Study, short_names, summarize
 from llamafactory_sekd.study.report.document import Plot
-from llamafactory_sekd.study.report.plots.style import SOFT, Look, canvas, finish
+from llamafactory_sekd.study.report.plots.style import INK, SOFT, Look, canvas, finish
 from llamafactory_sekd.study.report.tables import entry, last_column, shown_metrics
 
 
@@ -73,14 +73,14 @@ def _bars(
         if summary is None:
             continue
         axes.barh(place, summary.mean, color=colour, alpha=0.75, height=0.62)
-        axes.errorbar(summary.mean, place, xerr=summary.sd or 0.0, color="#1c2430", capsize=3, linewidth=1.1)
+        axes.errorbar(summary.mean, place, xerr=summary.sd or 0.0, color=INK, capsize=3, linewidth=1.1)
         if len(seeds) > 1:
-            axes.plot(seeds, [place] * len(seeds), "o", markersize=3.5, color="white", markeredgecolor="#1c2430")
+            axes.plot(seeds, [place] * len(seeds), "o", markersize=3.5, color="white", markeredgecolor=INK)
         text = entry(summary, 1)
         label = f"{text.text} ± {text.spread}" if text.spread else text.text
         end = max([summary.mean + (summary.sd or 0.0), *seeds])
         axes.annotate(label, (end, place), (6, 0), textcoords="offset points", va="center", color=SOFT, fontsize=9.5)
-    axes.set_yticks(range(len(names)), names, color="#1c2430")
+    axes.set_yticks(range(len(names)), names, color=INK)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.margins(x=0.16)
     axes.grid(visible=False, axis="y")

@@ -19,7 +19,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<")
 _LINES = ("-", "--", "-.", ":")
 BASELINE = "#000000"
-SOFT, FAINT = "#5b6675", "#dfe4ea"
+INK, SOFT, FAINT = "#1c2430", "#5b6675", "#dfe4ea"
 # Inches; at 150 dpi a README shows it one to one.
 WIDTH, HEIGHT, DPI = 7.6, 3.8, 150
 _SETTINGS: Any = {

@@ -9,6 +9,7 @@ from llamafactory_sekd.evaluation.significance import SAMPLES
 from llamafactory_sekd.study.report.cells import Group, short_names, shown, symbol
 from llamafactory_sekd.study.report.document import Column, Entry, Row, Section, Table
 from llamafactory_sekd.study.report.plots.bars import progressive_plot, similarity_plot
+from llamafactory_sekd.study.report.plots.differences import differences_plot
 from llamafactory_sekd.study.report.plots.keys import over_key, selection_plot
 from llamafactory_sekd.study.report.selection import selected_by
 from llamafactory_sekd.study.report.tables import (
@@ -123,7 +124,14 @@ def _differences(views: Views) -> Section | None:
         "above 0” counts the pairs of seeds in which the system is ahead: where they disagree, another seed may turn "
         "the result."
     )
-    return Section("Differences to the baseline", note, tables=(table,), lines=tuple(_verdicts(views)))
+    plot = differences_plot(views.study, views.groups, views.at_own_best, views.looks)
+    return Section(
+        "Differences to the baseline",
+        note,
+        tables=(table,),
+        plots=(plot,) if plot else (),
+        lines=tuple(_verdicts(views)),
+    )
 
 
 def _verdicts(views: Views) -> Iterator[str]:
