@@ -20,7 +20,7 @@ PLACE = "\0"  # where a message is filled in
 def text_of(node: ast.JoinedStr | ast.Constant) -> str:
     if isinstance(node, ast.Constant):
         return str(node.value)
-    known = {"STAGE": "sekd"}
+    known = {"STAGE": "sekd", "SELF": "self"}
     return "".join(
         text_of(part)
         if isinstance(part, ast.Constant)
