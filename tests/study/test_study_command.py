@@ -30,6 +30,7 @@ def story(tiny_root, tmp_path_factory) -> SimpleNamespace:
         (root / "test" / f"en-de.{language}").write_text("".join(f"{line}\n" for line in lines))
     train = base_config(tiny_root, eval_dataset="tiny_valid", eval_strategy="steps", eval_steps=20, max_steps=40)
     train |= {"save_strategy": "steps", "save_steps": 5, "plot_loss": True}
+    sft = {**{key: value for key, value in train.items() if key != "teacher_model"}, "stage": "sft"}
     evaluation = {"task": "wmt22", "task_dir": "test", "directions": ["en-de"], "metrics": ["bleu", "chrf"]}
     study = {
         "output_dir": "out",
@@ -39,13 +40,15 @@ def story(tiny_root, tmp_path_factory) -> SimpleNamespace:
         "systems": {
             "Broken": {"learning_rate": "fast"},
             "SKEW": {"kd_loss": "skew"},
+            "SFT": {"train": str(write_yaml(root / "sft.yaml", sft)), "finetuning_type": "lora", "lora_target": "all"},
         },
         "models": {"Teacher": {"model_name_or_path": str(tiny_root / "teacher")}},
         "teacher": "Teacher",
+        "matrix": {"kd_lambda": [0.5]},
         "seeds": [3],
     }
     words = [SEKD, "study", str(write_yaml(root / "study.yaml", study)), "--jobs", "2"]
-    cell = root / "out" / "cells" / "skew-seed=3"
+    cell = root / "out" / "cells" / "skew-kd_lambda=0.5-seed=3"
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     killed = subprocess.Popen(words, cwd=root, env=environment, stdout=-3, stderr=-3)
@@ -89,7 +92,7 @@ def test_the_same_command_continues_from_the_checkpoint_and_finishes(story):
     log = (story.cell / "train.log").read_text()
     assert log.count("$ ") == 2
     assert "resume_from_checkpoint=" in log
-    entry = next(cell for cell in story.results["cells"] if cell["id"] == "skew-seed=3")
+    entry = next(cell for cell in story.results["cells"] if cell["id"] == "skew-kd_lambda=0.5-seed=3")
     assert entry["training"]["resumed"] is True
     assert entry["training"]["steps"] == 40
     assert entry["validation"]["nll"] == entry["validation"]["eval_kd/ce"] > 0
@@ -106,7 +109,7 @@ def test_the_same_command_continues_from_the_checkpoint_and_finishes(story):
 @pytest.mark.slow
 def test_the_cached_teacher_was_computed_once_and_no_cell_loads_one(story):
     assert (story.root / "out" / "logs" / "teacher_cache.log").read_text().count("$ ") == 1
-    entry = next(cell for cell in story.results["cells"] if cell["id"] == "skew-seed=3")
+    entry = next(cell for cell in story.results["cells"] if cell["id"] == "skew-kd_lambda=0.5-seed=3")
     assert entry["config"]["teacher_cache"] == "cache"
     assert "teacher_model" not in entry["config"]
     assert story.results["models"][0]["name"] == "Teacher"
@@ -114,15 +117,32 @@ def test_the_cached_teacher_was_computed_once_and_no_cell_loads_one(story):
 
 
 @pytest.mark.slow
+def test_the_hosts_own_sft_and_its_adapters_stand_beside_the_distilled(story):
+    entry = next(cell for cell in story.results["cells"] if cell["system"] == "SFT")
+    assert (entry["id"], entry["axes"]) == ("sft-seed=3", {})
+    assert entry["validation"]["nll"] == entry["validation"]["eval_loss"]
+    assert entry["scores"]["average"]["chrf"] is not None
+    assert (story.root / "out" / entry["model"] / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_report_is_written_over_what_there_is(story):
+    assert "out/report.html" in story.third.stdout
+    report = (story.root / "out" / "report.md").read_text()
+    assert "SKEW" in report
+    assert "Broken" in report  # as missing
+
+
+@pytest.mark.slow
 def test_a_failing_cell_is_named_with_its_log_and_tried_again_while_done_ones_stay(story):
     for run in (story.again, story.third):
         assert run.returncode == 2
-        assert "✗ broken-seed=3: status 1, " in run.stdout
-        assert "1 failed: broken-seed=3. The same command tries them again." in run.stdout
-    assert "2 of 3 done before." in story.third.stdout
+        assert "✗ broken-kd_lambda=0.5-seed=3: status 1, " in run.stdout
+        assert "1 failed: broken-kd_lambda=0.5-seed=3. The same command tries them again." in run.stdout
+    assert "3 of 4 done before." in story.third.stdout
     assert {path: path.stat().st_mtime_ns for path in story.written} == story.written
     assert (story.cell / "train.log").read_text().count("$ ") == 2
-    broken = next(cell for cell in story.results["cells"] if cell["id"] == "broken-seed=3")
+    broken = next(cell for cell in story.results["cells"] if cell["id"] == "broken-kd_lambda=0.5-seed=3")
     assert (broken["training"], broken["scores"]) == (None, None)
 
 
