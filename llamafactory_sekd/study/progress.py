@@ -14,6 +14,8 @@ from rich.markup import escape
 
 # Seconds between two lines where there is no terminal.
 LINE_EVERY = 60.0
+# Columns of a bar, and of all that stands beside a name.
+_BAR, _BESIDE = 16, 54
 
 
 class View:
@@ -30,7 +32,7 @@ class View:
         self._lock = threading.Lock()
         self._bars = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(bar_width=30),
+            rich.progress.BarColumn(bar_width=_BAR),
             rich.progress.TaskProgressColumn(),
             rich.progress.TextColumn("[dim]{task.fields[note]}"),
             console=console,
@@ -53,7 +55,7 @@ class View:
     @contextmanager
     def preparing(self, what: str) -> Iterator[Callable[[float], None]]:
         """Show what comes before the jobs while the block runs; nobody knows how far it is."""
-        bar = self._bars.add_task(escape(what), total=None, note="")
+        bar = self._bars.add_task(self._fitting(what), total=None, note="")
         if not self._console.is_terminal:
             self.say(f"… {what}")
         start = time.monotonic()
@@ -64,7 +66,7 @@ class View:
     @contextmanager
     def running(self, name: str) -> Iterator[Callable[[float], None]]:
         """Show a job while the block runs; yields the function that takes its finished share, from 0 to 1."""
-        bar = self._bars.add_task(f"  {escape(name)}", total=1.0, note="")
+        bar = self._bars.add_task(f"  {self._fitting(name)}", total=1.0, note="")
         if not self._console.is_terminal:
             self.say(f"… {name}")
 
@@ -95,6 +97,11 @@ class View:
             self._first.pop(name, None)
         self.say(f"✗ {name}: {why}", "red")
         self._show()
+
+    def _fitting(self, name: str) -> str:
+        """Return a name that leaves room for its bar: long ones differ at their ends."""
+        room = max(12, self._console.width - _BESIDE)
+        return escape(name if len(name) <= room else f"{name[: room // 2 - 1]}…{name[-(room - room // 2) :]}")
 
     def _count(self, name: str, share: float) -> None:
         with self._lock:
