@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
+import hypothesis
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from llamafactory_sekd.errors import StudyError
 from llamafactory_sekd.study.devices import environments, parse_devices
 from llamafactory_sekd.study.evaluation import model_of, read_evaluation
+from llamafactory_sekd.study.ingredients import difference
 from llamafactory_sekd.study.matrix import cell_id, expand, has_effect, slug
 from llamafactory_sekd.study.spec import parse_spec, read_spec
 
@@ -270,6 +273,28 @@ def test_any_value_of_any_key_is_taken_or_refused_in_one_line(key, value):
     except StudyError as error:
         said = str(error)
     assert "\n" not in said
+
+
+PLAIN = st.recursive(  # null and absent are the same to a training YAML
+    st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(PLAIN, PLAIN)
+def test_ingredients_differ_when_and_only_when_they_are_not_the_same(one, two):
+    """Also after they were written down and read again."""
+    hypothesis.assume("unknown" not in (one, two))
+    assert difference(json.loads(json.dumps(one)), one) is None
+    assert (difference({"a": {"b": one}}, {"a": {"b": two}}) is None) == (one == two)
+    assert difference({"a": {"b": "unknown"}}, {"a": {"b": two}}) is None
+
+
+def test_a_key_that_came_or_went_is_a_difference():
+    assert difference({}, {"a": "new"}) == 'a was null, now "new"'
+    assert difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 1}}) == "a.c was 2, now null"
 
 
 def test_files_that_are_no_study_are_refused_in_one_line(tmp_path):
