@@ -21,7 +21,7 @@ _LINES = ("-", "--", "-.", ":")
 BASELINE = "#000000"
 INK, SOFT, FAINT = "#1c2430", "#5b6675", "#dfe4ea"
 # Inches; at 150 dpi a README shows it one to one.
-WIDTH, HEIGHT, DPI = 7.6, 3.8, 150
+WIDTH, DPI = 7.6, 150
 _SETTINGS: Any = {
     "font.size": 10,
     "axes.titlesize": 10.5,
@@ -70,17 +70,15 @@ def looks(study: Study) -> dict[str, Look]:
 
 
 @contextmanager
-def canvas(
-    panels: int = 1, columns: int = 1, width: float = WIDTH, height: float = HEIGHT
-) -> Iterator[tuple[Any, list[Any]]]:
-    """Give a figure and its axes, ``panels`` in rows of ``columns``; ``height`` is that of one row, in inches."""
+def canvas(panels: int = 1, columns: int = 1, *, height: float) -> Iterator[tuple[Any, list[Any]]]:
+    """Give a figure and its axes, ``panels`` in rows of ``columns``; ``height`` is that of a row, in inches."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = -(-panels // columns)
     with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=(width, height * rows), layout="constrained")
+        figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, [figure.add_subplot(rows, columns, index + 1) for index in range(panels)]
 
@@ -117,7 +115,7 @@ def name_lines(axes: Any, ends: Sequence[tuple[str, float, str]]) -> None:
 
 
 def name_below(figure: Any, names: Mapping[Group, str], looks: Mapping[Group, Look]) -> None:
-    """Write one legend for all panels below them: who is told apart by which colour, line and mark."""
+    """Write one legend for all panels below them, for which the figure grows."""
     from matplotlib.lines import Line2D
 
     lines = [
@@ -126,7 +124,9 @@ def name_below(figure: Any, names: Mapping[Group, str], looks: Mapping[Group, Lo
     ]
     # matplotlib takes a leading underscore for "leave it out".
     labels = [f" {names[group]}" if names[group].startswith("_") else names[group] for group in looks]
-    columns = 3 if max(map(len, labels)) < 34 else 2
+    longest = max(map(len, labels))
+    columns = 4 if longest < 16 else 3 if longest < 34 else 2
+    figure.set_figheight(figure.get_figheight() + 0.21 * -(-len(labels) // columns))
     figure.legend(lines, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9.5)
 
 

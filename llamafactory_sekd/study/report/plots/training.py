@@ -77,7 +77,7 @@ def _plot(name: str, caption: str, panels: Sequence[Panel], runs: Runs) -> Plot 
     found = {panel: curves for panel in panels if (curves := runs.curves(panel))}
     if not found:
         return None
-    with canvas(len(found), columns=2, height=2.5) as (figure, all_axes):
+    with canvas(len(found), columns=2, height=2.3) as (figure, all_axes):
         for axes, (panel, curves) in zip(all_axes, found.items(), strict=True):
             for group, curve in curves.items():
                 _draw(axes, curve, panel.factor, runs.looks[group], len(curves))
