@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 
 from llamafactory_sekd.errors import StudyError
@@ -41,9 +43,10 @@ def count(devices: Sequence[str]) -> int:
     """Return how many GPUs a command without ``CUDA_VISIBLE_DEVICES`` of its own would take; 0 without any."""
     if devices:
         return len(devices)
-    import torch
-
-    return torch.cuda.device_count()
+    # Asked in a process of its own: torch would take half a gigabyte here for as long as the study runs.
+    question = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    answer = subprocess.run(question, capture_output=True, text=True, check=False).stdout.split()
+    return int(answer[-1]) if answer and answer[-1].isdigit() else 0
 
 
 def _share(worker: int, jobs: int, devices: Sequence[str]) -> Sequence[str]:

@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 
 from llamafactory_sekd.errors import HostError, StudyError
-from llamafactory_sekd.study import runner
+from llamafactory_sekd.study import preparation, runner
 from llamafactory_sekd.study.cluster import list_commands, write_slurm
 from llamafactory_sekd.study.engine import find_inputs, open_study, run_one, run_study, write_study
 from llamafactory_sekd.study.spec import read_spec
@@ -285,7 +285,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from llamafactory_sekd.study import runner
+from llamafactory_sekd.study import preparation, runner
 from llamafactory_sekd.study.engine import open_study, run_study
 from llamafactory_sekd.study.spec import read_spec
 runner.host_command = lambda *words: [sys.executable, str(Path("fake.py").resolve()), *words]
@@ -353,6 +353,36 @@ def test_cells_with_several_teachers_cannot_share_a_cache():
     write({**STUDY, "teacher_cache": "cache", "systems": {"A": {}, "B": {"teacher_model": "student"}}})
     with pytest.raises(StudyError, match="`teacher_cache` holds one teacher, and the cells have several"):
         run()
+
+
+def test_the_cache_is_made_on_all_devices_once_per_set_of_examples(monkeypatch):
+    monkeypatch.setattr(preparation, "tool", lambda *words: list(words))
+    systems = {"A": {}, "B": {"kd_loss": "skew"}, "C": {"dataset": "others"}}
+    write({**STUDY, "systems": systems, "teacher_cache": {"folder": "cache", "format": "topk", "batch_size": 4}})
+    study = opened()
+    options = ["--out", "cache", "--format", "topk", "--batch-size", "4"]
+    for devices, launcher in (
+        (("0",), ["sekd"]),
+        (("0", "1"), ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "llamafactory_sekd.cli"]),
+    ):
+        commands = preparation.cache_commands(study.spec, study.cells, devices)
+        assert [words for _, words in commands.values()] == [
+            [*launcher, "cache", "out/teacher_cache.yaml", *options],
+            [*launcher, "cache", "out/teacher_cache-2.yaml", *options],
+        ]
+    written = yaml.safe_load(Path("out/teacher_cache-2.yaml").read_text())
+    assert (written["dataset"], written["teacher_model"]) == ("others", "teacher")
+    assert "teacher_cache" not in written
+
+
+def test_deepspeed_wants_torchrun_on_one_device_too(monkeypatch):
+    monkeypatch.setattr(preparation, "tool", lambda *words: list(words))
+    write({**STUDY, "overrides": {"deepspeed": "ds.json"}, "teacher_cache": "cache"})
+    study = opened()
+    ((_, words),) = preparation.cache_commands(study.spec, study.cells, ("0",)).values()
+    assert words[:4] == ["torchrun", "--standalone", "--nproc-per-node", "1"]
+    line = list(list_commands(opened("teacher_cache=null"), find_inputs(opened("teacher_cache=null"))))[-1]
+    assert line.startswith("FORCE_TORCHRUN=1 ")
 
 
 def test_a_missing_test_set_is_one_line():
