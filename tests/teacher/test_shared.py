@@ -168,3 +168,10 @@ def test_an_adapter_that_does_not_fit_is_named_in_one_line(root, tmp_path, teach
     with pytest.raises(TeacherError, match=message) as caught:
         train(config_of(root, tmp_path / "out", teacher, adapters))
     assert "\n" not in str(caught.value)
+
+
+def test_evaluation_alone_which_merges_the_students_adapter_is_refused(root, tmp_path):
+    evaluation = {"do_train": False, "do_eval": True, "eval_dataset": "tiny_valid"}
+    trained = {"adapter_name_or_path": str(root / "same")}
+    with pytest.raises(TeacherError, match="evaluation without training merges them: name the base"):
+        train(config_of(root, tmp_path / "out", "self", "other", **evaluation, **trained))
