@@ -14,12 +14,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from llamafactory_sekd.errors import ArgumentError
-from llamafactory_sekd.objectives.blocks import BlockProcessor
 from llamafactory_sekd.objectives.heads import Head, HeadGradients, LogitsSource, product_type
 from llamafactory_sekd.objectives.losses import OBJECTIVES, check_objective
-from llamafactory_sekd.objectives.selection import select_hard
 from llamafactory_sekd.objectives.settings import Settings, check_same_vocabulary, check_tokens
 from llamafactory_sekd.objectives.statistics import TokenStatistics
+from llamafactory_sekd.objectives.sweep import Sweep
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +71,7 @@ def fused_linear_distillation(
 
     Products are done in the head's type, under autocast in autocast's (which copies heads of another type for the
     duration of the call); everything between logits and their gradient in float32, or float64 where a head is.
-    `self_evolution_topk` selects over all tokens before the first gradient can be formed: it computes both logits
-    twice, which adds the time of the two logits products.
+    `self_evolution_topk` selects over all tokens, see `Sweep`.
 
     Args:
         student_hidden: `[tokens, student width]`, of response tokens only.
@@ -172,7 +170,16 @@ class _FusedDistillation(torch.autograd.Function):
         with torch.autocast(student_hidden.device.type, enabled=False):
             student = Head(student_hidden, student_weight, student_bias, plan.vocab_size, student_type)
             gradients = HeadGradients(student, student_weight, wants, plan.num_items)
-            values = _sweep(student, teacher, labels, plan, gradients if any(wants) else None)
+            values = Sweep(
+                student,
+                teacher,
+                labels,
+                plan.settings,
+                OBJECTIVES[plan.settings.kd_loss].closed_form,
+                chunk_size=plan.chunk_size,
+                may_be_infinite=plan.may_be_infinite,
+                gradients=gradients if any(wants) else None,
+            ).run()
         ctx.gradients = gradients
         loss, statistics = values[-1].sum() / plan.num_items, values[:-1]
         ctx.mark_non_differentiable(statistics)
@@ -189,41 +196,6 @@ class _FusedDistillation(torch.autograd.Function):
         # Handed over, not kept: the optimizer's .grad can then take the buffers instead of copying them.
         gradients, ctx.gradients = ctx.gradients, None
         return (*gradients.finish(grad_loss), None, None, None)
-
-
-def _sweep(
-    student: Head, teacher: LogitsSource, labels: torch.Tensor, plan: _Plan, gradients: HeadGradients | None
-) -> torch.Tensor:
-    """Go through the tokens chunk by chunk; `[7 or 9, tokens]` as `BlockProcessor.process` returns them."""
-    chunk, device = min(plan.chunk_size, len(labels)), labels.device
-    student_logits = torch.empty(chunk, plan.vocab_size, dtype=student.dtype, device=device)
-    teacher_logits = torch.empty(chunk, plan.vocab_size, dtype=teacher.dtype, device=device)
-    processor = BlockProcessor(
-        plan.settings,
-        OBJECTIVES[plan.settings.kd_loss].closed_form,
-        vocab_size=plan.vocab_size,
-        tokens=chunk,
-        precision=torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32),
-        device=device,
-        may_be_infinite=plan.may_be_infinite or torch.float16 in (student.dtype, teacher.dtype),
-        wants_gradient=gradients is not None,
-    )
-    chunks = [slice(start, start + chunk) for start in range(0, len(labels), max(chunk, 1))]
-
-    def logits(tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        return student.logits(tokens, student_logits), teacher.logits(tokens, teacher_logits)
-
-    hard = None
-    if plan.settings.kd_loss == "self_evolution_topk":
-        difficulties = [processor.difficulty(*logits(tokens), labels[tokens]) for tokens in chunks]
-        hard = select_hard(torch.cat([processor.nothing[0], *difficulties]), plan.settings)
-    values = [processor.nothing]
-    for tokens in chunks:
-        z, w = logits(tokens)
-        values.append(processor.process(z, w, labels[tokens], None if hard is None else hard[tokens]))
-        if gradients is not None:
-            gradients.add(tokens, z)
-    return torch.cat(values, dim=1)
 
 
 def _divisor(num_items: int | torch.Tensor) -> float | torch.Tensor:

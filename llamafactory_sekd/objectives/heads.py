@@ -27,8 +27,11 @@ class LogitsSource(Protocol):
     def __len__(self) -> int:
         """The number of tokens."""
 
-    def logits(self, tokens: slice, out: torch.Tensor) -> torch.Tensor:
-        """Write the logits of some tokens to the first rows of `out`, `[chunk, vocab]`, and return these rows."""
+    def logits(self, tokens: slice | torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Write the logits of some tokens to the first rows of `out`, `[chunk, vocab]`, and return these rows.
+
+        The tokens are a slice or their numbers, int64.
+        """
 
 
 def product_type(weight: torch.Tensor) -> torch.dtype:
@@ -69,11 +72,11 @@ class Head:
     def __len__(self) -> int:
         return len(self.hidden)
 
-    def rows(self, tokens: slice) -> torch.Tensor:
+    def rows(self, tokens: slice | torch.Tensor) -> torch.Tensor:
         """The hidden states of some tokens in the type of the products."""
         return self.hidden[tokens].to(self.dtype)
 
-    def logits(self, tokens: slice, out: torch.Tensor) -> torch.Tensor:
+    def logits(self, tokens: slice | torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Write the logits of some tokens to the first rows of `out`, `[chunk, vocab]`, and return these rows."""
         hidden = self.rows(tokens)
         out = out[: len(hidden)]
@@ -121,13 +124,15 @@ class HeadGradients:
 
     def add(self, tokens: slice, gradient: torch.Tensor) -> None:
         """Take in the gradient of the logits of some tokens, `[chunk, vocab]`, in the type of the products."""
-        vocab_size = gradient.shape[1]
         if self.hidden is not None:
             torch.mm(gradient, self.head.weight, out=self.hidden[tokens])
-        if self.weight is not None:
-            self._add_weight(self.weight[:vocab_size], gradient, self.head.rows(tokens))
-        if self.bias is not None:
-            self.bias[:vocab_size].add_(gradient.sum(0, dtype=self.bias.dtype), alpha=self.scale)
+        self._add_head(gradient, tokens)
+
+    def replace(self, tokens: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Take out the gradient `before` of the logits of some tokens, given by their numbers, and take in `after`."""
+        if self.hidden is not None:
+            self.hidden[tokens] = torch.mm(after, self.head.weight)
+        self._add_head(torch.sub(after, before, out=before), tokens)
 
     def finish(self, grad_loss: torch.Tensor) -> list[torch.Tensor | None]:
         """The gradients of hidden states, weight and bias for the gradient of the loss, once."""
@@ -139,6 +144,13 @@ class HeadGradients:
             None if total is None else _multiply(total, factor).to(dtype)
             for total, factor, dtype in zip(totals, factors, self.types, strict=True)
         ]
+
+    def _add_head(self, gradient: torch.Tensor, tokens: slice | torch.Tensor) -> None:
+        vocab_size = gradient.shape[1]
+        if self.weight is not None:
+            self._add_weight(self.weight[:vocab_size], gradient, self.head.rows(tokens))
+        if self.bias is not None:
+            self.bias[:vocab_size].add_(gradient.sum(0, dtype=self.bias.dtype), alpha=self.scale)
 
     def _add_weight(self, total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
         if total.dtype == gradient.dtype:

@@ -41,6 +41,17 @@ def largest_share(difficulty: torch.Tensor, share: float) -> torch.Tensor:
     return hard
 
 
+def share_threshold(difficulty: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """A difficulty above which about the share `kd_topk` of these tokens lies, 0-dimensional.
+
+    Raises:
+        ArgumentError: `kd_topk` is missing.
+    """
+    number = int(_share(settings) * len(difficulty) + 0.5)
+    # The place after the last hard token; where all are hard there is none.
+    return torch.cat([difficulty.sort(descending=True).values, difficulty.new_full((1,), -torch.inf)])[number]
+
+
 def select_hard(difficulty: torch.Tensor, settings: Settings) -> torch.Tensor:
     """bool `[tokens]`: the selection that `kd_loss` asks for.
 
@@ -52,9 +63,13 @@ def select_hard(difficulty: torch.Tensor, settings: Settings) -> torch.Tensor:
     """
     if settings.kd_loss != "self_evolution_topk":
         return above_threshold(difficulty, settings.kd_gamma)
+    return largest_share(difficulty, _share(settings))
+
+
+def _share(settings: Settings) -> float:
     if settings.kd_topk is None:
         raise ArgumentError(
             "`kd_topk` is missing: `kd_loss: self_evolution_topk` needs the share of hard tokens, above 0 and "
             "up to 1, such as 0.5."
         )
-    return largest_share(difficulty, settings.kd_topk)
+    return settings.kd_topk

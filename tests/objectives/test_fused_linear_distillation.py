@@ -21,6 +21,7 @@ from llamafactory_sekd.objectives import (
     default_chunk_size,
     distillation_loss,
     fused_linear_distillation,
+    sweep,
 )
 from llamafactory_sekd.objectives.losses import closed_forms
 
@@ -509,3 +510,32 @@ def test_a_large_vocabulary_costs_no_precision():
     # Of the hidden states' gradient, a sum over the whole vocabulary, the product's own rounding is larger.
     for ours, exact in ((single.head, double.head), (single.bias, double.bias)):
         assert float((ours.grad.double() - exact.grad).norm() / exact.grad.norm()) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chunk_size", [1, 3, 64])
+@pytest.mark.parametrize("kd_topk", [0.01, 0.3, 1.0])
+def test_topk_selects_over_all_tokens_whatever_was_guessed_before(monkeypatch, kd_topk, chunk_size, dtype):
+    """The tokens become harder and harder, so that each guess is wrong."""
+    keys = keys_for("self_evolution_topk", kd_topk=kd_topk)
+    p = problem(tokens=48)
+    order = distillation_loss(*p.logits(), p.labels, **keys).difficulty.argsort()
+    parts = {item.name: getattr(p, item.name).detach() for item in fields(Problem)}
+    parts |= {name: parts[name][order] for name in ("hidden", "teacher_hidden", "labels")}
+    results = []
+    for sample in (2, 48):  # the second sees all tokens before the pass
+        monkeypatch.setattr(sweep, "SAMPLE", sample)
+        p = Problem(**{name: part if name == "labels" else part.to(dtype, copy=True) for name, part in parts.items()})
+        for tensor in p.trained:
+            tensor.requires_grad_()
+        output = fused(p, chunk_size=chunk_size if sample == 2 else 48, **keys)
+        output.loss.backward()
+        results.append((output, p))
+
+    (guessed, ours), (known, theirs) = results
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-2
+    assert torch.equal(guessed.statistics.hard, known.statistics.hard)
+    assert int(known.statistics.hard.sum()) == int(kd_topk * 48 + 0.5)
+    assert float(guessed.loss) == pytest.approx(float(known.loss), rel=tolerance)
+    for mine, other in zip(ours.trained, theirs.trained, strict=True):
+        assert float((mine.grad - other.grad).norm() / other.grad.norm()) < tolerance

@@ -126,7 +126,7 @@ class TopKLogits:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def logits(self, tokens: slice, out: torch.Tensor) -> torch.Tensor:
+    def logits(self, tokens: slice | torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Write the logits of some tokens to the first rows of ``out``, ``[chunk, vocab]``, and return these rows."""
         ids = self.ids[tokens].long()
         out = out[: len(ids)]

@@ -1,0 +1,121 @@
+"""One pass over the tokens of a batch: logits, statistics and gradients of a chunk at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from llamafactory_sekd.objectives.blocks import BlockProcessor
+from llamafactory_sekd.objectives.heads import Head, HeadGradients, LogitsSource
+from llamafactory_sekd.objectives.losses.closed_forms import Block
+from llamafactory_sekd.objectives.selection import select_hard, share_threshold
+from llamafactory_sekd.objectives.settings import Settings
+
+
+# Tokens that are looked at before the pass, to guess the difficulty above which the share of `kd_topk` lies.
+SAMPLE = 256
+
+
+class Sweep:
+    """Goes once through the tokens of a batch.
+
+    `self_evolution_topk` knows its hard tokens only when all have been seen. The pass therefore takes those above the
+    difficulty that the share had among the tokens before, and in the end does the few again that it took wrongly, so
+    that the result is that of the exact selection.
+
+    Args:
+        student, teacher: where the logits come from.
+        labels: class ids `[tokens]`.
+        settings: the objective's keys.
+        closed_form: the objective, from `losses.closed_forms`.
+        chunk_size: tokens whose logits exist at a time.
+        may_be_infinite: whether logits can be `-inf`.
+        gradients: where the gradients go, None where none are wanted.
+    """
+
+    def __init__(
+        self,
+        student: Head,
+        teacher: LogitsSource,
+        labels: torch.Tensor,
+        settings: Settings,
+        closed_form: Callable[[Block], torch.Tensor],
+        *,
+        chunk_size: int,
+        may_be_infinite: bool,
+        gradients: HeadGradients | None,
+    ) -> None:
+        self.student, self.teacher, self.labels = student, teacher, labels
+        self.settings = settings
+        self.gradients = gradients
+        self.chunk = min(chunk_size, len(labels))
+        vocab_size, device = teacher.vocab_size, labels.device
+        rows = max(self.chunk, 2)  # a token that is done again needs two
+        self.student_logits = torch.empty(rows, vocab_size, dtype=student.dtype, device=device)
+        self.teacher_logits = torch.empty(self.chunk, vocab_size, dtype=teacher.dtype, device=device)
+        self.processor = BlockProcessor(
+            settings,
+            closed_form,
+            vocab_size=vocab_size,
+            tokens=self.chunk,
+            precision=torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32),
+            device=device,
+            may_be_infinite=may_be_infinite or torch.float16 in (student.dtype, teacher.dtype),
+            wants_gradient=gradients is not None,
+        )
+
+    def run(self) -> torch.Tensor:
+        """Return what `BlockProcessor.process` returns, of all tokens: `[7 or 9, tokens]`."""
+        by_share = self.settings.kd_loss == "self_evolution_topk" and len(self.labels) > 0
+        seen = self._sample() if by_share else None
+        results = [self.processor.nothing]
+        for start in range(0, len(self.labels), max(self.chunk, 1)):
+            if seen is not None:
+                self._guess(seen)
+            tokens = slice(start, start + self.chunk)
+            z = self.student.logits(tokens, self.student_logits)
+            results.append(self._process(z, tokens))
+            if self.gradients is not None:
+                self.gradients.add(tokens, z)
+            if seen is not None:
+                seen = torch.cat([_difficulty(values) for values in results])
+        values = torch.cat(results, dim=1)
+        if by_share:
+            self._correct(values)
+        return values
+
+    def _process(
+        self, z: torch.Tensor, tokens: slice | torch.Tensor, hard: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        w = self.teacher.logits(tokens, self.teacher_logits)
+        return self.processor.process(z, w, self.labels[tokens], hard)
+
+    def _sample(self) -> torch.Tensor:
+        """The difficulty of the first tokens."""
+        tokens = slice(0, min(SAMPLE, self.chunk))
+        z = self.student.logits(tokens, self.student_logits)
+        return self.processor.difficulty(z, self.teacher.logits(tokens, self.teacher_logits), self.labels[tokens])
+
+    def _guess(self, seen: torch.Tensor) -> None:
+        self.processor.settings = replace(self.settings, kd_gamma=share_threshold(seen, self.settings))
+
+    def _correct(self, values: torch.Tensor) -> None:
+        """Put right, in `values` and in the gradients, the tokens that were taken for hard or easy and are not."""
+        hard = select_hard(_difficulty(values), self.settings)
+        wrong = (hard != values[1].bool()).nonzero().squeeze(-1)
+        if len(wrong) == 0:
+            return
+        for rows in wrong.split(max(self.chunk // 2, 1)):
+            before = self.student.logits(rows, self.student_logits)
+            self._process(before, rows, ~hard[rows])
+            after = self.student.logits(rows, self.student_logits[len(rows) :])
+            values[:, rows] = self._process(after, rows, hard[rows])
+            if self.gradients is not None:
+                self.gradients.replace(rows, before, after)
+
+
+def _difficulty(values: torch.Tensor) -> torch.Tensor:
+    """Of tokens whose teacher is broken the smallest there is, so that they are no hard ones."""
+    return values[0].masked_fill(values[4].isnan(), -torch.inf)
