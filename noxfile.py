@@ -56,7 +56,8 @@ def matrix(session: nox.Session, llamafactory: str, transformers: str, extra: st
     # torch first, so that nothing asks for another build of it.
     session.install("-q", "-c", str(constraints), "torch", "torchvision", "torchaudio")
     extras = ",".join(filter(None, ("metrics", extra)))
-    session.install("-q", "-c", str(constraints), "-e", f".[{extras}]", "pytest", "hypothesis", "hatchling", "deepspeed")
+    tools = ("pytest", "hypothesis", "hatchling", "deepspeed")
+    session.install("-q", "-c", str(constraints), "-e", f".[{extras}]", *tools)
 
     installed = json.loads(session.run("python", "-m", "pip", "list", "--format=json", silent=True) or "[]")
     versions = {package["name"].lower(): package["version"] for package in installed}
