@@ -20,6 +20,6 @@ def test_the_cache_is_measured_and_its_losses_are_the_teachers(tmp_path: Path) -
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(out.read_text())
     assert {name: len(times) for name, times in result["seconds"].items()} == {"sft": 2, "topk": 2}
-    assert 0 < result["largest deviation of a loss over 50 steps"] < 1e-6
+    assert 0 <= result["largest deviation of a loss over 50 steps"] < 1e-6
     assert result["reading"]["hidden"]["growth in bytes"] < 2**20
     assert "Bytes per response token" in done.stdout

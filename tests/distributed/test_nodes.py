@@ -17,7 +17,7 @@ from runs import CLI, base_config, command, logged, train, weights, write_yaml
 
 
 pytestmark = pytest.mark.slow
-STEPS = {"max_steps": 6, "optim": "sgd", "learning_rate": 0.05, "kd_loss": "skew", "kd_beta_end": 1.0}
+STEPS = {"max_steps": 16, "optim": "sgd", "learning_rate": 0.05, "kd_loss": "skew", "kd_beta_end": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +64,17 @@ def kill_launcher_after_a_step(arguments: list[str], env: dict[str, str], checkp
     with (checkpoint.parents[1] / "killed.log").open("wb") as log:
         launcher = psutil.Popen(arguments, env=env, cwd=checkpoint.parents[1], stdout=log, stderr=log)
     deadline = time.time() + 120
+    family: list[psutil.Process] = []
     while not (checkpoint / "trainer_state.json").exists() and time.time() < deadline:
         time.sleep(0.002)
-    family = launcher.children(recursive=True)
+        if len(family) < 3:  # looking takes longer than a step, so not when the time has come
+            family = launcher.children(recursive=True)
     launcher.kill()
     assert launcher.wait() == -signal.SIGKILL  # it had not ended by itself
     return family
 
 
-def test_a_run_whose_launcher_and_then_whose_rank_was_killed_is_resumed_by_the_same_command(
+def test_a_run_whose_rank_and_then_whose_launcher_was_killed_is_resumed_by_the_same_command(
     tiny_root, one_rank, tmp_path
 ):
     saving = {"save_strategy": "steps", "save_steps": 2, "overwrite_output_dir": False, "ddp_backend": "gloo"}
@@ -80,19 +82,19 @@ def test_a_run_whose_launcher_and_then_whose_rank_was_killed_is_resumed_by_the_s
     path = write_yaml(tmp_path / "run.yaml", config)
     ranks = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "MASTER_PORT": str(engines.free_port())}
 
-    family = kill_launcher_after_a_step(
-        [CLI, "train", str(path)], {**engines.environment(), **ranks}, tmp_path / "out" / "checkpoint-2"
-    )
-    assert len(family) >= 3  # torchrun, which is killed with it, and the ranks, which are killed with torchrun
-    _, left = psutil.wait_procs(family, timeout=10)
-    assert not left
-    assert not (tmp_path / "out" / "model.safetensors").exists()
-
     jobs = tmp_path / "jobs.json"
     jobs.write_text(json.dumps([{"config": config, "kill": "in_a_step_of_rank_1"}]))
     killed = command(engines.torchrun(engines.SEQUENCE, str(jobs)), cwd=tmp_path)
     assert killed.returncode != 0
     assert "SIGKILL" in killed.stderr or "Signal 9" in killed.stderr
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+    family = kill_launcher_after_a_step(
+        [CLI, "train", str(path)], {**engines.environment(), **ranks}, tmp_path / "out" / "checkpoint-8"
+    )
+    assert len(family) >= 3  # torchrun, which is killed with it, and the ranks, which are killed with torchrun
+    _, left = psutil.wait_procs(family, timeout=10)
+    assert not left
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
     again = command([sys.executable, "-m", "llamafactory_sekd", "train", str(path)], env=ranks, cwd=tmp_path)
