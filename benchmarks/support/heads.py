@@ -90,7 +90,7 @@ def objective_keys(heads: Heads, kd_loss: str) -> dict[str, float | str | None]:
     return {"kd_loss": kd_loss, "kd_lambda": LAMBDA, "kd_beta": BETA, "kd_gamma": heads.gamma, "kd_topk": topk}
 
 
-def fused(heads: Heads, kd_loss: str) -> torch.Tensor:
+def fused(heads: Heads, kd_loss: str, compile: bool = False) -> torch.Tensor:
     loss = fused_linear_distillation(
         heads.hidden,
         heads.head,
@@ -99,6 +99,7 @@ def fused(heads: Heads, kd_loss: str) -> torch.Tensor:
         heads.labels,
         num_items=len(heads.labels),
         chunk_size=default_chunk_size(len(heads.head), heads.head.dtype),
+        compile=compile,
         **objective_keys(heads, kd_loss),  # type: ignore[arg-type]
     ).loss
     loss.backward()
@@ -164,6 +165,7 @@ def bare_products(heads: Heads) -> None:
 
 CONTENDERS: dict[str, Callable[[Heads], object]] = {
     **{f"ours, {name}": functools.partial(fused, kd_loss=name) for name in OBJECTIVES},
+    **{f"ours, {name}, compiled": functools.partial(fused, kd_loss=name, compile=True) for name in OBJECTIVES},
     "naive autograd, self_evolution": naive_self_evolution,
     "naive autograd, forward_kl": naive_forward_kl,
     "Liger, JSD": liger_jsd,

@@ -75,11 +75,11 @@ def save_untrained(
         **shape,
     )
     torch.manual_seed(SEED)
-    _save(LlamaForCausalLM(config), tokenizer, folder)
+    save(LlamaForCausalLM(config), tokenizer, folder)
 
 
-def save_student(teacher: Path, folder: Path) -> None:
-    """Save a student that keeps the embeddings and the first and the last layer of the trained ``teacher``.
+def save_student(teacher: Path, folder: Path, layers: Sequence[int] = (0, -1)) -> None:
+    """Save a student that keeps the embeddings and some ``layers`` of the trained ``teacher``, the first and the last.
 
     From random weights the objective with hard tokens stalls: their gradient vanishes with the student's probability
     of the ground truth.
@@ -87,15 +87,15 @@ def save_student(teacher: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(teacher)
-    layers = model.model.layers
-    first, last = layers[0], layers[-1]
-    last.self_attn.layer_idx = 1
-    model.model.layers = type(layers)([first, last])
-    model.config.num_hidden_layers = 2
-    _save(model, AutoTokenizer.from_pretrained(teacher), folder)
+    kept = [model.model.layers[index] for index in layers]
+    for index, layer in enumerate(kept):
+        layer.self_attn.layer_idx = index
+    model.model.layers = type(model.model.layers)(kept)
+    model.config.num_hidden_layers = len(kept)
+    save(model, AutoTokenizer.from_pretrained(teacher), folder)
 
 
-def _save(model: object, tokenizer: object, folder: Path) -> None:
+def save(model: object, tokenizer: object, folder: Path) -> None:
     """Save to a hidden folder and move it into place, so that ``folder`` is whole or absent."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 
+from llamafactory_sekd.objectives.compiling import compiled, may_look
 from llamafactory_sekd.objectives.losses.closed_forms import HUGE, INFINITE, Block
 from llamafactory_sekd.objectives.selection import above_threshold
 from llamafactory_sekd.objectives.settings import Settings
@@ -20,6 +22,7 @@ from llamafactory_sekd.objectives.settings import Settings
 # busy for longer than it takes to launch the next kernel.
 CPU_BUFFER = 2**20
 ACCELERATOR_BUFFER = 2**23
+BUFFERS = 6
 
 
 class BlockProcessor:
@@ -34,6 +37,7 @@ class BlockProcessor:
         device: of the logits.
         may_be_infinite: whether logits can be `-inf`, which costs one pass more.
         wants_gradient: False in evaluation.
+        compile: whether torch.compile takes a block as a whole; it then needs few buffers and plans them itself.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class BlockProcessor:
         device: torch.device,
         may_be_infinite: bool,
         wants_gradient: bool,
+        compile: bool = False,
     ) -> None:
         self.settings = settings
         self.closed_form = closed_form
@@ -56,8 +61,8 @@ class BlockProcessor:
         self.rows = max(1, min(numbers // vocab_size, tokens))
         values = 9 if wants_gradient and settings.kd_hard_scale is not None else 7
         self.nothing = torch.empty(values, 0, dtype=precision, device=device)
-        # Both logits where they have to be converted, p, q, q at T = 1, and the log ratio.
-        self.buffers = torch.empty(6, self.rows, vocab_size, dtype=precision, device=device)
+        self._precision, self._vocab_size = precision, vocab_size
+        self._block = compiled(BlockProcessor._process) if compile else BlockProcessor._process
 
     def process(
         self, z: torch.Tensor, w: torch.Tensor, labels: torch.Tensor, hard: torch.Tensor | None = None
@@ -75,30 +80,10 @@ class BlockProcessor:
             `TokenStatistics`, then the loss. Where the teacher's logits hold NaN or +inf the loss and its gradient
             are 0 and `teacher_ce` is NaN.
         """
-        results = []
-        for rows in self._split(labels):
-            block = self._measure(z[rows], w[rows], labels[rows].unsqueeze(-1))
-            if hard is not None:
-                block.hard = hard[rows]
-            loss = self.closed_form(block)
-            # NaN or +inf among the logits of the teacher: no target, so no loss and no gradient of this token.
-            broken = block.teacher_ce.isnan()
-            loss = loss.masked_fill(broken, 0.0)
-            if self.wants_gradient:
-                _clear(block.gradient, broken)
-            if self.wants_gradient and block.gradient.dtype != z.dtype:
-                z[rows].copy_(block.gradient)
-            statistics = (
-                block.difficulty,
-                block.hard.to(loss.dtype),
-                block.ce,
-                block.teacher_kl,
-                block.teacher_ce,
-                block.agreement,
-            )
-            norms = [norm for norm in (block.easy_norm, block.hard_norm) if norm is not None]
-            results.append(torch.stack([*statistics, *norms, loss]))
-        return torch.cat(results, dim=1)
+        blocks = (
+            (z[rows], w[rows], labels[rows], None if hard is None else hard[rows]) for rows in self._split(labels)
+        )
+        return torch.cat([self._block(self, *block) for block in blocks], dim=1)
 
     def difficulty(self, z: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Equation 5 of one chunk, `[tokens]`, for a selection that spans all chunks. May destroy the logits."""
@@ -106,15 +91,48 @@ class BlockProcessor:
         difficulties = [block.difficulty.masked_fill(block.teacher_ce.isnan(), -math.inf) for block in blocks]
         return torch.cat(difficulties)
 
+    @cached_property
+    def _kept(self) -> torch.Tensor:
+        """For both logits where they have to be converted, p, q, q at T = 1, and the log ratio."""
+        return self.nothing.new_empty(BUFFERS, self.rows, self._vocab_size)
+
     def _split(self, labels: torch.Tensor) -> list[slice]:
         return [slice(start, start + self.rows) for start in range(0, len(labels), self.rows)]
 
+    def _process(
+        self, z: torch.Tensor, w: torch.Tensor, labels: torch.Tensor, hard: torch.Tensor | None
+    ) -> torch.Tensor:
+        block = self._measure(z, w, labels.unsqueeze(-1))
+        if hard is not None:
+            block.hard = hard
+        loss = self.closed_form(block)
+        # NaN or +inf among the logits of the teacher: no target, so no loss and no gradient of this token.
+        broken = block.teacher_ce.isnan()
+        loss = loss.masked_fill(broken, 0.0)
+        if self.wants_gradient:
+            _clear(block.gradient, broken)
+            if block.gradient is not z:
+                z.copy_(block.gradient)
+        statistics = (
+            block.difficulty,
+            block.hard.to(loss.dtype),
+            block.ce,
+            block.teacher_kl,
+            block.teacher_ce,
+            block.agreement,
+        )
+        norms = [norm for norm in (block.easy_norm, block.hard_norm) if norm is not None]
+        return torch.stack([*statistics, *norms, loss])
+
     def _measure(self, z: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> Block:
-        z_copy, w_copy, p, q, plain_q, log_ratio = self.buffers[:, : len(labels)]
+        compiling = torch.compiler.is_compiling()
+        kept = [torch.empty_like(z, dtype=self._precision) for _ in range(BUFFERS)] if compiling else self._kept
+        z_copy, w_copy, p, q, plain_q, log_ratio = (buffer[: len(labels)] for buffer in kept)
         # Half-precision logits are off by more than what the softmax kernel loses.
         exact = z.dtype == z_copy.dtype or w.dtype == w_copy.dtype
-        z = z if z.dtype == z_copy.dtype else z_copy.copy_(z)
-        w = w if w.dtype == w_copy.dtype else w_copy.copy_(w)
+        # Compiled code would carry out what is written to its inputs, and copies cost it nothing.
+        z = z if z.dtype == z_copy.dtype and not compiling else z_copy.copy_(z)
+        w = w if w.dtype == w_copy.dtype and not compiling else w_copy.copy_(w)
         temperature = self.settings.kd_temperature
 
         # An entry that is the largest of both models is the only way to reach the sum of the two largest logits; this
@@ -181,8 +199,8 @@ def _softmax(logits: torch.Tensor, out: torch.Tensor, exact: bool) -> torch.Tens
 
 
 def _clear(gradient: torch.Tensor, rows: torch.Tensor) -> None:
-    """Set rows to zero; on the CPU a look spares the pass, elsewhere looking would cost a synchronisation."""
-    if gradient.device.type != "cpu" or bool(rows.any()):
+    """Set rows to zero; where a look costs nothing it spares the pass."""
+    if not may_look(gradient.device) or bool(rows.any()):
         gradient.masked_fill_(rows.unsqueeze(-1), 0.0)
 
 

@@ -42,6 +42,7 @@ class _Plan:
     vocab_size: int
     may_be_infinite: bool
     grad_enabled: bool
+    compile: bool
 
 
 def fused_linear_distillation(
@@ -56,6 +57,7 @@ def fused_linear_distillation(
     student_bias: torch.Tensor | None = None,
     teacher_bias: torch.Tensor | None = None,
     vocab_size: int | None = None,
+    compile: bool = False,
     kd_loss: str = "self_evolution",
     kd_lambda: float = 0.5,
     kd_beta: float = 0.5,
@@ -85,6 +87,8 @@ def fused_linear_distillation(
         student_bias, teacher_bias: `[vocab]`.
         vocab_size: use the first entries of both heads only, the common vocabulary; the gradient of the others is
             zero. Default: all.
+        compile: let torch.compile take what lies between the logits and their gradient; where it cannot, a line in
+            the log says so.
         kd_loss, kd_lambda, kd_beta, kd_gamma, kd_topk, kd_temperature, kd_hard_scale: see `distillation_loss`.
 
     Raises:
@@ -102,6 +106,7 @@ def fused_linear_distillation(
         num_items=num_items,
         chunk_size=chunk_size,
         student_bias=student_bias,
+        compile=compile,
         kd_loss=kd_loss,
         kd_lambda=kd_lambda,
         kd_beta=kd_beta,
@@ -121,12 +126,14 @@ def fused_distillation(
     num_items: int | torch.Tensor,
     chunk_size: int,
     student_bias: torch.Tensor | None = None,
+    compile: bool = False,
     **settings: Any,
 ) -> FusedOutput:
     """The same for any teacher that can write the logits of a few tokens.
 
     Args:
-        student_hidden, student_head, labels, num_items, chunk_size, student_bias: see `fused_linear_distillation`.
+        student_hidden, student_head, labels, num_items, chunk_size, student_bias, compile: as in
+            `fused_linear_distillation`.
         teacher: of the same tokens, over the first `teacher.vocab_size` entries of the student's head.
         settings: the `kd_*` arguments of `distillation_loss`.
 
@@ -149,6 +156,7 @@ def fused_distillation(
         vocab_size=teacher.vocab_size,
         may_be_infinite=student_bias is not None or teacher.may_be_infinite,
         grad_enabled=torch.is_grad_enabled(),
+        compile=compile,
     )
     loss, values = _FusedDistillation.apply(student_hidden, student_head, student_bias, teacher, labels, plan)
     return FusedOutput(loss=loss, statistics=TokenStatistics(*values.unbind()))
@@ -179,6 +187,7 @@ class _FusedDistillation(torch.autograd.Function):
                 chunk_size=plan.chunk_size,
                 may_be_infinite=plan.may_be_infinite,
                 gradients=gradients if any(wants) else None,
+                compile=plan.compile,
             ).run()
         ctx.gradients = gradients
         loss, statistics = values[-1].sum() / plan.num_items, values[:-1]

@@ -33,6 +33,7 @@ class Sweep:
         chunk_size: tokens whose logits exist at a time.
         may_be_infinite: whether logits can be `-inf`.
         gradients: where the gradients go, None where none are wanted.
+        compile: whether what follows the logits is compiled.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Sweep:
         chunk_size: int,
         may_be_infinite: bool,
         gradients: HeadGradients | None,
+        compile: bool,
     ) -> None:
         self.student, self.teacher, self.labels = student, teacher, labels
         self.settings = settings
@@ -64,6 +66,7 @@ class Sweep:
             device=device,
             may_be_infinite=may_be_infinite or torch.float16 in (student.dtype, teacher.dtype),
             wants_gradient=gradients is not None,
+            compile=compile,
         )
 
     def run(self) -> torch.Tensor:

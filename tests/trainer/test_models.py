@@ -75,10 +75,10 @@ def test_soft_capped_and_scaled_logits_are_taken_as_the_model_makes_them(root, r
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("chunk", [1, 3, None])
-def test_neither_tying_nor_the_chunk_size_changes_the_loss(root, tied, chunk):
+def test_neither_tying_nor_the_chunk_size_nor_compiling_changes_the_loss(root, tied, chunk):
     (root / "student").unlink()
     tiny.save_llama(root / "student", seed=5, tie_word_embeddings=tied)
-    assert_is_the_papers(root, loss_of_one_step(root, root / "out", kd_chunk_size=chunk))
+    assert_is_the_papers(root, loss_of_one_step(root, root / "out", kd_chunk_size=chunk, kd_compile=chunk == 3))
 
 
 def test_a_padded_vocabulary_is_cut_to_the_used_ids_and_the_log_says_so(root, caplog):

@@ -21,6 +21,7 @@ FIELDS = {
     "kd_topk": "0.5",
     "kd_hard_scale": "none",
     "kd_temperature": "1.0",
+    "kd_compile": "auto",
 }
 
 
@@ -39,6 +40,7 @@ def test_fields_become_numbers_lists_become_commas_and_empty_fields_nothing():
         "kd_gamma": "inf",
         "kd_beta_end": "1",
         "kd_chunk_size": "64",
+        "kd_compile": "true",
         "teacher_cache": "cache/dir",
     }
     assert distillation_keys({**FIELDS, **fields}) == {
@@ -56,6 +58,7 @@ def test_fields_become_numbers_lists_become_commas_and_empty_fields_nothing():
         "kd_hard_scale": "none",
         "kd_temperature": 1.0,
         "kd_chunk_size": 64,
+        "kd_compile": True,
     }
 
 

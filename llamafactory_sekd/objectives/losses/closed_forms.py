@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llamafactory_sekd.objectives.compiling import may_look
 from llamafactory_sekd.objectives.settings import Settings
 
 
@@ -109,9 +110,8 @@ def _norm_of_hard(block: Block) -> torch.Tensor:
 def _self_evolution(block: Block) -> torch.Tensor:
     if block.settings.kd_beta >= 1.0:
         return no_evolution(block)
-    if block.hard.device.type != "cpu":
+    if not may_look(block.hard.device):
         return _self_evolution_everywhere(block)
-    # Looking at the selection costs nothing on the CPU; elsewhere it would stop the queue.
     rows = block.hard.nonzero().squeeze(-1)
     if len(rows) == 0:
         return no_evolution(block)
@@ -187,7 +187,7 @@ def _self_evolution_everywhere(block: Block) -> torch.Tensor:
 def _mixed_target(p: torch.Tensor, labels: torch.Tensor, kd_lambda: float) -> torch.Tensor:
     """Equation 4, in place, but for the smallest normal number: see `_skewed`."""
     torch.add(p.new_full((), torch.finfo(p.dtype).tiny), p, alpha=kd_lambda, out=p)
-    return p.scatter_add_(-1, labels, p.new_full((len(labels), 1), 1.0 - kd_lambda))
+    return _add_at_labels(p, labels, 1.0 - kd_lambda)
 
 
 def _skewed(
@@ -228,7 +228,15 @@ def _add_cross_entropy_gradient(block: Block) -> None:
 
 
 def _subtract_truth(block: Block, share: float) -> None:
-    block.gradient.scatter_add_(-1, block.labels, block.gradient.new_full((len(block.labels), 1), -share))
+    _add_at_labels(block.gradient, block.labels, -share)
+
+
+def _add_at_labels(matrix: torch.Tensor, labels: torch.Tensor, value: float) -> torch.Tensor:
+    """Add to one entry of each row, in place."""
+    if torch.compiler.is_compiling():  # a comparison joins the traversal, a scatter would end it
+        columns = torch.arange(matrix.shape[-1], device=matrix.device)
+        return matrix.add_((columns == labels).to(matrix.dtype), alpha=value)
+    return matrix.scatter_add_(-1, labels, matrix.new_full((len(labels), 1), value))
 
 
 def _with_cross_entropy(block: Block, divergence: torch.Tensor) -> torch.Tensor:

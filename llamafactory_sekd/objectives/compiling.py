@@ -1,0 +1,57 @@
+"""What lies between the logits and their gradient, compiled: a traversal or two in place of a pass per operation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+
+logger = logging.getLogger(__name__)
+
+
+class Compiled:
+    """A function of tensors `[rows, …]`, compiled as a whole when it is first called, for any number of rows.
+
+    Where that fails (no C++ compiler or no Triton on the machine, an objective that decides by its data), the
+    function itself runs from then on, and one line in the log says so.
+    """
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        self._function = function
+        self._run: Callable[..., torch.Tensor] | None = None
+
+    def __call__(self, *args: Any) -> torch.Tensor:
+        """Return what the function returns."""
+        from torch._dynamo import config, maybe_mark_dynamic  # slow to import, and seldom needed
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+        if self._run is self._function:
+            return self._function(*args)
+        for argument in args:
+            if isinstance(argument, torch.Tensor) and argument.dim() > 0:
+                maybe_mark_dynamic(argument, 0)
+        try:
+            self._run = self._run or torch.compile(self._function, fullgraph=True)
+            # A number that changes means another compilation: torch 2.14 would else use the code of the one before.
+            with config.patch(specialize_float=True):
+                return self._run(*args)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # raised before anything has run
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            logger.warning(f"torch.compile failed ({reason:.200}): the objective runs as it is, see `kd_compile`.")
+            self._run = self._function
+        return self._function(*args)
+
+
+@cache
+def compiled(function: Callable[..., torch.Tensor]) -> Compiled:
+    """The compiled form of a function, one for the whole process."""
+    return Compiled(function)
+
+
+def may_look(device: torch.device) -> bool:
+    """Whether code may branch on values: free on the CPU, a synchronisation elsewhere, impossible in compiled code."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
