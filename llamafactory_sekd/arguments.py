@@ -20,6 +20,7 @@ STAGE = "sekd"
 AUTO = "auto"
 SELF = "self"  # as `teacher_model`
 GAMMA = 0.4  # the paper's
+TOKEN_TABLE = "token_difficulty.csv"  # written into `output_dir`
 HARD_SCALES: tuple[str, ...] = ("none", "balanced")
 
 # Objective -> (what a token's loss is, which keys it reads). `(7)` and `(8)` are the hard and the easy loss.

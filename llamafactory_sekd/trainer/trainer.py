@@ -30,6 +30,7 @@ from .adaptive import AdaptiveKeys, EndOfStep
 from .checkpoints import DistillationState, forget_completion
 from .metrics import NONFINITE, TokenMeans
 from .order import hold_epoch
+from .tokens import TokenSums, WriteTokenTable, save_sums
 
 
 logger = logging.get_logger(__name__)
@@ -67,6 +68,8 @@ class DistillationTrainer(Seq2SeqTrainer):
         self.student_head: Any = self.accelerator.unwrap_model(self.model).get_output_embeddings()
         self.adaptive = AdaptiveKeys(distillation, self.accelerator.device)
         self.add_callback(EndOfStep(self.adaptive, self.accelerator))
+        self.token_sums = TokenSums(self.student_head.out_features, self.accelerator.device)
+        self.add_callback(WriteTokenTable(self.token_sums, self.accelerator))
         self.train_means = TokenMeans()
         self.eval_means = TokenMeans()
         self._fused: bool | None = None
@@ -101,6 +104,7 @@ class DistillationTrainer(Seq2SeqTrainer):
 
         if model.training:
             self.adaptive.add(statistics)
+            self.token_sums.add(targets, statistics)
 
         means = self.train_means if model.training else self.eval_means
         means.add(statistics, loss.detach() * num_items)
@@ -283,8 +287,10 @@ class DistillationTrainer(Seq2SeqTrainer):
         """
         super()._save_rng_state(output_dir)
         window = self.train_means.total(self.accelerator)
+        tokens = self.token_sums.total(self.accelerator)
         if self.args.should_save:
             DistillationState(self.teacher_fingerprint, window, self.adaptive.state()).save(output_dir)
+            save_sums(tokens, output_dir)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
@@ -292,6 +298,8 @@ class DistillationTrainer(Seq2SeqTrainer):
             return
 
         # Sums over all ranks, which one of them holds for all.
-        state = DistillationState.load(checkpoint) if self.args.process_index == 0 else DistillationState()
+        first = self.args.process_index == 0
+        state = DistillationState.load(checkpoint) if first else DistillationState()
+        self.token_sums.restore(checkpoint if first else None)
         self.train_means.restore(state.window, self.accelerator.device)
         self.adaptive.restore(state.adaptive, self.accelerator)

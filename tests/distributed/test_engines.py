@@ -5,6 +5,7 @@ The reference is one rank with the whole batch, except for the test that compare
 
 from __future__ import annotations
 
+import csv
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import engines
 import pytest
 import torch
 from runs import base_config, logged, train, weights
+
+from llamafactory_sekd.arguments import TOKEN_TABLE
 
 
 pytestmark = pytest.mark.slow
@@ -98,6 +101,12 @@ def assert_same(first: Path, second: Path) -> None:
         torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-5)
     for key in ("kd/gamma", "kd/hard_scale"):  # where they follow the training
         assert logged(first, key) == pytest.approx(logged(second, key), rel=1e-4), key
+    assert occurrences(first) == occurrences(second)
+
+
+def occurrences(out: Path) -> dict[str, str]:
+    with (out / TOKEN_TABLE).open(encoding="utf-8", newline="") as file:
+        return {row["id"]: row["count"] for row in csv.DictReader(file)}
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -11,6 +11,7 @@ import reference
 import torch
 from runs import CLI, base_config, command, logged, train, weights, write_yaml
 
+from llamafactory_sekd.arguments import TOKEN_TABLE
 from llamafactory_sekd.errors import DataError
 
 
@@ -109,6 +110,8 @@ def test_a_resumed_run_ends_with_the_parameters_of_an_uninterrupted_one(tiny_roo
     for key in ("kd/beta", "kd/gamma", "kd/hard_scale"):
         assert logged(tmp_path / "resumed", key) == logged(tmp_path / "whole", key)
     assert_same_weights(tmp_path / "resumed", tmp_path / "whole", tolerance=1e-7)
+    resumed, whole = (tmp_path / name / TOKEN_TABLE for name in ("resumed", "whole"))
+    assert resumed.read_text() == whole.read_text()
 
 
 def test_packing_with_separate_attention_gives_the_loss_of_unpacked_records(tiny_root, tmp_path):

