@@ -74,7 +74,7 @@ def prepare_alma(
         "source": source.request(splits(plan)),
         "directions": [str(direction) for direction in plan.directions],
     }
-    with locked(out):
+    with locked(out / ".sekd.lock"):
         manifest = read_manifest(out / MANIFEST)
         fresh = manifest is None or overwrite
         if manifest is not None and not overwrite:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and folders that one run at a time works in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from llamafactory_sekd.errors import DataError
+from llamafactory_sekd.errors import DataError, SekdError
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -41,17 +41,23 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold ``directory`` (made if needed) for one writer; a second one gets a :class:`DataError`."""
+def locked(
+    lock: Path, busy: str | None = None, *, error: type[SekdError] = DataError, wait: bool = False
+) -> Iterator[None]:
+    """Hold a lock file, in a folder that is made if needed, for the length of the block.
+
+    A second process waits, or gets an ``error`` that says ``busy``.
+    """
+    folder = lock.parent
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / ".sekd.lock", timeout=0)
-        lock.acquire()
+        folder.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock, timeout=-1 if wait else 0)
+        held.acquire()
     except Timeout:
-        raise DataError(f"Another run is writing to {directory}: wait for it or choose another --out.") from None
-    except OSError as error:
-        raise DataError(f"Cannot write to {directory}: {error.strerror}.") from error
+        raise error(busy or f"Another run is writing to {folder}: wait for it, or choose another one.") from None
+    except OSError as failure:
+        raise error(f"Cannot write to {folder}: {failure.strerror}.") from failure
     try:
         yield
     finally:
-        lock.release()
+        held.release()

@@ -54,7 +54,7 @@ def prepare_pairs(
     request = {"command": "pairs", "source": corpus.identity(), "direction": str(direction)}
     entries = {name: {"file_name": f"{name}.json"}}
     path = out / f"{name}.manifest.json"
-    with locked(out):
+    with locked(out / ".sekd.lock"):
         check_entries(out / DATASET_INFO, entries, overwrite)
         manifest = read_manifest(path)
         fresh = manifest is None or overwrite

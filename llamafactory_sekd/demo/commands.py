@@ -29,17 +29,19 @@ def demo(
 
     from rich.console import Console
 
+    from llamafactory_sekd.data.files import locked
     from llamafactory_sekd.demo.plan import Places, comparison, preparation, scores
     from llamafactory_sekd.demo.progress import Progress
     from llamafactory_sekd.demo.report import print_table
-    from llamafactory_sekd.demo.steps import only_one, run_steps
+    from llamafactory_sekd.demo.steps import run_steps
 
     logging.disable(logging.WARNING)  # the libraries' chatter would break the progress bars
     console = Console()
     progress = Progress(console)
     places = Places(work)
     try:
-        with only_one(work):
+        busy = f"Another demo is at work in {work}: wait for it, or choose another folder (--work)."
+        with locked(work / ".lock", busy):
             steps = preparation(work, offline, progress.say)
             if not prepare:
                 steps += comparison(work, progress.say)

@@ -10,17 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from llamafactory_sekd.data.files import write_atomic
 from llamafactory_sekd.demo.progress import Progress
-from llamafactory_sekd.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -45,25 +41,6 @@ class Step:
     outputs: tuple[Path, ...]
     ingredients: str
     needs: tuple[str, ...] = ()
-
-
-@contextmanager
-def only_one(work: Path) -> Iterator[None]:
-    """Hold the folder for one run; a second one gets a :class:`DataError`."""
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(work / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise DataError(
-            f"Another demo is at work in {work}: wait for it, or choose another folder (--work)."
-        ) from None
-    except OSError as error:
-        raise DataError(f"Cannot write to {work} ({error.strerror}): choose another folder (--work).") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def run_steps(steps: Sequence[Step], stamps: Path, progress: Progress) -> None:

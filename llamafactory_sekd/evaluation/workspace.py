@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from llamafactory_sekd.data.files import locked
 from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.evaluation.files import read_json, write_json
 from llamafactory_sekd.evaluation.settings import Settings
@@ -27,14 +27,8 @@ def open_workspace(settings: Settings, test_sets: Mapping[str, str]) -> Iterator
     """
     folder = settings.save_dir
     check_workspace(settings, test_sets)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise EvaluationError(
-                f"Another evaluation is running in `save_dir` {folder}: wait for it to end."
-            ) from None
+    busy = f"Another evaluation is running in `save_dir` {folder}: wait for it to end."
+    with locked(folder / ".lock", busy, error=EvaluationError):
         known = (read_json(folder / _CONFIGURATION) or {}).get("test_sets", {})
         write_json(folder / _CONFIGURATION, {**_shared(settings), "test_sets": {**known, **test_sets}})
         yield

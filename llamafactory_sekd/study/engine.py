@@ -16,13 +16,13 @@ from typing import Any
 from rich.console import Console
 
 from llamafactory_sekd.children import ChildError, Stopped, printable, tail
+from llamafactory_sekd.data.files import locked
 from llamafactory_sekd.data.testsets import TestSet
 from llamafactory_sekd.errors import SekdError, StudyError
 from llamafactory_sekd.evaluation.files import read_json
 from llamafactory_sekd.study.collect import collect
 from llamafactory_sekd.study.devices import environments
 from llamafactory_sekd.study.evaluation import read_evaluation
-from llamafactory_sekd.study.files import only_one
 from llamafactory_sekd.study.jobs import Job, changed, is_done, is_trained, list_jobs, load_test_sets
 from llamafactory_sekd.study.matrix import Cell, expand
 from llamafactory_sekd.study.preparation import cache_teacher, prepare, remaining
@@ -71,7 +71,8 @@ def run_study(study: Study, *, jobs: int, devices: Sequence[str], console: Conso
     Raises :class:`SekdError` where nothing can be run, and KeyboardInterrupt with all children ended.
     """
     stop = threading.Event()
-    with only_one(study.spec.output_dir / ".lock", f"the study in {study.spec.output_dir}"):
+    busy = f"Another process is at work on the study in {study.spec.output_dir}: wait for it to end."
+    with locked(study.spec.output_dir / ".lock", busy, error=StudyError):
         try:
             inputs = _prepare(study, devices, console, stop)
             return _run(study, inputs, environments(jobs, devices), console, stop)
@@ -124,7 +125,7 @@ def report(study: Study) -> list[Path]:
 
 def _prepare(study: Study, devices: Sequence[str], console: Console, stop: threading.Event) -> Inputs:
     environment = environments(1, devices)[0]
-    lock = only_one(study.spec.output_dir / ".prepare.lock", "the preparation", wait=True)
+    lock = locked(study.spec.output_dir / ".prepare.lock", error=StudyError, wait=True)
     with lock, View(console, 0, 0) as view, _in_one_line():
         prepare(study.spec, environment, view.preparing, stop)
         inputs = find_inputs(study)

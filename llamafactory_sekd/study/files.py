@@ -1,14 +1,12 @@
-"""YAML files as the host reads them, and the folder that one study at a time works in."""
+"""YAML files as the host reads them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from llamafactory_sekd.data.files import write_atomic
 from llamafactory_sekd.errors import StudyError
@@ -42,20 +40,3 @@ def read_yaml(path: Path, overrides: Sequence[str] = (), beneath: dict[str, Any]
 def write_yaml(path: Path, config: dict[str, Any], comment: str) -> None:
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=119)
     write_atomic(path, f"# {comment}\n{text}".encode())
-
-
-@contextmanager
-def only_one(lock: Path, what: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold a lock file for the length of the block; a second process gets a :class:`StudyError`, or waits."""
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(lock, timeout=-1 if wait else 0)
-        held.acquire()
-    except Timeout:
-        raise StudyError(f"Another process is at work on {what}: wait for it to end.") from None
-    except OSError as error:
-        raise StudyError(f"Cannot write to {lock.parent}: {error.strerror}.") from None
-    try:
-        yield
-    finally:
-        held.release()

@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from llamafactory_sekd.children import host_command, last_checkpoint, printable, run_child, training_share
+from llamafactory_sekd.data.files import locked
 from llamafactory_sekd.data.testsets import TestSet
-from llamafactory_sekd.study.files import only_one
+from llamafactory_sekd.errors import StudyError
 from llamafactory_sekd.study.jobs import Job, is_done, is_evaluated, is_trained, make_ready, mark_resumed
 from llamafactory_sekd.study.matrix import Cell
 
@@ -46,7 +47,7 @@ def run_job(
     when another process is at work on the same job.
     """
     lock = job.folder.parent.parent / ".locks" / f"{job.folder.parent.name}-{job.folder.name}"
-    with only_one(lock, job.id):
+    with locked(lock, f"Another process is at work on {job.id}: wait for it to end.", error=StudyError):
         if is_done(job):
             return
         make_ready(job, test_sets)

@@ -313,7 +313,7 @@ def test_missing_source_file_is_named_before_anything_is_written(source: Directo
 
 
 def test_second_writer_is_refused(source: DirectorySource, out: Path) -> None:
-    with locked(out), pytest.raises(DataError, match="Another run is writing to"):
+    with locked(out / ".sekd.lock"), pytest.raises(DataError, match="Another run is writing to"):
         prepare_alma(source, DE, out)
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 from fake_wheel import save_wheel
+from runs import CLI, command
 
+from llamafactory_sekd.data.files import locked
 from llamafactory_sekd.demo import data, missing, plan, surroundings
 from llamafactory_sekd.errors import DataError
 from llamafactory_sekd.evaluation.settings import parse_settings
@@ -84,6 +86,13 @@ def test_a_killed_demo_continues_from_its_last_checkpoint_and_does_nothing_twice
     assert third.stdout.count("(done before)") == 4
     assert not (folder / "demo").exists()
     assert "$" not in third.stdout
+
+
+def test_a_second_demo_in_the_same_folder_is_refused(tmp_path):
+    with locked(tmp_path / ".lock"):
+        done = command([str(Path(CLI).with_name("sekd")), "demo", "--work", str(tmp_path)])
+    assert done.returncode == 2
+    assert re.search(r"^sekd demo: error: Another demo is at work in .*--work\)\.$", done.stderr, re.MULTILINE)
 
 
 def test_the_three_students_are_trained_alike_but_for_their_objective():

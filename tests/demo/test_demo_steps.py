@@ -15,8 +15,8 @@ from rich.console import Console
 from llamafactory_sekd import children
 from llamafactory_sekd.demo import surroundings
 from llamafactory_sekd.demo.progress import Progress, RemainingTime, show_seconds
-from llamafactory_sekd.demo.steps import Step, only_one, run_steps
-from llamafactory_sekd.errors import DataError, HostError
+from llamafactory_sekd.demo.steps import Step, run_steps
+from llamafactory_sekd.errors import HostError
 
 
 class Chain:
@@ -85,17 +85,6 @@ def test_an_interrupted_step_finds_what_it_left_and_a_changed_one_does_not(tmp_p
     assert (tmp_path / "b").read_text() == "11"
 
 
-def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
-    with (
-        only_one(tmp_path),
-        pytest.raises(DataError, match=r"^Another demo is at work in .*--work"),
-        only_one(tmp_path),
-    ):
-        pass
-    with only_one(tmp_path):
-        pass
-
-
 WORKER = """
 import os, sys, time
 from pathlib import Path
@@ -113,15 +102,16 @@ import sys
 from pathlib import Path
 from rich.console import Console
 from llamafactory_sekd.children import run_child
+from llamafactory_sekd.data.files import locked
 from llamafactory_sekd.demo.progress import Progress
-from llamafactory_sekd.demo.steps import Step, only_one, run_steps
+from llamafactory_sekd.demo.steps import Step, run_steps
 folder = Path(sys.argv[1])
 out = folder / "out"
 def work(report):
     out.mkdir(exist_ok=True)
     command = [sys.executable, str(folder / "worker.py"), str(out)]
     run_child(command, folder / "log", lambda: 0.5, report, environment={})
-with only_one(folder):
+with locked(folder / ".lock"):
     run_steps([Step("work", "Work", 2, work, (out,), "same")], folder / ".steps", Progress(Console()))
 """
 

@@ -249,10 +249,10 @@ def test_several_at_a_time_share_the_devices():
 
 
 def test_two_studies_in_one_folder_are_one_too_many():
-    from llamafactory_sekd.study.files import only_one
+    from llamafactory_sekd.data.files import locked
 
     with (
-        only_one(Path("out/.lock"), "it"),
+        locked(Path("out/.lock")),
         pytest.raises(StudyError, match="Another process is at work on the study in out"),
     ):
         run()

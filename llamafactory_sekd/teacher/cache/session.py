@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...data.files import locked
-from ...errors import DataError, TeacherError
+from ...errors import TeacherError
 from ..model import Teacher
 from .manifest import MANIFEST, Manifest
 from .opening import Fingerprints, Settings, head_damage, open_for_writing
@@ -129,7 +129,4 @@ class Session:
             )
 
     def _lock(self) -> None:
-        try:
-            self._stack.enter_context(locked(self.directory))
-        except DataError as error:
-            raise TeacherError(str(error)) from error
+        self._stack.enter_context(locked(self.directory / ".sekd.lock", error=TeacherError))
