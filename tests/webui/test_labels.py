@@ -19,6 +19,11 @@ def test_every_objective_has_a_line_of_explanation(language):
     assert all(text.startswith(f"{value}: ") for text, value in objective_choices(language))
 
 
+def test_an_objective_without_words_is_shown_with_its_formula(monkeypatch):
+    monkeypatch.setitem(KD_LOSSES, "new", ("(1-λ) x", frozenset()))
+    assert objective_choices("zh")[-1] == ("new: (1-λ) x", "new")
+
+
 @pytest.mark.parametrize("section", ["alerts", "words"])
 def test_messages_and_words_exist_in_every_language(section):
     assert len({frozenset(labels._texts(language)[section]) for language in LANGUAGES}) == 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ...arguments import DistillationArguments
+from ...arguments import KD_LOSSES, DistillationArguments
 
 
 LANGUAGES: tuple[str, ...] = ("en", "ru", "zh", "ko", "ja")
@@ -37,8 +37,12 @@ def element_labels() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def objective_choices(language: str) -> list[tuple[str, str]]:
-    """The objectives as a dropdown wants them: (name and one-line explanation, name)."""
-    return [(f"{name}: {text}", name) for name, text in _texts(language)["objectives"].items()]
+    """The objectives as a dropdown wants them: (name and one-line explanation, name).
+
+    One that the language has no words for is shown with its formula.
+    """
+    words = _texts(language)["objectives"]
+    return [(f"{name}: {words.get(name, formula)}", name) for name, (formula, _) in KD_LOSSES.items()]
 
 
 def alert(name: str, language: str | None) -> str:
