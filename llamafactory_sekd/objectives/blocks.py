@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 
-from llamafactory_sekd.objectives.compiling import compiled, may_look
+from llamafactory_sekd.objectives.compiling import compiled, may_look, row_sums
 from llamafactory_sekd.objectives.losses.closed_forms import HUGE, INFINITE, Block
 from llamafactory_sekd.objectives.selection import above_threshold
 from llamafactory_sekd.objectives.settings import Settings
@@ -181,7 +181,7 @@ class BlockProcessor:
 
     def _kl(self, p: torch.Tensor, log_ratio: torch.Tensor, shift: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
         """`KL(p ‖ q) = Σ p (log p - log q)`, `[rows]`."""
-        kl = torch.mul(p, log_ratio, out=spare).sum(-1) + shift
+        kl = row_sums(torch.mul(p, log_ratio, out=spare)) + shift
         return kl.masked_fill_(kl > INFINITE, math.inf) if self.may_be_infinite else kl
 
 
@@ -191,6 +191,11 @@ def _softmax(logits: torch.Tensor, out: torch.Tensor, exact: bool) -> torch.Tens
     The softmax kernel knows the sum but does not tell; the largest logit and its probability, which cannot underflow,
     give it back for less than another pass of exponentials.
     """
+    if torch.compiler.is_compiling():
+        largest = logits.amax(-1, keepdim=True)
+        norm = largest.squeeze(-1) + row_sums((logits - largest).exp()).log()
+        torch.exp(logits - norm.unsqueeze(-1), out=out)
+        return norm
     torch.softmax(logits, -1, out=out)
     if exact and out.device.type == "cpu":
         # The CPU's kernel adds a row up in a few long chains, which at 128,256 entries is off by 1e-5; `sum` is not.

@@ -55,3 +55,10 @@ def compiled(function: Callable[..., torch.Tensor]) -> Compiled:
 def may_look(device: torch.device) -> bool:
     """Whether code may branch on values: free on the CPU, a synchronisation elsewhere, impossible in compiled code."""
     return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def row_sums(matrix: torch.Tensor) -> torch.Tensor:
+    """`matrix.sum(-1)`; compiled for the CPU it would be one long chain, which 128,256 entries make inexact."""
+    if matrix.device.type == "cpu" and torch.compiler.is_compiling():
+        return matrix.sum(-1, dtype=torch.float64).to(matrix.dtype)
+    return matrix.sum(-1)

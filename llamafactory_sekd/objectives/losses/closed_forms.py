@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llamafactory_sekd.objectives.compiling import may_look
+from llamafactory_sekd.objectives.compiling import may_look, row_sums
 from llamafactory_sekd.objectives.settings import Settings
 
 
@@ -148,7 +148,7 @@ def reverse_kl(block: Block) -> torch.Tensor:
     """`(1-λ) (-log q_y) + λ T² KL(q ‖ p)`."""
     settings = block.settings
     log_ratio = block.log_ratio.add_(block.shift.unsqueeze(-1))
-    divergence = -torch.mul(block.q, log_ratio, out=block.spare).sum(-1)
+    divergence = -row_sums(torch.mul(block.q, log_ratio, out=block.spare))
     if block.wants_gradient:
         log_ratio.add_(divergence.unsqueeze(-1))
         torch.mul(block.q, log_ratio, out=block.gradient)
@@ -206,10 +206,10 @@ def _skewed(
     g = block.log_ratio if scratch is None else scratch
     torch.addcdiv(target.new_full((), 1.0 - beta), q, target, value=beta, out=g)
     torch.log(g, out=gradient)
-    loss = -gradient.mul_(target).sum(-1)
+    loss = -row_sums(gradient.mul_(target))
     if block.wants_gradient:
         torch.div(q, g, out=g)
-        torch.mul(q, beta * g.sum(-1, keepdim=True), out=gradient)
+        torch.mul(q, beta * row_sums(g).unsqueeze(-1), out=gradient)
         gradient.sub_(g, alpha=beta)
     return loss
 
