@@ -15,7 +15,7 @@ from llamafactory_sekd.objectives.settings import Settings
 
 
 # Tokens that are looked at before the pass, to guess the difficulty above which the share of `kd_topk` lies.
-SAMPLE = 256
+SAMPLE = 96
 
 
 class Sweep:
