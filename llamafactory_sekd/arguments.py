@@ -185,6 +185,11 @@ class DistillationArguments:
             with suppress(ValueError):
                 self.kd_gamma = float(self.kd_gamma)
 
+    def compiles_on(self, device_type: str) -> bool:
+        """Whether the objective is compiled on ``cpu``, ``cuda``, …: as `kd_compile` says, or its default there."""
+        default = device_type != "cpu" and self.kd_beta_end is None
+        return default if self.kd_compile is None else self.kd_compile
+
     def objective_keywords(self) -> dict[str, Any]:
         """The keyword arguments of ``objectives.distillation_loss`` (what moves, as at the start of training)."""
         return {

@@ -155,7 +155,7 @@ class DistillationTrainer(Seq2SeqTrainer):
                     student_bias=bias,
                     num_items=num_items,
                     chunk_size=self._chunk_size(weight.shape[0]),
-                    compile=self._compile(hidden.device),
+                    compile=self.distillation.compiles_on(hidden.device.type),
                     **self._objective_keywords(),
                 )
             caught.append(output.statistics)
@@ -232,11 +232,6 @@ class DistillationTrainer(Seq2SeqTrainer):
 
     def _chunk_size(self, vocab_size: int) -> int:
         return self.distillation.kd_chunk_size or default_chunk_size(vocab_size)
-
-    def _compile(self, device: torch.device) -> bool:
-        keys = self.distillation
-        default = device.type != "cpu" and keys.kd_beta_end is None
-        return default if keys.kd_compile is None else keys.kd_compile
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the logging window to a training log; other logs pass through."""
