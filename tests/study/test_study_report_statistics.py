@@ -122,6 +122,13 @@ def test_seeds_are_paired_with_their_like_and_the_others_left_out(study: Study, 
     assert PairedBootstrap(texts, study.directions, 10).compare(stranger, base, "average", "bleu") is None
 
 
+def test_the_same_translations_differ_by_nothing_with_p_one(study: Study, texts: Texts) -> None:
+    group = study.groups[0]
+    difference = PairedBootstrap(texts, study.directions).compare(group, group, "average", "bleu")
+    assert difference is not None
+    assert (difference.value, difference.low, difference.high, difference.p) == (0.0, 0.0, 0.0, 1.0)
+
+
 def test_a_model_without_seeds_is_the_partner_of_every_seed(study: Study, texts: Texts) -> None:
     (teacher,) = study.models
     found = PairedBootstrap(texts, study.directions, 10).compare(group(study, "SFT"), teacher, "en-de", "bleu")

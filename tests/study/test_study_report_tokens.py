@@ -57,7 +57,7 @@ def test_the_report_has_a_column_for_each_class_and_metric(results: dict[str, An
     document = build_document(read_study(results, tmp_path))
     (section,) = (one for one in document.sections if one.title.startswith("Rare and frequent tokens"))
     (table,) = section.tables
-    assert [column.name for column in table.columns] == [f"{i + 1}: {n}" for i, n in enumerate((0, 1, 1, 2, 4))] * 2
+    assert [column.name for column in table.columns] == ["0", "1", "1", "2", "4"] * 2
     assert {row.names[0] for row in table.rows} == SYSTEMS.keys() - {"SFT"}
     (plot,) = section.plots
     assert plot.png.startswith(b"\x89PNG")

@@ -72,9 +72,7 @@ def _tokens(views: Views, groups: Sequence[Group]) -> Section | None:
         return None
     means = found.means
     keys = views.keys_of(list(means))
-    names = [f"{index + 1}: {size:,}" for index, size in enumerate(found.sizes)]
-    heads = ("difficulty d of the fifth: tokens", "hard tokens (%) of the fifth: tokens")
-    columns = tuple(Column(name, head) for head in heads for name in names)
+    columns = tuple(Column(f"{size:,}", head) for head in ("difficulty d", "hard tokens (%)") for size in found.sizes)
     rows = rows_of(
         views.study,
         list(means),
@@ -86,8 +84,8 @@ def _tokens(views: Views, groups: Sequence[Group]) -> Section | None:
     )
     note = (
         f"Means over the whole training. The response tokens are divided into {CLASSES} parts of about equal mass by "
-        "how frequent their entry of the vocabulary is among them, the most frequent first; each part is named by how "
-        f"many different entries it has. Single tokens are in each run's `{TOKEN_TABLE}`."
+        "how frequent their entry of the vocabulary is among them, the most frequent first; a column is named by how "
+        f"many different entries its part has. Single tokens are in each run's `{TOKEN_TABLE}`."
     )
     plots: tuple[Plot, ...] = ()
     if len(means) <= MOST_LINES and len({group.system for group in means}) == len(means):
