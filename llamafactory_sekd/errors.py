@@ -8,7 +8,10 @@ from __future__ import annotations
 
 
 class SekdError(Exception):
-    """Base of every error that a user can mend."""
+    """Base of every error that a user can mend. Its message is one line, whatever the values that it names."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
 
 
 class ArgumentError(SekdError, ValueError):

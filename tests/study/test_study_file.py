@@ -9,7 +9,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llamafactory_sekd.errors import StudyError
@@ -265,6 +265,7 @@ KEYS = [
 
 
 @settings(max_examples=300, deadline=None)
+@example("systems", {"0\n": False})
 @given(st.sampled_from(KEYS), ANYTHING)
 def test_any_value_of_any_key_is_taken_or_refused_in_one_line(key, value):
     said = ""
