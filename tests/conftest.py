@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def no_deepspeed_left() -> Iterator[None]:
+    """transformers keeps the DeepSpeed configuration that was parsed last; the next test would load a ZeRO-3 model."""
+    yield
+    if integration := sys.modules.get("transformers.integrations.deepspeed"):
+        integration.unset_hf_deepspeed_config()
 
 
 @pytest.fixture(scope="session")

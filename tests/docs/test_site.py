@@ -93,7 +93,7 @@ def test_opened_from_the_disk_the_site_asks_no_host_shows_its_pictures_and_finds
         broken = "[...document.images].filter(i => i.loading !== 'lazy' && !i.naturalWidth).map(i => i.src)"
         assert page.evaluate(broken) == []
     page.locator(".md-search__input").fill("kd_gamma")
-    page.locator(".md-search-result__link").first.wait_for(timeout=10_000)
+    page.locator(".md-search-result__link").first.wait_for(timeout=60_000)  # until the index is made
     page.close()
     assert not errors
     assert {url.split(":", 1)[0] for url in requests} <= {"file", "data", "blob", "about"}

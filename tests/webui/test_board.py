@@ -68,7 +68,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def board(browser: Any, address: str) -> Iterator[Board]:
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(60_000)
     yield Board(page).open(address)
     page.close()
 
@@ -127,7 +127,7 @@ def command(board: Board) -> dict[str, str]:
 def distilled(browser: Any, address: str, folder: Path) -> dict[str, Any]:
     """One run from the page: previewed, started, left, found again after a reload, finished."""
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(60_000)
     board = Board(page).open(address)
     fill_in(board)
     previewed = command(board)
@@ -264,7 +264,7 @@ def test_a_saved_configuration_comes_back_after_a_reload_with_its_data_set(board
 def test_two_pages_at_once_keep_their_own_values(board: Board, browser: Any, address: str) -> None:
     fill_in(board, output_dir="first")
     page = browser.new_page()
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(60_000)
     second = Board(page).open(address)
     playwright.expect(page.locator("#sekd_tab")).to_be_hidden()
     second.choose("Model name", "Custom")
