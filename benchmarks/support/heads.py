@@ -163,9 +163,12 @@ def bare_products(heads: Heads) -> None:
         grad_head.addmm_(student[:number].t(), heads.hidden[rows])
 
 
-CONTENDERS: dict[str, Callable[[Heads], object]] = {
+FUSED = {
     **{f"ours, {name}": functools.partial(fused, kd_loss=name) for name in OBJECTIVES},
     **{f"ours, {name}, compiled": functools.partial(fused, kd_loss=name, compile=True) for name in OBJECTIVES},
+}
+CONTENDERS: dict[str, Callable[[Heads], object]] = {
+    **FUSED,
     "naive autograd, self_evolution": naive_self_evolution,
     "naive autograd, forward_kl": naive_forward_kl,
     "Liger, JSD": liger_jsd,
