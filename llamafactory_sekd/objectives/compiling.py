@@ -11,6 +11,8 @@ import torch
 
 
 logger = logging.getLogger(__name__)
+# Of one function in one process: a run needs two or three, whoever goes through objectives and keys many.
+COMPILATIONS = 64
 
 
 class Compiled:
@@ -37,7 +39,7 @@ class Compiled:
         try:
             self._run = self._run or torch.compile(self._function, fullgraph=True)
             # A number that changes means another compilation: torch 2.14 would else use the code of the one before.
-            with config.patch(specialize_float=True):
+            with config.patch(specialize_float=True, recompile_limit=COMPILATIONS):
                 return self._run(*args)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # raised before anything has run
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
