@@ -138,12 +138,13 @@ class BlockProcessor:
         # An entry that is the largest of both models is the only way to reach the sum of the two largest logits; this
         # takes a fraction of the time of an argmax. (Near-ties within the rounding of the sum count as ties.)
         largest_sum = torch.add(z, w, out=plain_q).amax(-1)
-        agreement = (largest_sum == z.amax(-1) + w.amax(-1)).to(z.dtype)
+        z_largest, w_largest = z.amax(-1), w.amax(-1)
+        agreement = (largest_sum == z_largest + w_largest).to(z.dtype)
         log_ratio = torch.sub(w, z, out=log_ratio)
         if self.may_be_infinite:
             log_ratio.nan_to_num_(nan=0.0, posinf=HUGE, neginf=-HUGE)
 
-        student_norm, teacher_norm = _softmax(z, q, exact), _softmax(w, p, exact)
+        student_norm, teacher_norm = _softmax(z, z_largest, q, exact), _softmax(w, w_largest, p, exact)
         ce = student_norm - _pick(z, labels)
         teacher_ce = teacher_norm - _pick(w, labels)
         shift = student_norm - teacher_norm
@@ -153,8 +154,8 @@ class BlockProcessor:
             plain_q = q
         else:
             plain_q, q = q, plain_q
-            student_norm = _softmax(z.div_(temperature), q, exact)
-            teacher_norm = _softmax(w.div_(temperature), p, exact)
+            student_norm = _softmax(z.div_(temperature), z_largest / temperature, q, exact)
+            teacher_norm = _softmax(w.div_(temperature), w_largest / temperature, p, exact)
             shift = student_norm - teacher_norm
             tempered_ce = student_norm - _pick(z, labels)
             kl = self._kl(p, log_ratio.div_(temperature), shift, spare=w)
@@ -185,22 +186,21 @@ class BlockProcessor:
         return kl.masked_fill_(kl > INFINITE, math.inf) if self.may_be_infinite else kl
 
 
-def _softmax(logits: torch.Tensor, out: torch.Tensor, exact: bool) -> torch.Tensor:
+def _softmax(logits: torch.Tensor, largest: torch.Tensor, out: torch.Tensor, exact: bool) -> torch.Tensor:
     """Write the softmax to `out` and return `log Σ exp(logits)`, `[rows]`; on the CPU with full precision if `exact`.
 
     The softmax kernel knows the sum but does not tell; the largest logit and its probability, which cannot underflow,
     give it back for less than another pass of exponentials.
     """
     if torch.compiler.is_compiling():
-        largest = logits.amax(-1, keepdim=True)
-        norm = largest.squeeze(-1) + row_sums((logits - largest).exp()).log()
+        norm = largest + row_sums((logits - largest.unsqueeze(-1)).exp()).log()
         torch.exp(logits - norm.unsqueeze(-1), out=out)
         return norm
     torch.softmax(logits, -1, out=out)
     if exact and out.device.type == "cpu":
         # The CPU's kernel adds a row up in a few long chains, which at 128,256 entries is off by 1e-5; `sum` is not.
         out.div_(out.sum(-1, keepdim=True))
-    return logits.amax(-1) - out.amax(-1).log()
+    return largest - out.amax(-1).log()
 
 
 def _clear(gradient: torch.Tensor, rows: torch.Tensor) -> None:

@@ -234,8 +234,8 @@ def _subtract_truth(block: Block, share: float) -> None:
 def _add_at_labels(matrix: torch.Tensor, labels: torch.Tensor, value: float) -> torch.Tensor:
     """Add to one entry of each row, in place."""
     if torch.compiler.is_compiling():  # a comparison joins the traversal, a scatter would end it
-        columns = torch.arange(matrix.shape[-1], device=matrix.device)
-        return matrix.add_((columns == labels).to(matrix.dtype), alpha=value)
+        columns = torch.arange(matrix.shape[-1], dtype=torch.int32, device=matrix.device)  # half the lanes of int64
+        return matrix.add_((columns == labels.int()).to(matrix.dtype), alpha=value)
     return matrix.scatter_add_(-1, labels, matrix.new_full((len(labels), 1), value))
 
 
