@@ -575,7 +575,7 @@ def test_topk_selects_over_all_tokens_whatever_was_guessed_before(monkeypatch, k
     parts |= {name: parts[name][order] for name in ("hidden", "teacher_hidden", "labels")}
     results = []
     for sample in (2, 48):  # the second sees all tokens before the pass
-        monkeypatch.setattr(sweep, "SAMPLE", sample)
+        monkeypatch.setattr(sweep, "sample_size", lambda chunk, sample=sample: min(sample, chunk))
         p = Problem(**{name: part if name == "labels" else part.to(dtype, copy=True) for name, part in parts.items()})
         for tensor in p.trained:
             tensor.requires_grad_()
