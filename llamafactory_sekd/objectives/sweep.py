@@ -118,7 +118,7 @@ def sample_size(chunk: int) -> int:
     """How many tokens to look at, to guess the threshold of the first chunk.
 
     To look at n of them costs 0.6 n times the products of a token; the guess is then wrong for about 0.4 chunk / √n,
-    and to do one of these again costs about 1.4 times. The sum is least where n is 0.6 chunk^(2/3).
+    and to do one of these again costs about 1.5 times. The sum is least where n is 0.6 chunk^(2/3).
     """
     return math.ceil(0.6 * chunk ** (2 / 3))
 
