@@ -39,10 +39,11 @@ from llamafactory_sekd.objectives import distillation_loss
 
 
 MIB = 2**20
-PRODUCTS, NAIVE, LIGER = "the four products", "naive autograd, self_evolution", "Liger, JSD"
+PRODUCTS, WIDE_PRODUCTS = "the four products", "the four products, float32"
+NAIVE, LIGER = "naive autograd, self_evolution", "Liger, JSD"
 OURS = "ours, self_evolution"
 # Our figure divided by another contender's; the memory goals hold for float32 and the large vocabulary.
-TIME_GOALS = {LIGER: 0.9, NAIVE: 0.65, PRODUCTS: 1.4}
+TIME_GOALS = {LIGER: 0.9, NAIVE: 0.65, PRODUCTS: 1.4, WIDE_PRODUCTS: 1.4}
 MEMORY_GOALS = {NAIVE: 0.12, LIGER: 0.30}
 AGREEMENT_GOALS = {"float32": 1e-5, "bfloat16": 2e-2}
 MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
@@ -60,7 +61,8 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine(arguments), "versions": versions(), "runs": [], "growth": []}
     for vocab in arguments.vocab:
         for dtype in arguments.dtype:
-            run = measure(arguments, vocab, dtype, contenders)
+            taking_part = [name for name in contenders if (name, dtype) != (WIDE_PRODUCTS, "float32")]
+            run = measure(arguments, vocab, dtype, taking_part)
             result["runs"].append(run)
             show_run(run)
             write_atomic(arguments.out, json.dumps(result, indent=2).encode())
@@ -94,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def available_contenders(only: list[str] | None) -> list[str]:
     if only:
-        return [name for name in CONTENDERS if name in (*only, PRODUCTS)]
+        return [name for name in CONTENDERS if name in (*only, PRODUCTS, WIDE_PRODUCTS)]
     if importlib.util.find_spec("liger_kernel"):
         return list(CONTENDERS)
     console.print("Liger-Kernel is not installed and left out: pip install --no-deps liger-kernel==0.8.5")

@@ -14,6 +14,7 @@ from llamafactory_sekd.objectives import (
     default_chunk_size,
     distillation_loss,
     fused_linear_distillation,
+    product_type,
 )
 
 
@@ -98,7 +99,7 @@ def fused(heads: Heads, kd_loss: str, compile: bool = False) -> torch.Tensor:
         heads.teacher_head,
         heads.labels,
         num_items=len(heads.labels),
-        chunk_size=default_chunk_size(len(heads.head), heads.head.dtype),
+        chunk_size=default_chunk_size(len(heads.head), product_type(heads.head)),
         compile=compile,
         **objective_keys(heads, kd_loss),  # type: ignore[arg-type]
     ).loss
@@ -163,6 +164,15 @@ def bare_products(heads: Heads) -> None:
         grad_head.addmm_(student[:number].t(), heads.hidden[rows])
 
 
+@torch.no_grad()
+def bare_products_in_float32(heads: Heads) -> None:
+    """The same of the inputs in float32: the limit where a machine has no instructions for their own type."""
+    matrices = (heads.hidden, heads.head, heads.teacher_hidden, heads.teacher_head)
+    bare_products(
+        Heads(*(matrix.detach().float() for matrix in matrices), heads.labels, heads.gamma, heads.hard_share)
+    )
+
+
 FUSED = {
     **{f"ours, {name}": functools.partial(fused, kd_loss=name) for name in OBJECTIVES},
     **{f"ours, {name}, compiled": functools.partial(fused, kd_loss=name, compile=True) for name in OBJECTIVES},
@@ -174,4 +184,5 @@ CONTENDERS: dict[str, Callable[[Heads], object]] = {
     "Liger, JSD": liger_jsd,
     "TRL, GKD": trl_gkd,
     "the four products": bare_products,
+    "the four products, float32": bare_products_in_float32,
 }

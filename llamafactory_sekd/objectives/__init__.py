@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from llamafactory_sekd.objectives.chunking import default_chunk_size
 from llamafactory_sekd.objectives.fused import FusedOutput, fused_distillation, fused_linear_distillation
-from llamafactory_sekd.objectives.heads import Head, LogitsSource, product_type
+from llamafactory_sekd.objectives.heads import Head, LogitsSource
 from llamafactory_sekd.objectives.losses import OBJECTIVES
 from llamafactory_sekd.objectives.plain import DistillationOutput, distillation_loss
+from llamafactory_sekd.objectives.products import product_type
 from llamafactory_sekd.objectives.statistics import TokenStatistics
 
 

@@ -14,8 +14,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from llamafactory_sekd.errors import ArgumentError
-from llamafactory_sekd.objectives.heads import Head, HeadGradients, LogitsSource, product_type
+from llamafactory_sekd.objectives.heads import Head, HeadGradients, LogitsSource
 from llamafactory_sekd.objectives.losses import OBJECTIVES, check_objective
+from llamafactory_sekd.objectives.products import product_type
 from llamafactory_sekd.objectives.settings import Settings, check_same_vocabulary, check_tokens
 from llamafactory_sekd.objectives.statistics import TokenStatistics
 from llamafactory_sekd.objectives.sweep import Sweep
@@ -72,7 +73,8 @@ def fused_linear_distillation(
     none are formed without grad mode. The gradients are used up by the first backward pass.
 
     Products are done in the head's type, under autocast in autocast's (which copies heads of another type for the
-    duration of the call); everything between logits and their gradient in float32, or float64 where a head is.
+    duration of the call), in float32 where a CPU has no instructions for that type; everything between logits and
+    their gradient in float32, or float64 where a head is.
     `self_evolution_topk` selects over all tokens, see `Sweep`.
 
     Args:

@@ -6,9 +6,7 @@ from typing import Protocol
 
 import torch
 
-
-# Rows of the head whose gradient is formed at once where it cannot be added by the product itself.
-TILE = 8192
+from llamafactory_sekd.objectives import products
 
 
 class LogitsSource(Protocol):
@@ -34,20 +32,12 @@ class LogitsSource(Protocol):
         """
 
 
-def product_type(weight: torch.Tensor) -> torch.dtype:
-    """The type of a product with this weight: autocast's where that is on, otherwise the weight's."""
-    device = weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
-
-
 class Head:
     """`logits = hidden · weightᵀ + bias` over the first `vocab_size` rows of the weight, in the product's type.
 
     Args:
         hidden: `[tokens, width]`.
-        weight: `[vocab, width]`; cut without a copy, copied only where its type is not the product's.
+        weight: `[vocab, width]`; cut without a copy, copied only where autocast's type is narrower.
         bias: `[vocab]` or None.
         vocab_size: the number of rows that are used.
         dtype: the type of the products: the weight's, or autocast's.
@@ -65,7 +55,8 @@ class Head:
         self.vocab_size = vocab_size
         self.may_be_infinite = bias is not None
         self.dtype = dtype
-        self.weight = weight.detach()[:vocab_size].to(dtype)
+        is_narrow = weight.dtype.itemsize < dtype.itemsize  # then the products convert it, a tile at a time
+        self.weight = weight.detach()[:vocab_size].to(weight.dtype if is_narrow else dtype)
         self.bias = None if bias is None else bias.detach()[:vocab_size].to(dtype)
         self.bias_type = None if bias is None else bias.dtype
 
@@ -79,10 +70,7 @@ class Head:
     def logits(self, tokens: slice | torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Write the logits of some tokens to the first rows of `out`, `[chunk, vocab]`, and return these rows."""
         hidden = self.rows(tokens)
-        out = out[: len(hidden)]
-        if self.bias is None:
-            return torch.mm(hidden, self.weight.t(), out=out)
-        return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+        return products.logits(hidden, self.weight, self.bias, out=out[: len(hidden)])
 
 
 class HeadGradients:
@@ -125,13 +113,14 @@ class HeadGradients:
     def add(self, tokens: slice, gradient: torch.Tensor) -> None:
         """Take in the gradient of the logits of some tokens, `[chunk, vocab]`, in the type of the products."""
         if self.hidden is not None:
-            torch.mm(gradient, self.head.weight, out=self.hidden[tokens])
+            products.hidden_gradient(gradient, self.head.weight, out=self.hidden[tokens])
         self._add_head(gradient, tokens)
 
     def replace(self, tokens: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
         """Take out the gradient `before` of the logits of some tokens, given by their numbers, and take in `after`."""
         if self.hidden is not None:
-            self.hidden[tokens] = torch.mm(after, self.head.weight)
+            out = torch.empty_like(self.hidden[tokens])
+            self.hidden[tokens] = products.hidden_gradient(after, self.head.weight, out=out)
         self._add_head(torch.sub(after, before, out=before), tokens)
 
     def finish(self, grad_loss: torch.Tensor) -> list[torch.Tensor | None]:
@@ -148,17 +137,10 @@ class HeadGradients:
     def _add_head(self, gradient: torch.Tensor, tokens: slice | torch.Tensor) -> None:
         vocab_size = gradient.shape[1]
         if self.weight is not None:
-            self._add_weight(self.weight[:vocab_size], gradient, self.head.rows(tokens))
+            used, hidden = self.weight[:vocab_size], self.head.rows(tokens)
+            products.add_weight_gradient(used, gradient, hidden, scale=self.scale)
         if self.bias is not None:
             self.bias[:vocab_size].add_(gradient.sum(0, dtype=self.bias.dtype), alpha=self.scale)
-
-    def _add_weight(self, total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
-        if total.dtype == gradient.dtype:
-            total.addmm_(gradient.t(), hidden, alpha=self.scale)
-            return
-        for start in range(0, len(total), TILE):
-            rows = slice(start, start + TILE)
-            total[rows].add_(torch.mm(gradient[:, rows].t(), hidden), alpha=self.scale)
 
 
 def _multiply(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ training, whatever the architecture, the adapters or the gradient checkpointing.
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..arguments import DistillationArguments
 from ..heads import is_plain_product, replaced_forward
 from ..objectives import default_chunk_size, distillation_loss, fused_linear_distillation
 from ..objectives.blocks import ACCELERATOR_BUFFER, BUFFERS, CPU_BUFFER
+from ..objectives.products import as_on_an_accelerator
 from .contentless import AnswerQuestions, build_without_content, to_fake
 from .live import LiveMemory
 from .run import Run
@@ -179,7 +181,7 @@ class _Stage:
                 del beyond
             return output.loss.reshape(1, 1, 1)
 
-        with replaced_forward(head, objective):
+        with replaced_forward(head, objective), as_on_an_accelerator() if self.run.accelerator else nullcontext():
             return self._forward(self.student).logits.reshape(())
 
     def _teacher_hidden(self, student_head: Any) -> tuple[torch.Tensor, torch.Tensor]:

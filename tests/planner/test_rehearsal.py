@@ -139,6 +139,17 @@ def test_twice_the_chunk_takes_twice_the_chunks_logits_and_buffers():
     assert peak(512) - peak(256) == pytest.approx((2 + 6) * 256 * 500 * 4, rel=1e-2)
 
 
+@pytest.mark.parametrize("accelerator", [True, False])
+def test_an_accelerators_logits_do_not_depend_on_this_cpu(monkeypatch, accelerator):
+    run = replace(RUN, engine_dtype=torch.bfloat16, batch_size=8, responses=1.0, accelerator=accelerator)
+    peaks = []
+    for has_instructions in (True, False):
+        capabilities = {"avx512_bf16": has_instructions}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        peaks.append(rehearse(run).peak["objective"])
+    assert peaks[0] == peaks[1] if accelerator else peaks[0] < peaks[1]
+
+
 def test_supervised_fine_tuning_and_other_families_can_be_rehearsed():
     sft = rehearse(replace(RUN, teacher=None, distillation=None))
     assert sft.teacher is None
