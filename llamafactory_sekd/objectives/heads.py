@@ -40,7 +40,7 @@ class Head:
         weight: `[vocab, width]`; cut without a copy, copied only where autocast's type is narrower.
         bias: `[vocab]` or None.
         vocab_size: the number of rows that are used.
-        dtype: the type of the products: the weight's, or autocast's.
+        dtype: the type of the products, see `product_type`.
     """
 
     def __init__(
