@@ -64,7 +64,8 @@ class Session:
             teacher: the teacher that will compute the records.
             vocab_size: ids that the tokenizer uses.
             probe: any batch, to find out whether the head says it all.
-            autocast: the type of the products where it is not the head's: hidden states in it lose nothing.
+            autocast: the type of the products where it is not the head's: hidden states in it lose nothing, but for
+                a CPU that does such products in float32.
 
         Raises:
             TeacherError: hidden states are to be kept of a teacher whose logits are more than its head's product.
