@@ -621,9 +621,11 @@ def test_topk_selects_over_all_tokens_whatever_was_guessed_before(monkeypatch, k
         results.append((output, p))
 
     (guessed, ours), (known, theirs) = results
-    tolerance = 1e-12 if dtype == torch.float64 else 2e-2  # 48 roundings of the sum
+    # In bfloat16 the head's gradient is rounded once per chunk, here up to 48 times.
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-2 if chunk_size > 1 else 1.2e-2
     assert torch.equal(guessed.statistics.hard, known.statistics.hard)
     assert int(known.statistics.hard.sum()) == int(kd_topk * 48 + 0.5)
     assert float(guessed.loss) == pytest.approx(float(known.loss), rel=tolerance)
     for mine, other in zip(ours.trained, theirs.trained, strict=True):
-        assert float((mine.grad - other.grad).norm() / other.grad.norm()) < tolerance
+        mine, other = mine.grad.double(), other.grad.double()
+        assert float((mine - other).norm() / other.norm()) < tolerance
