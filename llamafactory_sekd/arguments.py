@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeGuard
 
-from .errors import ArgumentError
+from llamafactory_sekd.errors import ArgumentError
 
 
 STAGE = "sekd"

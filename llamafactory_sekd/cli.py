@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from .errors import SekdError
+from llamafactory_sekd.errors import SekdError
 
 
 # Sub-command -> the module whose typer application `app` it is; imported only when it is asked for.
@@ -50,8 +50,8 @@ def apply_plugin() -> None:
     Raises:
         HostError: a module of the host was imported before.
     """
-    from . import autoload
-    from .host import ledger
+    from llamafactory_sekd import autoload
+    from llamafactory_sekd.host import ledger
 
     autoload.register()
     ledger.refuse_if_late(autoload.too_late)
@@ -60,7 +60,7 @@ def apply_plugin() -> None:
 def host_main() -> None:
     """Entry point of ``python -m llamafactory_sekd``: the host's commands with the plug-in applied explicitly."""
     apply_plugin()
-    from .host.launcher import launch_explicitly
+    from llamafactory_sekd.host.launcher import launch_explicitly
 
     launch_explicitly()
 

@@ -8,16 +8,16 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from ..arguments import (
+from llamafactory_sekd.arguments import (
     STAGE,
     DistillationArguments,
     check_distillation_arguments,
     check_no_distillation_arguments,
 )
-from ..errors import ArgumentError
-from .launcher import end_rank_with_launcher
-from .placement import check_devices, check_placement
-from .resume import resume_from_whole_checkpoint
+from llamafactory_sekd.errors import ArgumentError
+from llamafactory_sekd.host.launcher import end_rank_with_launcher
+from llamafactory_sekd.host.placement import check_devices, check_placement
+from llamafactory_sekd.host.resume import resume_from_whole_checkpoint
 
 
 def extend_finetuning_arguments(host_class: type) -> type:

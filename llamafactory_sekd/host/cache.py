@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from ..arguments import STAGE
-from ..errors import ArgumentError, TeacherError
-from ..teacher import Teacher
-from ..teacher.cache import (
+from llamafactory_sekd.arguments import STAGE
+from llamafactory_sekd.errors import ArgumentError, TeacherError
+from llamafactory_sekd.host.model_arguments import teacher_identity, teacher_model_arguments
+from llamafactory_sekd.teacher import Teacher
+from llamafactory_sekd.teacher.cache import (
     Fingerprints,
     Manifest,
     Plan,
@@ -24,7 +25,6 @@ from ..teacher.cache import (
     fingerprints,
     make_plan,
 )
-from .model_arguments import teacher_identity, teacher_model_arguments
 
 
 # What a template makes of this tells two templates of one name apart.
@@ -128,7 +128,7 @@ def tokenised(config: dict[str, Any]) -> Tokenised:
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_config, load_tokenizer
 
-    from .stage import check_fit
+    from llamafactory_sekd.host.stage import check_fit
 
     model_args, data_args, training_args, finetuning_args, _ = get_train_args(_for_building(config))
     check_fit(model_args, finetuning_args)
@@ -152,8 +152,8 @@ def tokenised(config: dict[str, Any]) -> Tokenised:
 def _compute(plan: Plan, session: Session, data: Tokenised, batch_size: int) -> None:
     from transformers import Trainer
 
-    from .placement import placement_of
-    from .stage import load_teacher
+    from llamafactory_sekd.host.placement import placement_of
+    from llamafactory_sekd.host.stage import load_teacher
 
     # The trainer's accelerator, so that the teacher is placed and sharded as it is in training.
     accelerator = Trainer(model=torch.nn.Identity(), args=data.training_args).accelerator

@@ -30,8 +30,8 @@ def cache(
 
     Several devices: torchrun --nproc-per-node N -m llamafactory_sekd.cli cache X.yaml --out DIR
     """
-    from ..errors import ArgumentError
-    from ..teacher.cache import DTYPES, FORMATS, Settings
+    from llamafactory_sekd.errors import ArgumentError
+    from llamafactory_sekd.teacher.cache import DTYPES, FORMATS, Settings
 
     if kept not in FORMATS:
         raise ArgumentError(f"`--format {kept}` cannot be used: choose {' or '.join(FORMATS)}.")
@@ -39,7 +39,7 @@ def cache(
     if dtype is not None and dtype not in DTYPES:
         raise ArgumentError(f"`--dtype {dtype}` cannot be used: choose one of {', '.join(DTYPES)}.")
 
-    from .cache import build_cache
-    from .configuration import read_training_config
+    from llamafactory_sekd.host.cache import build_cache
+    from llamafactory_sekd.host.configuration import read_training_config
 
     build_cache(read_training_config(config, overrides or []), out, Settings(kept, dtype, k), batch_size=batch_size)

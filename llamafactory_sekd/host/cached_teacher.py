@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..errors import TeacherError
-from ..teacher import Teacher
-from ..teacher.cache import (
+from llamafactory_sekd.errors import TeacherError
+from llamafactory_sekd.host.cache import autocast_type, fingerprints_of, used_ids
+from llamafactory_sekd.teacher import Teacher
+from llamafactory_sekd.teacher.cache import (
     CacheCollator,
     CachedTeacher,
     FillingTeacher,
@@ -24,8 +25,7 @@ from ..teacher.cache import (
     on_any_rank,
     open_for_reading,
 )
-from ..teacher.source import TeacherSource
-from .cache import autocast_type, fingerprints_of, used_ids
+from llamafactory_sekd.teacher.source import TeacherSource
 
 
 class CacheOfRun:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArgumentError
+from llamafactory_sekd.errors import ArgumentError
 
 
 def read_training_config(path: Path, overrides: list[str]) -> dict[str, Any]:

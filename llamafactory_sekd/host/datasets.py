@@ -7,8 +7,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from ..data.dataset_info import DEFAULT_OUT, command_for
-from ..errors import DataError
+from llamafactory_sekd.data.dataset_info import DEFAULT_OUT, command_for
+from llamafactory_sekd.errors import DataError
 
 
 def explain_undefined(get_dataset_list: Callable[..., Any]) -> Callable[..., Any]:

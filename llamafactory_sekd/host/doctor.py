@@ -14,8 +14,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..planner import Run
-    from .plan import Parsed
+    from llamafactory_sekd.host.plan import Parsed
+    from llamafactory_sekd.planner import Run
 
 app = typer.Typer(add_completion=False)
 
@@ -46,13 +46,13 @@ def doctor(
     warnings.simplefilter("ignore")
     from rich.console import Console
 
-    from ..planner import devices as machine
-    from ..planner import estimate
-    from ..planner.estimate import CONTEXT
-    from ..planner.remedies import price
-    from ..planner.report import fits, print_estimate, print_remedies
-    from .configuration import read_training_config
-    from .plan import parse, run_of
+    from llamafactory_sekd.host.configuration import read_training_config
+    from llamafactory_sekd.host.plan import parse, run_of
+    from llamafactory_sekd.planner import devices as machine
+    from llamafactory_sekd.planner import estimate
+    from llamafactory_sekd.planner.estimate import CONTEXT
+    from llamafactory_sekd.planner.remedies import price
+    from llamafactory_sekd.planner.report import fits, print_estimate, print_remedies
 
     keys = read_training_config(config, overrides or [])
     parsed = parse(keys)
@@ -89,8 +89,8 @@ def _check_teacher(console: Console, parsed: Parsed) -> None:
     if not parsed.finetuning.use_sekd or not parsed.finetuning.teacher_model:
         return
 
-    from .plan import missing_tokenizer, vocabulary_line
-    from .stage import check_fit
+    from llamafactory_sekd.host.plan import missing_tokenizer, vocabulary_line
+    from llamafactory_sekd.host.stage import check_fit
 
     missing = missing_tokenizer(parsed)
     if missing:

@@ -10,11 +10,11 @@ from functools import partial, wraps
 from types import SimpleNamespace
 from typing import Any
 
-from .. import __version__
-from ..arguments import STAGE
-from ..children import end_with_parent
-from ..errors import HostError
-from . import ledger, versions
+from llamafactory_sekd import __version__
+from llamafactory_sekd.arguments import STAGE
+from llamafactory_sekd.children import end_with_parent
+from llamafactory_sekd.errors import HostError
+from llamafactory_sekd.host import ledger, versions
 
 
 # What torchrun starts on each rank under `python -m llamafactory_sekd train`; not for users.
@@ -32,7 +32,7 @@ def extend_launch(host_launch: Callable[[], None]) -> Callable[[], None]:
     def launch() -> None:
         command = sys.argv[1] if len(sys.argv) > 1 else "help"
         if command == "eval":
-            from .evaluate import run_eval
+            from llamafactory_sekd.host.evaluate import run_eval
 
             run_eval(sys.argv[2:])
             return
@@ -74,7 +74,7 @@ def end_rank_with_launcher() -> None:
 
 def describe() -> str:
     """The plug-in's part of ``llamafactory-cli env``: its version and its patches."""
-    from .patches import PATCHES
+    from llamafactory_sekd.host.patches import PATCHES
 
     lines = [f"- `llamafactory_sekd` version: {__version__} (supports LLaMA-Factory {versions.SUPPORTED})"]
     applied = set(ledger.applied())

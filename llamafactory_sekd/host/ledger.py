@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from .. import __version__
-from ..errors import HostError, SekdError
-from . import versions
+from llamafactory_sekd import __version__
+from llamafactory_sekd.errors import HostError, SekdError
+from llamafactory_sekd.host import versions
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def apply(module: ModuleType, too_late: Sequence[str] = ()) -> None:
         _stay_off(obstacle)
         return
 
-    from .patches import PATCHES
+    from llamafactory_sekd.host.patches import PATCHES
 
     for patch in PATCHES:
         if patch.module == module.__name__:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import AUTO, SELF, DistillationArguments
+from llamafactory_sekd.arguments import AUTO, SELF, DistillationArguments
 
 
 def teacher_identity(model_args: Any, finetuning_args: DistillationArguments) -> tuple[str, str | None, int | None]:

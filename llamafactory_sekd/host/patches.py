@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..arguments import STAGE
-from .ledger import Patch
+from llamafactory_sekd.arguments import STAGE
+from llamafactory_sekd.host.ledger import Patch
 
 
 STAGE_LABEL = "Self-Evolution KD"
@@ -22,97 +22,97 @@ def _training_stages(stages: dict[str, str]) -> dict[str, str]:
 
 
 def _finetuning_arguments(host_class: type) -> type:
-    from .arguments import extend_finetuning_arguments
+    from llamafactory_sekd.host.arguments import extend_finetuning_arguments
 
     return extend_finetuning_arguments(host_class)
 
 
 def _parse_train_args(host_parse: Any) -> Any:
-    from .arguments import check_together
+    from llamafactory_sekd.host.arguments import check_together
 
     return check_together(host_parse)
 
 
 def _templates(templates: dict[str, Any]) -> dict[str, Any]:
-    from .template import with_parrot
+    from llamafactory_sekd.host.template import with_parrot
 
     return with_parrot(templates)
 
 
 def _get_dataset_list(host_look_up: Any) -> Any:
-    from .datasets import explain_undefined
+    from llamafactory_sekd.host.datasets import explain_undefined
 
     return explain_undefined(host_look_up)
 
 
 def _load_single_dataset(host_load: Any) -> Any:
-    from .datasets import explain_missing_file
+    from llamafactory_sekd.host.datasets import explain_missing_file
 
     return explain_missing_file(host_load)
 
 
 def _log_callback(host_class: type) -> type:
-    from .logs import extend_log_callback
+    from llamafactory_sekd.host.logs import extend_log_callback
 
     return extend_log_callback(host_class)
 
 
 def _run_sft(host_run_sft: Any) -> Any:
-    from .stage import dispatch
+    from llamafactory_sekd.host.stage import dispatch
 
     return dispatch(host_run_sft)
 
 
 def _launch(host_launch: Any) -> Any:
-    from .launcher import extend_launch
+    from llamafactory_sekd.host.launcher import extend_launch
 
     return extend_launch(host_launch)
 
 
 def _launch_v1(host_launch: Any) -> Any:
-    from .launcher import refuse_v1
+    from llamafactory_sekd.host.launcher import refuse_v1
 
     return refuse_v1(host_launch)
 
 
 def _locales(host_locales: dict[str, Any]) -> dict[str, Any]:
-    from .webui import extend_locales
+    from llamafactory_sekd.host.webui import extend_locales
 
     return extend_locales(host_locales)
 
 
 def _gen_loss_plot(host_plot: Any) -> Any:
-    from .webui import extend_loss_plot
+    from llamafactory_sekd.host.webui import extend_loss_plot
 
     return extend_loss_plot(host_plot)
 
 
 def _runner(host_class: type) -> type:
-    from .webui_runner import extend_runner
+    from llamafactory_sekd.host.webui_runner import extend_runner
 
     return extend_runner(host_class)
 
 
 def _change_stage(host_change: Any) -> Any:
-    from .webui import extend_change_stage
+    from llamafactory_sekd.host.webui import extend_change_stage
 
     return extend_change_stage(host_change)
 
 
 def _create_train_tab(host_create: Any) -> Any:
-    from .webui import extend_create_train_tab
+    from llamafactory_sekd.host.webui import extend_create_train_tab
 
     return extend_create_train_tab(host_create)
 
 
 def _create_eval_tab(host_create: Any) -> Any:
-    from .webui import extend_create_eval_tab
+    from llamafactory_sekd.host.webui import extend_create_eval_tab
 
     return extend_create_eval_tab(host_create)
 
 
 def _create_infer_tab(host_create: Any) -> Any:
-    from .webui import extend_create_infer_tab
+    from llamafactory_sekd.host.webui import extend_create_infer_tab
 
     return extend_create_infer_tab(host_create)
 

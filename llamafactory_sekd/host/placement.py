@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..arguments import AUTO, SELF, DistillationArguments
-from ..errors import ArgumentError
-from .model_arguments import own_device
+from llamafactory_sekd.arguments import AUTO, SELF, DistillationArguments
+from llamafactory_sekd.errors import ArgumentError
+from llamafactory_sekd.host.model_arguments import own_device
 
 
 if TYPE_CHECKING:
-    from ..teacher import Placement
+    from llamafactory_sekd.teacher import Placement
 
 
 def placement_of(finetuning_args: DistillationArguments) -> Placement:
     """Where the teacher of a parsed run stands."""
-    from ..teacher import Placement
+    from llamafactory_sekd.teacher import Placement
 
     own = finetuning_args.teacher_deepspeed
     engine = None if own is None else read_deepspeed_file("teacher_deepspeed", own)
@@ -39,7 +39,7 @@ def teachers_deepspeed(training_args: Any, finetuning_args: DistillationArgument
 
     from transformers.integrations import HfDeepSpeedConfig, deepspeed
 
-    from ..teacher import engine_config
+    from llamafactory_sekd.teacher import engine_config
 
     placement, students = placement_of(finetuning_args), deepspeed._hf_deepspeed_config_weak_ref
     # It is the current one from here on, as long as it exists.

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..arguments import AUTO, SELF, STAGE
-from ..errors import ArgumentError
-from ..planner import Blueprint, Run, Sharding, TeacherPlace
-from ..planner.sharding import read_deepspeed
-from ..teacher import common_vocabulary, engine_config
-from .arguments import check_run
-from .model_arguments import copy_model_arguments, teacher_model_arguments
-from .placement import read_deepspeed_file
+from llamafactory_sekd.arguments import AUTO, SELF, STAGE
+from llamafactory_sekd.errors import ArgumentError
+from llamafactory_sekd.host.arguments import check_run
+from llamafactory_sekd.host.model_arguments import copy_model_arguments, teacher_model_arguments
+from llamafactory_sekd.host.placement import read_deepspeed_file
+from llamafactory_sekd.planner import Blueprint, Run, Sharding, TeacherPlace
+from llamafactory_sekd.planner.sharding import read_deepspeed
+from llamafactory_sekd.teacher import common_vocabulary, engine_config
 
 
 @dataclass(frozen=True)

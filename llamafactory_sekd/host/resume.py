@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..arguments import DistillationArguments
-from ..errors import TeacherError
-from .model_arguments import teacher_identity
+from llamafactory_sekd.arguments import DistillationArguments
+from llamafactory_sekd.errors import TeacherError
+from llamafactory_sekd.host.model_arguments import teacher_identity
 
 
 def resume_from_whole_checkpoint(training_args: Any) -> None:
@@ -23,7 +23,7 @@ def resume_from_whole_checkpoint(training_args: Any) -> None:
     if not training_args.output_dir or not Path(training_args.output_dir).is_dir():
         return
 
-    from ..trainer.checkpoints import find_checkpoints
+    from llamafactory_sekd.trainer.checkpoints import find_checkpoints
 
     whole, half_written = find_checkpoints(training_args.output_dir)
     if not half_written:
@@ -65,7 +65,7 @@ def check_same_teacher(training_args: Any, finetuning_args: DistillationArgument
     if not isinstance(checkpoint, str) or not Path(checkpoint).is_dir():
         return
 
-    from ..trainer.checkpoints import STATE_NAME, DistillationState
+    from llamafactory_sekd.trainer.checkpoints import STATE_NAME, DistillationState
 
     recorded = DistillationState.load(checkpoint).teacher
     if None not in (recorded, fingerprint) and recorded != fingerprint:
@@ -77,7 +77,7 @@ def check_same_teacher(training_args: Any, finetuning_args: DistillationArgument
 
 
 def _fingerprint(model: str, adapters: str | None, quantization_bit: int | None) -> str:
-    from ..teacher.cache import fingerprints
+    from llamafactory_sekd.teacher.cache import fingerprints
 
     parts = []
     for name in filter(None, (model, *(adapters or "").split(","))):

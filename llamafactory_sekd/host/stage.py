@@ -9,16 +9,16 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import SELF, DistillationArguments
-from ..demo.missing import check_prepared
-from ..errors import DataError, TeacherError
-from .model_arguments import teacher_identity, teacher_model_arguments
-from .placement import placement_of, teachers_deepspeed
-from .resume import check_same_teacher, teacher_fingerprint
+from llamafactory_sekd.arguments import SELF, DistillationArguments
+from llamafactory_sekd.demo.missing import check_prepared
+from llamafactory_sekd.errors import DataError, TeacherError
+from llamafactory_sekd.host.model_arguments import teacher_identity, teacher_model_arguments
+from llamafactory_sekd.host.placement import placement_of, teachers_deepspeed
+from llamafactory_sekd.host.resume import check_same_teacher, teacher_fingerprint
 
 
 if TYPE_CHECKING:
-    from ..teacher import Teacher
+    from llamafactory_sekd.teacher import Teacher
 
 
 def dispatch(host_run_sft: Callable[..., None]) -> Callable[..., None]:
@@ -68,7 +68,7 @@ def _run_sekd(
         host_run_sft(model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
 
     if training_args.do_train and training_args.should_save and finetuning_args.plot_loss:
-        from ..trainer import plot_distillation
+        from llamafactory_sekd.trainer import plot_distillation
 
         figure = plot_distillation(training_args.output_dir)
         if figure is not None:
@@ -83,8 +83,8 @@ def check_fit(model_args: Any, finetuning_args: DistillationArguments) -> None:
     """
     from llamafactory.model import load_config, load_tokenizer
 
-    from ..teacher.files import check_adapter_files, check_is_causal, check_teacher_files
-    from ..teacher.vocabulary import check_tokenizers
+    from llamafactory_sekd.teacher.files import check_adapter_files, check_is_causal, check_teacher_files
+    from llamafactory_sekd.teacher.vocabulary import check_tokenizers
 
     name, adapters, _ = teacher_identity(model_args, finetuning_args)
     check_teacher_files(name)
@@ -134,9 +134,9 @@ def _our_trainer(
     """For the duration, the host's SFT workflow builds our trainer where it names its own."""
     from transformers.utils import logging
 
-    from ..teacher import TeacherSource, common_vocabulary
-    from ..trainer import DistillationTrainer
-    from .cached_teacher import CacheOfRun
+    from llamafactory_sekd.host.cached_teacher import CacheOfRun
+    from llamafactory_sekd.teacher import TeacherSource, common_vocabulary
+    from llamafactory_sekd.trainer import DistillationTrainer
 
     workflow: Any = sys.modules["llamafactory.train.sft.workflow"]
     host_trainer = workflow.CustomSeq2SeqTrainer
@@ -189,7 +189,7 @@ def _online(
     model_args: Any, training_args: Any, finetuning_args: DistillationArguments, student: Any
 ) -> tuple[Callable[[Any], Teacher], int]:
     """Load a teacher that computes; return what makes it from the trainer's accelerator, and the rows of its head."""
-    from ..teacher import SharedTeacher, Teacher, add_teacher_adapters
+    from llamafactory_sekd.teacher import SharedTeacher, Teacher, add_teacher_adapters
 
     if finetuning_args.teacher_model == SELF:
         adapters = finetuning_args.teacher_model_adapters

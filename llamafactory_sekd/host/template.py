@@ -6,8 +6,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from ..data.parrot import CLOSING, PREFACE
-from ..errors import HostError
+from llamafactory_sekd.data.parrot import CLOSING, PREFACE
+from llamafactory_sekd.errors import HostError
 
 
 NAME = "parrot"

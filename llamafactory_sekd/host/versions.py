@@ -9,7 +9,7 @@ from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 
-from ..arguments import STAGE
+from llamafactory_sekd.arguments import STAGE
 
 
 SUPPORTED = SpecifierSet(">=0.9.4,<0.10", prereleases=True)

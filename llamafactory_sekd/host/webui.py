@@ -15,9 +15,9 @@ def extend_create_train_tab(host_create: Callable[[Any], dict[str, Any]]) -> Cal
     def create_train_tab(engine: Any) -> dict[str, Any]:
         from gradio.context import Context
 
-        from ..webui.panel import build_panel
-        from .patches import STAGE_LABEL
-        from .webui_page import list_adapters, list_teachers
+        from llamafactory_sekd.host.patches import STAGE_LABEL
+        from llamafactory_sekd.host.webui_page import list_adapters, list_teachers
+        from llamafactory_sekd.webui.panel import build_panel
 
         panel = build_panel()
         with _base_elements_with(engine.manager, panel.fields.values()):
@@ -37,7 +37,7 @@ def extend_change_stage(host_change: Callable[..., tuple[Any, bool]]) -> Callabl
     def change_stage(training_stage: str) -> tuple[Any, bool]:
         import gradio as gr
 
-        from .patches import STAGE_LABEL
+        from llamafactory_sekd.host.patches import STAGE_LABEL
 
         datasets, packing = host_change(training_stage)
         return gr.update() if training_stage == STAGE_LABEL else datasets, packing
@@ -50,8 +50,8 @@ def extend_create_eval_tab(host_create: Callable[[Any], dict[str, Any]]) -> Call
 
     @wraps(host_create)
     def create_eval_tab(engine: Any) -> dict[str, Any]:
-        from ..webui.quality import build_quality_section
-        from .webui_page import page_of
+        from llamafactory_sekd.host.webui_page import page_of
+        from llamafactory_sekd.webui.quality import build_quality_section
 
         elements = host_create(engine)
         section = build_quality_section(page_of(engine))
@@ -66,8 +66,8 @@ def extend_create_infer_tab(host_create: Callable[[Any], dict[str, Any]]) -> Cal
 
     @wraps(host_create)
     def create_infer_tab(engine: Any) -> dict[str, Any]:
-        from ..webui.tokens import build_tokens_section
-        from .webui_page import page_of
+        from llamafactory_sekd.host.webui_page import page_of
+        from llamafactory_sekd.webui.tokens import build_tokens_section
 
         elements = host_create(engine)
         with _beside_this_tab():
@@ -109,7 +109,7 @@ def _move_after(parent: Any, element: Any, place: Any) -> None:
 
 def extend_locales(host_locales: dict[str, Any]) -> dict[str, Any]:
     """The host's labels with ours."""
-    from ..webui.labels import element_labels
+    from llamafactory_sekd.webui.labels import element_labels
 
     return {**host_locales, **element_labels()}
 
@@ -119,7 +119,7 @@ def extend_loss_plot(host_plot: Callable[[list[dict[str, Any]]], Any]) -> Callab
 
     @wraps(host_plot)
     def gen_loss_plot(trainer_log: list[dict[str, Any]]) -> Any:
-        from ..webui.curves import add_distillation_axes
+        from llamafactory_sekd.webui.curves import add_distillation_axes
 
         figure = host_plot(trainer_log)
         add_distillation_axes(figure, trainer_log)

@@ -10,8 +10,8 @@ from llamafactory.extras.constants import PEFT_METHODS, SUPPORTED_MODELS
 from llamafactory.webui.common import DEFAULT_SAVE_DIR, get_model_path, get_save_dir, load_config
 from llamafactory.webui.locales import ALERTS
 
-from ..arguments import SELF
-from ..webui.page import LoadedModel, Page
+from llamafactory_sekd.arguments import SELF
+from llamafactory_sekd.webui.page import LoadedModel, Page
 
 
 _READ_BY_OUR_SECTIONS = (
@@ -51,7 +51,7 @@ def list_adapters(teacher: str | None) -> list[str]:
 
 def page_of(engine: Any) -> Page:
     """The page around our sections; the training tab must have been built."""
-    from ..arguments import KEYS
+    from llamafactory_sekd.arguments import KEYS
 
     names = (*_READ_BY_OUR_SECTIONS, *(f"train.{key}" for key in KEYS))
     return Page(

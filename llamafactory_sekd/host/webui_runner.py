@@ -10,8 +10,8 @@ from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
-from ..arguments import KEYS, SELF, STAGE
-from ..errors import SekdError
+from llamafactory_sekd.arguments import KEYS, SELF, STAGE
+from llamafactory_sekd.errors import SekdError
 
 
 def extend_runner(host_class: type) -> type:
@@ -56,8 +56,8 @@ def extend_runner(host_class: type) -> type:
             return TRAINING_STAGES.get(stage) == STAGE
 
         def _panel_keys(self, data: dict[Any, Any]) -> dict[str, Any]:
-            from ..webui.settings import distillation_keys
-            from .webui_page import adapter_paths, model_path
+            from llamafactory_sekd.host.webui_page import adapter_paths, model_path
+            from llamafactory_sekd.webui.settings import distillation_keys
 
             values = {key: data[self.manager.get_elem_by_id(f"train.{key}")] for key in KEYS}
             teacher = values["teacher_model"]
@@ -67,9 +67,9 @@ def extend_runner(host_class: type) -> type:
             return distillation_keys(values)
 
         def _refusal(self, data: dict[Any, Any]) -> str:
-            from ..webui.labels import alert
-            from ..webui.settings import check_keys
-            from .arguments import check_run
+            from llamafactory_sekd.host.arguments import check_run
+            from llamafactory_sekd.webui.labels import alert
+            from llamafactory_sekd.webui.settings import check_keys
 
             language, *teachers = (
                 data[self.manager.get_elem_by_id(name)]
@@ -124,8 +124,8 @@ def extend_runner(host_class: type) -> type:
 
 
 def _check_teacher_files(args: dict[str, Any]) -> None:
-    from ..teacher import check_teacher_files
-    from ..teacher.cache import Manifest
+    from llamafactory_sekd.teacher import check_teacher_files
+    from llamafactory_sekd.teacher.cache import Manifest
 
     if args.get("teacher_model"):
         check_teacher_files(args["teacher_model"])

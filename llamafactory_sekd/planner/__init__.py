@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .estimate import Estimate, Row, estimate
-from .run import Blueprint, Run, TeacherPlace
-from .sharding import Sharding
+from llamafactory_sekd.planner.estimate import Estimate, Row, estimate
+from llamafactory_sekd.planner.run import Blueprint, Run, TeacherPlace
+from llamafactory_sekd.planner.sharding import Sharding
 
 
 __all__ = ["Blueprint", "Estimate", "Row", "Run", "Sharding", "TeacherPlace", "estimate"]

@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from ..errors import ArgumentError
+from llamafactory_sekd.errors import ArgumentError
 
 
 # Vendors write GB where they mean these.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .optimizers import copies_nothing, state_bytes
-from .rehearsal import Rehearsal, rehearse
-from .run import Run
-from .sharding import Sharding
+from llamafactory_sekd.planner.optimizers import copies_nothing, state_bytes
+from llamafactory_sekd.planner.rehearsal import Rehearsal, rehearse
+from llamafactory_sekd.planner.run import Run
+from llamafactory_sekd.planner.sharding import Sharding
 
 
 # The driver's context, cuBLAS and NCCL: an assumption, the one number here that is neither counted nor measured.

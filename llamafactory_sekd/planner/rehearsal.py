@@ -16,15 +16,15 @@ from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..arguments import DistillationArguments
-from ..heads import is_plain_product, replaced_forward
-from ..objectives import default_chunk_size, distillation_loss, fused_linear_distillation
-from ..objectives.blocks import ACCELERATOR_BUFFER, BUFFERS, CPU_BUFFER
-from ..objectives.products import as_on_an_accelerator
-from .contentless import AnswerQuestions, build_without_content, to_fake
-from .live import LiveMemory
-from .run import Run
-from .sizes import ModelSize, size_of
+from llamafactory_sekd.arguments import DistillationArguments
+from llamafactory_sekd.heads import is_plain_product, replaced_forward
+from llamafactory_sekd.objectives import default_chunk_size, distillation_loss, fused_linear_distillation
+from llamafactory_sekd.objectives.blocks import ACCELERATOR_BUFFER, BUFFERS, CPU_BUFFER
+from llamafactory_sekd.objectives.products import as_on_an_accelerator
+from llamafactory_sekd.planner.contentless import AnswerQuestions, build_without_content, to_fake
+from llamafactory_sekd.planner.live import LiveMemory
+from llamafactory_sekd.planner.run import Run
+from llamafactory_sekd.planner.sizes import ModelSize, size_of
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..arguments import AUTO
-from .estimate import Estimate
-from .run import Run
+from llamafactory_sekd.arguments import AUTO
+from llamafactory_sekd.planner.estimate import Estimate
+from llamafactory_sekd.planner.run import Run
 
 
 @dataclass(frozen=True)

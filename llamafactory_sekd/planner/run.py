@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..arguments import DistillationArguments
-from .sharding import Sharding
+from llamafactory_sekd.arguments import DistillationArguments
+from llamafactory_sekd.planner.sharding import Sharding
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ArgumentError
+from llamafactory_sekd.errors import ArgumentError
 
 
 @dataclass(frozen=True)

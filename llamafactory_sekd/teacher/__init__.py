@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from .files import check_teacher_files
-from .model import Teacher
-from .placement import Placement, engine_config
-from .shared import SharedTeacher, add_teacher_adapters
-from .source import TeacherSource
-from .vocabulary import check_tokenizers, common_vocabulary
+from llamafactory_sekd.teacher.files import check_teacher_files
+from llamafactory_sekd.teacher.model import Teacher
+from llamafactory_sekd.teacher.placement import Placement, engine_config
+from llamafactory_sekd.teacher.shared import SharedTeacher, add_teacher_adapters
+from llamafactory_sekd.teacher.source import TeacherSource
+from llamafactory_sekd.teacher.vocabulary import check_tokenizers, common_vocabulary
 
 
 __all__ = [

@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from ..errors import TeacherError
+from llamafactory_sekd.errors import TeacherError
 
 
 def check_teacher_files(teacher_model: str) -> None:

@@ -10,16 +10,16 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from ..heads import (
+from llamafactory_sekd.heads import (
     hands_out_what_the_head_returns,
     is_plain_product,
     replaced_forward,
     selected_rows,
     whole_parameters,
 )
-from ..objectives import LogitsSource
-from .placement import Placement, place
-from .source import Answers, product
+from llamafactory_sekd.objectives import LogitsSource
+from llamafactory_sekd.teacher.placement import Placement, place
+from llamafactory_sekd.teacher.source import Answers, product
 
 
 class Teacher:

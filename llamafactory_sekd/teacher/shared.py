@@ -10,8 +10,8 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from ..errors import TeacherError
-from .model import Teacher
+from llamafactory_sekd.errors import TeacherError
+from llamafactory_sekd.teacher.model import Teacher
 
 
 def add_teacher_adapters(student: nn.Module, adapters: Sequence[str], **hub: Any) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..objectives import Head, LogitsSource, product_type
+from llamafactory_sekd.objectives import Head, LogitsSource, product_type
 
 
 Answers = Callable[[int | None], AbstractContextManager[LogitsSource]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import TeacherError
+from llamafactory_sekd.errors import TeacherError
 
 
 # Text in the scripts that machine translation meets: merges and normalisation differ where vocabularies agree.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .plot import plot_distillation
-from .trainer import DistillationTrainer
+from llamafactory_sekd.trainer.plot import plot_distillation
+from llamafactory_sekd.trainer.trainer import DistillationTrainer
 
 
 __all__ = ["DistillationTrainer", "plot_distillation"]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..arguments import AUTO, GAMMA, DistillationArguments
-from ..objectives import TokenStatistics
+from llamafactory_sekd.arguments import AUTO, GAMMA, DistillationArguments
+from llamafactory_sekd.objectives import TokenStatistics
 
 
 # The weight of a step that lies one step further back: the ratios look back over about ten steps.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..objectives import TokenStatistics
+from llamafactory_sekd.objectives import TokenStatistics
 
 
 # Metric -> the statistic that it is the mean of.

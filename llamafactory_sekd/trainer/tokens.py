@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from ..arguments import TOKEN_TABLE
-from ..data.files import write_atomic
-from ..objectives import TokenStatistics
+from llamafactory_sekd.arguments import TOKEN_TABLE
+from llamafactory_sekd.data.files import write_atomic
+from llamafactory_sekd.objectives import TokenStatistics
 
 
 STATE_NAME = "kd_tokens.safetensors"

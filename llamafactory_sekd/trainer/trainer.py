@@ -13,9 +13,9 @@ from torch import nn
 from transformers import Seq2SeqTrainer
 from transformers.utils import logging
 
-from ..arguments import DistillationArguments
-from ..errors import TeacherError
-from ..heads import (
+from llamafactory_sekd.arguments import DistillationArguments
+from llamafactory_sekd.errors import TeacherError
+from llamafactory_sekd.heads import (
     IGNORE_INDEX,
     hands_out_what_the_head_returns,
     is_plain_product,
@@ -23,14 +23,14 @@ from ..heads import (
     response_positions,
     selected_rows,
 )
-from ..objectives import TokenStatistics, default_chunk_size, distillation_loss, fused_distillation
-from ..objectives.schedules import linear
-from ..teacher import TeacherSource
-from .adaptive import AdaptiveKeys, EndOfStep
-from .checkpoints import DistillationState, forget_completion
-from .metrics import NONFINITE, TokenMeans
-from .order import hold_epoch
-from .tokens import TokenSums, WriteTokenTable, save_sums
+from llamafactory_sekd.objectives import TokenStatistics, default_chunk_size, distillation_loss, fused_distillation
+from llamafactory_sekd.objectives.schedules import linear
+from llamafactory_sekd.teacher import TeacherSource
+from llamafactory_sekd.trainer.adaptive import AdaptiveKeys, EndOfStep
+from llamafactory_sekd.trainer.checkpoints import DistillationState, forget_completion
+from llamafactory_sekd.trainer.metrics import NONFINITE, TokenMeans
+from llamafactory_sekd.trainer.order import hold_epoch
+from llamafactory_sekd.trainer.tokens import TokenSums, WriteTokenTable, save_sums
 
 
 logger = logging.get_logger(__name__)

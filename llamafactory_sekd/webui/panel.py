@@ -9,9 +9,9 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from ..arguments import AUTO, HARD_SCALES, KEYS, DistillationArguments
-from .labels import element_labels, objective_choices
-from .settings import COMPILE, NO_QUANTIZATION, unused_keys
+from llamafactory_sekd.arguments import AUTO, HARD_SCALES, KEYS, DistillationArguments
+from llamafactory_sekd.webui.labels import element_labels, objective_choices
+from llamafactory_sekd.webui.settings import COMPILE, NO_QUANTIZATION, unused_keys
 
 
 # Gradio draws an inactive field like an active one.

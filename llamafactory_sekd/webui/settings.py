@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
-from ..arguments import AUTO, KD_LOSSES, DistillationArguments, check_distillation_arguments
-from ..errors import ArgumentError
+from llamafactory_sekd.arguments import AUTO, KD_LOSSES, DistillationArguments, check_distillation_arguments
+from llamafactory_sekd.errors import ArgumentError
 
 
 NO_QUANTIZATION = "none"

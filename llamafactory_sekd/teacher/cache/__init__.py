@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from .build import Plan, collate, fill, first_missing, make_plan
-from .collator import CacheCollator
-from .formats import DTYPES, FORMATS, Format, HiddenFormat, TopKFormat, TopKLogits, bytes_per_token
-from .manifest import Manifest
-from .opening import Fingerprints, Settings, open_for_reading
-from .ranks import on_any_rank
-from .session import Session
-from .store import ShardReader, ShardWriter
-from .teacher import CachedTeacher, FillingTeacher, missing_example
+from llamafactory_sekd.teacher.cache.build import Plan, collate, fill, first_missing, make_plan
+from llamafactory_sekd.teacher.cache.collator import CacheCollator
+from llamafactory_sekd.teacher.cache.formats import (
+    DTYPES,
+    FORMATS,
+    Format,
+    HiddenFormat,
+    TopKFormat,
+    TopKLogits,
+    bytes_per_token,
+)
+from llamafactory_sekd.teacher.cache.manifest import Manifest
+from llamafactory_sekd.teacher.cache.opening import Fingerprints, Settings, open_for_reading
+from llamafactory_sekd.teacher.cache.ranks import on_any_rank
+from llamafactory_sekd.teacher.cache.session import Session
+from llamafactory_sekd.teacher.cache.store import ShardReader, ShardWriter
+from llamafactory_sekd.teacher.cache.teacher import CachedTeacher, FillingTeacher, missing_example
 
 
 __all__ = [

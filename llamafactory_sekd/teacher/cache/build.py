@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ..model import Teacher
-from .formats import Format
-from .segments import Segment, segments
-from .store import Key, ShardWriter
+from llamafactory_sekd.teacher.cache.formats import Format
+from llamafactory_sekd.teacher.cache.segments import Segment, segments
+from llamafactory_sekd.teacher.cache.store import Key, ShardWriter
+from llamafactory_sekd.teacher.model import Teacher
 
 
 @dataclass

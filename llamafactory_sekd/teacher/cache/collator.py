@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from .formats import Format, as_bits
-from .segments import Segment, is_teacher_forced, segments
-from .store import Record, ShardReader
+from llamafactory_sekd.teacher.cache.formats import Format, as_bits
+from llamafactory_sekd.teacher.cache.segments import Segment, is_teacher_forced, segments
+from llamafactory_sekd.teacher.cache.store import Record, ShardReader
 
 
 PREFIX = "teacher_"

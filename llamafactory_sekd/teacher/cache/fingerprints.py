@@ -8,8 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..vocabulary import SAMPLES
-from .records import digest, digest_file
+from llamafactory_sekd.teacher.cache.records import digest, digest_file
+from llamafactory_sekd.teacher.vocabulary import SAMPLES
 
 
 PACKAGES = ("torch", "transformers")

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import torch
 
-from ...errors import ArgumentError
-from ..model import Teacher
-from .store import Record
+from llamafactory_sekd.errors import ArgumentError
+from llamafactory_sekd.teacher.cache.store import Record
+from llamafactory_sekd.teacher.model import Teacher
 
 
 DTYPES: dict[str, torch.dtype] = {

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ...errors import TeacherError
-from .formats import DTYPES, Format, HiddenFormat, TopKFormat
-from .records import read_json, write_json
+from llamafactory_sekd.errors import TeacherError
+from llamafactory_sekd.teacher.cache.formats import DTYPES, Format, HiddenFormat, TopKFormat
+from llamafactory_sekd.teacher.cache.records import read_json, write_json
 
 
 MANIFEST = "manifest.json"

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import TeacherError
-from ...heads import IGNORE_INDEX
+from llamafactory_sekd.errors import TeacherError
+from llamafactory_sekd.heads import IGNORE_INDEX
 
 
 MEDIA = ("images", "videos", "audios")

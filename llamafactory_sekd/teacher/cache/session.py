@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from ...data.files import locked
-from ...errors import TeacherError
-from ..model import Teacher
-from .manifest import MANIFEST, Manifest
-from .opening import Fingerprints, Settings, head_damage, open_for_writing
-from .ranks import position, wait_for_all
-from .records import write_tensors
-from .store import ShardReader, ShardWriter
-from .teacher import HEAD
+from llamafactory_sekd.data.files import locked
+from llamafactory_sekd.errors import TeacherError
+from llamafactory_sekd.teacher.cache.manifest import MANIFEST, Manifest
+from llamafactory_sekd.teacher.cache.opening import Fingerprints, Settings, head_damage, open_for_writing
+from llamafactory_sekd.teacher.cache.ranks import position, wait_for_all
+from llamafactory_sekd.teacher.cache.records import write_tensors
+from llamafactory_sekd.teacher.cache.store import ShardReader, ShardWriter
+from llamafactory_sekd.teacher.cache.teacher import HEAD
+from llamafactory_sekd.teacher.model import Teacher
 
 
 class Session:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from ...errors import TeacherError
-from .records import damage, read_json, write_json, write_tensors
+from llamafactory_sekd.errors import TeacherError
+from llamafactory_sekd.teacher.cache.records import damage, read_json, write_json, write_tensors
 
 
 Key = tuple[int, int]

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ...errors import TeacherError
-from ...objectives import LogitsSource
-from ..model import Teacher
-from ..source import Answers, product
-from .collator import FOUND, PREFIX, SEGMENTS, TOKENS
-from .formats import Format, TopKFormat, TopKLogits
-from .ranks import on_any_rank
-from .store import Record, ShardReader, ShardWriter
+from llamafactory_sekd.errors import TeacherError
+from llamafactory_sekd.objectives import LogitsSource
+from llamafactory_sekd.teacher.cache.collator import FOUND, PREFIX, SEGMENTS, TOKENS
+from llamafactory_sekd.teacher.cache.formats import Format, TopKFormat, TopKLogits
+from llamafactory_sekd.teacher.cache.ranks import on_any_rank
+from llamafactory_sekd.teacher.cache.store import Record, ShardReader, ShardWriter
+from llamafactory_sekd.teacher.model import Teacher
+from llamafactory_sekd.teacher.source import Answers, product
 
 
 HEAD = "head.safetensors"

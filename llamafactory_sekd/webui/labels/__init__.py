@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ...arguments import KD_LOSSES, DistillationArguments
+from llamafactory_sekd.arguments import KD_LOSSES, DistillationArguments
 
 
 LANGUAGES: tuple[str, ...] = ("en", "ru", "zh", "ko", "ja")

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from ...data.testsets import load_test_set
-from ...errors import DataError
-from ...evaluation.settings import parse_settings
+from llamafactory_sekd.data.testsets import load_test_set
+from llamafactory_sekd.errors import DataError
+from llamafactory_sekd.evaluation.settings import parse_settings
 
 
 BASE = "base"

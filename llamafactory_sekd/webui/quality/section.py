@@ -10,14 +10,21 @@ from typing import Any
 
 import gradio as gr
 
-from ...data.dataset_info import DEFAULT_OUT
-from ...data.layout import TASKS
-from ...errors import SekdError
-from ..labels import alert, element_labels
-from ..page import Page
-from .config import BASE, TEACHER, as_yaml, check_config, evaluation_config, system_names
-from .process import EvaluationProcess
-from .report import draw_report, read_report
+from llamafactory_sekd.data.dataset_info import DEFAULT_OUT
+from llamafactory_sekd.data.layout import TASKS
+from llamafactory_sekd.errors import SekdError
+from llamafactory_sekd.webui.labels import alert, element_labels
+from llamafactory_sekd.webui.page import Page
+from llamafactory_sekd.webui.quality.config import (
+    BASE,
+    TEACHER,
+    as_yaml,
+    check_config,
+    evaluation_config,
+    system_names,
+)
+from llamafactory_sekd.webui.quality.process import EvaluationProcess
+from llamafactory_sekd.webui.quality.report import draw_report, read_report
 
 
 _PREFIX = "quality_"

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ...data.languages import Direction
-from ...data.parrot import user_message
-from ...objectives import distillation_loss
-from ...teacher import check_tokenizers, common_vocabulary
-from ..page import LoadedModel
+from llamafactory_sekd.data.languages import Direction
+from llamafactory_sekd.data.parrot import user_message
+from llamafactory_sekd.objectives import distillation_loss
+from llamafactory_sekd.teacher import check_tokenizers, common_vocabulary
+from llamafactory_sekd.webui.page import LoadedModel
 
 
 MAX_NEW_TOKENS = 256

@@ -10,17 +10,17 @@ from typing import Any
 
 import gradio as gr
 
-from ...arguments import KEYS, DistillationArguments
-from ...data.dataset_info import DEFAULT_OUT
-from ...data.languages import parse_direction
-from ...data.layout import TASKS
-from ...data.testsets import load_test_set
-from ...errors import DataError, SekdError
-from ..labels import alert, element_labels, words
-from ..page import LoadedModel, Page
-from ..settings import check_keys, distillation_keys
-from .compare import compare
-from .view import render
+from llamafactory_sekd.arguments import KEYS, DistillationArguments
+from llamafactory_sekd.data.dataset_info import DEFAULT_OUT
+from llamafactory_sekd.data.languages import parse_direction
+from llamafactory_sekd.data.layout import TASKS
+from llamafactory_sekd.data.testsets import load_test_set
+from llamafactory_sekd.errors import DataError, SekdError
+from llamafactory_sekd.webui.labels import alert, element_labels, words
+from llamafactory_sekd.webui.page import LoadedModel, Page
+from llamafactory_sekd.webui.settings import check_keys, distillation_keys
+from llamafactory_sekd.webui.tokens.compare import compare
+from llamafactory_sekd.webui.tokens.view import render
 
 
 _PREFIX = "compare_"

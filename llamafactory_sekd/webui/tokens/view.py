@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from html import escape
 
-from .compare import Column, Comparison, Token
+from llamafactory_sekd.webui.tokens.compare import Column, Comparison, Token
 
 
 # Two hues that colour-blind readers tell apart; hard tokens have a line below as well.
