@@ -31,7 +31,7 @@ from llamafactory_sekd.evaluation.files import one_line, write_json
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from length_model import save_length_model
+from helpers.length_model import save_length_model
 
 
 DIRECTION = "en-de"

@@ -28,8 +28,8 @@ from transformers import TrainerCallback
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-import tiny  # noqa: E402
-from runs import base_config  # noqa: E402
+from helpers import tiny  # noqa: E402
+from helpers.runs import base_config  # noqa: E402
 
 from llamafactory_sekd.data.files import write_atomic  # noqa: E402
 

@@ -30,7 +30,7 @@ def alma_dir() -> Path:
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory) -> Path:
     """A folder with `teacher`, `student` and the data sets `tiny` and `tiny_valid`."""
-    import tiny  # torch, which not every test needs
+    from helpers import tiny  # torch, which not every test needs
 
     root = tmp_path_factory.mktemp("tiny")
     tiny.save_llama(root / "teacher", seed=1, width=48, layers=3)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import command
+from helpers.runs import command
 
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "cache.py"

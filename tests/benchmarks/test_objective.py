@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from runs import command
+from helpers.runs import command
 
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "objective.py"

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from cached_runs import assert_same_content, build, content, from_cache, losses
-from runs import CLI, base_config, command, logged, train, write_yaml
+from helpers.cached_runs import assert_same_content, build, content, from_cache, losses
+from helpers.runs import CLI, base_config, command, logged, train, write_yaml
 
 from llamafactory_sekd.teacher.cache.store import damaged_shards
 

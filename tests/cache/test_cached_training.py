@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 import torch
-from cached_runs import assert_same_content, build, content, counted_forwards, from_cache, losses
-from runs import base_config, train, weights
+from helpers.cached_runs import assert_same_content, build, content, counted_forwards, from_cache, losses
+from helpers.runs import base_config, train, weights
 
 from llamafactory_sekd.errors import TeacherError
 
@@ -262,7 +262,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_teacher_is_loaded(tiny_r
 
 
 def test_a_teacher_whose_head_says_not_all_is_kept_as_topk_only(tmp_path_factory, tiny_root, tmp_path):
-    import tiny
+    from helpers import tiny
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     teacher = tmp_path / "gemma"

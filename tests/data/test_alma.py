@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from alma_files import TRICKY, write_alma
+from helpers.alma_files import TRICKY, write_alma
 from typer.testing import CliRunner
 
 from llamafactory_sekd.data.alma import make_plan, prepare_alma

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch  # noqa: F401 - first: it registers the plug-in's hooks
-from alma_files import TRICKY, write_alma
+from helpers.alma_files import TRICKY, write_alma
 from jinja2 import Environment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast

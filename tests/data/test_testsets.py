@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from alma_files import TRICKY, write_alma
+from helpers.alma_files import TRICKY, write_alma
 
 from llamafactory_sekd.data.alma import make_plan, prepare_alma
 from llamafactory_sekd.data.languages import Direction

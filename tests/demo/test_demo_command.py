@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fake_wheel import save_wheel
-from runs import CLI, command
+from helpers.fake_wheel import save_wheel
+from helpers.runs import CLI, command
 
 from llamafactory_sekd.data.files import locked
 from llamafactory_sekd.demo import data, missing, plan, surroundings

@@ -6,7 +6,7 @@ import random
 import re
 
 import pytest
-from fake_wheel import save_wheel
+from helpers.fake_wheel import save_wheel
 
 from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.demo import data

@@ -9,10 +9,10 @@ import csv
 from functools import partial
 from pathlib import Path
 
-import engines
 import pytest
 import torch
-from runs import base_config, logged, train, weights
+from helpers import engines
+from helpers.runs import base_config, logged, train, weights
 
 from llamafactory_sekd.arguments import TOKEN_TABLE
 

@@ -10,11 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-import engines
 import psutil
 import pytest
 import torch
-from runs import CLI, base_config, command, logged, train, weights, write_yaml
+from helpers import engines
+from helpers.runs import CLI, base_config, command, logged, train, weights, write_yaml
 
 
 pytestmark = pytest.mark.slow
@@ -52,7 +52,7 @@ def test_two_nodes_are_one_rank(tiny_root, one_rank, tmp_path):
     ]
     try:
         for launcher in launchers:
-            output, _ = launcher.communicate(timeout=200)
+            output, _ = launcher.communicate(timeout=1800)
             assert launcher.returncode == 0, output[-3000:]
     finally:
         for launcher in launchers:
@@ -64,7 +64,7 @@ def kill_launcher_after_a_step(arguments: list[str], env: dict[str, str], checkp
     """Start two ranks, kill the process that started them after a checkpoint, and return all that it had started."""
     with (checkpoint.parents[1] / "killed.log").open("wb") as log:
         launcher = psutil.Popen(arguments, env=env, cwd=checkpoint.parents[1], stdout=log, stderr=log)
-    deadline = time.time() + 120
+    deadline = time.time() + 1200
     family: list[psutil.Process] = []
     while not (checkpoint / "trainer_state.json").exists() and time.time() < deadline:
         time.sleep(0.002)
@@ -98,7 +98,7 @@ def test_a_run_whose_rank_and_then_whose_launcher_was_killed_is_resumed_by_the_s
             [CLI, "train", str(path)], {**engines.environment(), **ranks}, tmp_path / "out" / "checkpoint-6"
         )
         assert len(family) >= 3  # torchrun, which is killed with it, and the ranks, which are killed with torchrun
-        _, left = psutil.wait_procs(family, timeout=10)
+        _, left = psutil.wait_procs(family, timeout=1200)
         assert not left
         if not (tmp_path / "out" / "model.safetensors").exists():
             break

@@ -23,7 +23,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or "/usr
 
 def build(config: Path, site: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(config), "-d", str(site)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1800)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_opened_from_the_disk_the_site_asks_no_host_shows_its_pictures_and_finds
         broken = "[...document.images].filter(i => i.loading !== 'lazy' && !i.naturalWidth).map(i => i.src)"
         assert page.evaluate(broken) == []
     page.locator(".md-search__input").fill("kd_gamma")
-    page.locator(".md-search-result__link").first.wait_for(timeout=60_000)  # until the index is made
+    page.locator(".md-search-result__link").first.wait_for(timeout=1_200_000)  # until the index is made
     page.close()
     assert not errors
     assert {url.split(":", 1)[0] for url in requests} <= {"file", "data", "blob", "about"}

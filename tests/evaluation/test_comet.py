@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ENGLISH, GERMAN, write_lines
+from helpers.sentences import ENGLISH, GERMAN, write_lines
 
 from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.evaluation.comet import prepare_comet
@@ -27,7 +27,7 @@ WORSE = [line[: len(line) // 2] for line in GERMAN]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("comet", reason="unbabel-comet is not installed (the extra [comet])")
-    from tiny_comet import save_comet
+    from helpers.tiny_comet import save_comet
 
     return save_comet(tmp_path_factory.mktemp("comet"), ENGLISH + GERMAN)
 

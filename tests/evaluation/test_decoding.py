@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ENGLISH
+from helpers.sentences import ENGLISH
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ENGLISH, write_lines
+from helpers.sentences import ENGLISH, write_lines
 
 from llamafactory_sekd.host.evaluate import run_eval
 
@@ -29,7 +29,7 @@ def command(*arguments: str, **environment: str) -> tuple[list[str], dict[str, s
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     words, variables = command(*arguments, **environment)
-    return subprocess.run(words, env=variables, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(words, env=variables, capture_output=True, text=True, check=False, timeout=1800)
 
 
 def hypotheses(folder: Path) -> dict[str, str]:
@@ -105,7 +105,7 @@ def test_a_killed_run_continues_to_the_same_result(
     words, variables = command(str(write_config({**config, "batch_size": 1})))
     with subprocess.Popen(words, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         partial = Path(config["save_dir"]) / "hypotheses" / "one" / ".en-de.partial.0.jsonl"
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 1200
         while time.monotonic() < deadline and not (partial.is_file() and partial.read_bytes().count(b"\n") > 3):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
@@ -128,7 +128,7 @@ def test_two_ranks_give_what_one_gives_and_the_first_scores_comet(
     finished: tuple[Path, str], config: dict[str, Any], write_config: Write, tmp_path: Path
 ) -> None:
     pytest.importorskip("comet", reason="unbabel-comet is not installed (the extra [comet])")
-    from tiny_comet import save_comet
+    from helpers.tiny_comet import save_comet
 
     checkpoint = save_comet(tmp_path / "comet", ENGLISH)
     config |= {"metrics": ["bleu", "comet"], "comet_model": str(checkpoint)}

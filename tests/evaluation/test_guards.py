@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import ENGLISH, GERMAN
+from helpers.sentences import ENGLISH, GERMAN
 
 from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.evaluation.guards import has_loop, inspect, is_other_language

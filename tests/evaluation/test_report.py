@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ENGLISH, GERMAN, write_lines
+from helpers.sentences import ENGLISH, GERMAN, write_lines
 
 from llamafactory_sekd.data.languages import parse_direction
 from llamafactory_sekd.data.testsets import load_test_set
@@ -160,11 +160,11 @@ def test_the_page_opens_in_a_browser_and_runs_no_translation(view: View, tmp_pat
         [browser, *options, "--window-size=1280,2000", f"--screenshot={picture}", page.as_uri()],
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=1800,
     )
     assert picture.stat().st_size > 50_000, "an empty page makes a small picture"
     dom = subprocess.run(
-        [browser, *options, "--dump-dom", page.as_uri()], check=True, capture_output=True, text=True, timeout=120
+        [browser, *options, "--dump-dom", page.as_uri()], check=True, capture_output=True, text=True, timeout=1800
     ).stdout
     assert "<title>Evaluation on wmt22</title>" in dom
     assert html.escape('<script>document.title = "hacked"</script>', quote=False) in dom
@@ -172,6 +172,6 @@ def test_the_page_opens_in_a_browser_and_runs_no_translation(view: View, tmp_pat
     # The same text unescaped and without the page's policy does run here, so the test above means something.
     page.write_text(f"<title>fine</title>{SCRIPT}", encoding="utf-8")
     control = subprocess.run(
-        [browser, *options, "--dump-dom", page.as_uri()], check=True, capture_output=True, text=True, timeout=120
+        [browser, *options, "--dump-dom", page.as_uri()], check=True, capture_output=True, text=True, timeout=1800
     ).stdout
     assert "<title>hacked</title>" in control

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GERMAN, write_lines
+from helpers.sentences import GERMAN, write_lines
 
 from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.evaluation.scores import mean, score_corpus, surface_metric

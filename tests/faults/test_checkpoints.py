@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
+from helpers.runs import base_config, train
 from llamafactory.hparams import get_train_args
-from runs import base_config, train
 from safetensors.torch import save_file
 
 from llamafactory_sekd.errors import TeacherError

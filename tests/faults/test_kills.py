@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import CLI, base_config, command, logged, weights, write_yaml
+from helpers.runs import CLI, base_config, command, logged, weights, write_yaml
 
 
-SEQUENCE = Path(__file__).parents[1] / "sequence.py"
+SEQUENCE = Path(__file__).parents[1] / "helpers" / "run_sequence.py"
 KILLS = ["in_a_step", "in_the_weights", "in_the_optimizer", "in_our_state", "in_the_trainer_state"]
 # Several epochs of three steps, a β that moves, dropout, a metrics window that a checkpoint cuts, old ones deleted.
 SCHEDULE = {
@@ -47,7 +47,7 @@ def outcomes(tiny_root, tmp_path_factory) -> tuple[Path, dict[str, tuple[int, in
         jobs.append({"config": config, "log": str(root / f"{kill}.log")})
 
     (root / "runs.json").write_text(json.dumps(jobs))
-    result = command([sys.executable, str(SEQUENCE), str(root / "runs.json")], timeout=400)
+    result = command([sys.executable, str(SEQUENCE), str(root / "runs.json")], timeout=1800)
     assert result.returncode == 0, result.stderr[-3000:]
     statuses = json.loads(result.stdout.splitlines()[-1].removeprefix("statuses "))
     by_kill: dict[str, list[int]] = {}
@@ -106,7 +106,7 @@ def test_the_real_command_killed_from_outside_and_repeated_ends_like_an_uninterr
     path = write_yaml(root / "outside.yaml", config)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([CLI, "train", str(path)], env=environment, stdout=-3, stderr=-3, cwd=root)
-    deadline = time.time() + 120
+    deadline = time.time() + 1200
     while not (out / "checkpoint-2" / "trainer_state.json").exists() and time.time() < deadline:
         time.sleep(0.002)
     process.kill()

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from runs import base_config, logged, train, weights
+from helpers import tiny
+from helpers.runs import base_config, logged, train, weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 

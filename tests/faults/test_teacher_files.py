@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs import base_config, train
+from helpers.runs import base_config, train
 
 from llamafactory_sekd.errors import TeacherError
 

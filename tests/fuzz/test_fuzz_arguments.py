@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from helpers.runs import base_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llamafactory.hparams.parser import get_train_args
-from runs import base_config
 
 from llamafactory_sekd.arguments import KD_LOSSES, KEYS, DistillationArguments, check_distillation_arguments
 from llamafactory_sekd.errors import ArgumentError

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
+from helpers.runs import base_config, logged, train, weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runs import base_config, logged, train, weights
 
 from llamafactory_sekd.errors import DataError
 

@@ -9,8 +9,8 @@ from unittest.mock import patch
 
 import pytest
 import torch  # noqa: F401  (registers the plug-in, as in every process of the host)
+from helpers.runs import base_config, write_yaml
 from llamafactory.hparams.parser import _TRAIN_ARGS, get_train_args
-from runs import base_config, write_yaml
 
 from llamafactory_sekd.arguments import KD_LOSSES, KEYS, DistillationArguments
 from llamafactory_sekd.errors import ArgumentError

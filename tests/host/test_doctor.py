@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import yaml
-from runs import base_config, command, write_yaml
+from helpers import tiny
+from helpers.runs import base_config, command, write_yaml
 from transformers import AutoTokenizer
 
 from llamafactory_sekd.errors import ArgumentError, TeacherError

@@ -10,7 +10,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from runs import command
+from helpers.runs import command
 
 from llamafactory_sekd import autoload
 from llamafactory_sekd.host.patches import PATCHES

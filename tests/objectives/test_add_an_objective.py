@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import naive_objectives
 import pytest
 import torch
-from runs import base_config, logged, train, weights
+from helpers import naive_objectives
+from helpers.runs import base_config, logged, train, weights
 
 from llamafactory_sekd import arguments
 from llamafactory_sekd.objectives import distillation_loss, fused_linear_distillation, losses

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import naive_objectives
 import pytest
 import torch
+from helpers import naive_objectives
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

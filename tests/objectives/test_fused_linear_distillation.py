@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import naive_objectives
 import pytest
 import torch
+from helpers import naive_objectives
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode

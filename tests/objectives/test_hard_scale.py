@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import naive_objectives
 import pytest
 import torch
+from helpers import naive_objectives
 
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.objectives import OBJECTIVES, distillation_loss, fused_linear_distillation

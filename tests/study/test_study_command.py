@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-import tiny
-from runs import base_config, command, write_yaml
+from helpers import tiny
+from helpers.runs import base_config, command, write_yaml
 
 
 SEKD = str(Path(sys.executable).with_name("sekd"))
@@ -56,7 +56,7 @@ def story(tiny_root, tmp_path_factory) -> SimpleNamespace:
     children = psutil.Process(killed.pid).children(recursive=True)
     killed.send_signal(signal.SIGKILL)
     status = killed.wait()
-    gone, alive = psutil.wait_procs(children, timeout=20)
+    gone, alive = psutil.wait_procs(children, timeout=1200)
     again = command(words, cwd=root)
     models = sorted((root / "out").glob("**/model*.safetensors"))
     written = {path: path.stat().st_mtime_ns for path in models}

@@ -12,8 +12,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from helpers.study_results import SEEDS, SYSTEMS, without_select, write_study
 from sacrebleu.metrics.bleu import BLEU
-from study_results import SEEDS, SYSTEMS, without_select, write_study
 
 from llamafactory_sekd.study.report import write
 from llamafactory_sekd.study.report.build import build_document
@@ -246,6 +246,6 @@ def test_the_page_opens_in_a_browser(results: dict[str, Any], folder: Path, tmp_
         [browser, *options, "--window-size=1280,6000", f"--screenshot={picture}", page.as_uri()],
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=1800,
     )
     assert picture.stat().st_size > 200_000, "the plots are part of the page"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study_results import RATES, SEEDS, SYSTEMS, without_select, write_study
+from helpers.study_results import RATES, SEEDS, SYSTEMS, without_select, write_study
 
 from llamafactory_sekd.study.report.cells import read_study
 from llamafactory_sekd.study.report.frequency import word_recall

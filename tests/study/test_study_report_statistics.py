@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.study_results import DIRECTIONS, SEEDS, write_study
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
-from study_results import DIRECTIONS, SEEDS, write_study
 
 from llamafactory_sekd.evaluation.files import read_hypotheses
 from llamafactory_sekd.evaluation.scores import surface_metric

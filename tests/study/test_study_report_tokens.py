@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study_results import RATES, SYSTEMS, write_study
+from helpers.study_results import RATES, SYSTEMS, write_study
 
 from llamafactory_sekd.arguments import TOKEN_TABLE
 from llamafactory_sekd.study.report.build import build_document

@@ -23,7 +23,7 @@ from llamafactory_sekd.study.engine import find_inputs, open_study, run_one, run
 from llamafactory_sekd.study.spec import read_spec
 
 
-FAKE = Path(__file__).with_name("fake_host.py")
+FAKE = Path(__file__).parents[1] / "helpers" / "fake_host.py"
 STUDY = {
     "output_dir": "out",
     "train": "train.yaml",

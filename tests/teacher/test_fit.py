@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-import tiny
+from helpers import tiny
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, BertConfig, LlamaConfig, T5Config
 

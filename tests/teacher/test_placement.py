@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from accelerate import Accelerator
-from runs import base_config, logged, train, weights
+from helpers import tiny
+from helpers.runs import base_config, logged, train, weights
 from transformers import AutoModelForCausalLM
 
 from llamafactory_sekd.teacher import Placement, Teacher, engine_config

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.runs import base_config, logged, train, weights
 from peft import LoraConfig, get_peft_model
-from runs import base_config, logged, train, weights
 from transformers import AutoModelForCausalLM
 
 from llamafactory_sekd.errors import TeacherError

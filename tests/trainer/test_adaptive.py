@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import base_config, logged, train
+from helpers.runs import base_config, logged, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llamafactory_sekd.arguments import DistillationArguments

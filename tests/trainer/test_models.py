@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import reference
-import tiny
 import torch
+from helpers import naive_step, tiny
+from helpers.runs import base_config, logged, train
 from peft import LoraConfig, get_peft_model
-from runs import base_config, logged, train
 from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from llamafactory_sekd.errors import TeacherError
@@ -26,7 +25,7 @@ def loss_of_one_step(root: Path, out: Path, **overrides) -> dict[str, float]:
 
 
 def assert_is_the_papers(root: Path, found: dict[str, float]) -> None:
-    assert found == pytest.approx(reference.self_evolution(root, COUNT), rel=5e-4)
+    assert found == pytest.approx(naive_step.self_evolution(root, COUNT), rel=5e-4)
 
 
 def small(tokenizer_size: int) -> dict:
@@ -114,7 +113,7 @@ def test_the_teachers_adapters_count(root):
     (root / "merged" / "student").symlink_to(root / "student")
     found = loss_of_one_step(root, root / "out", teacher_model_adapters=str(root / "adapter"))
     assert_is_the_papers(root / "merged", found)
-    assert found["kd/difficulty"] != pytest.approx(reference.self_evolution(root, COUNT)["kd/difficulty"], abs=1e-3)
+    assert found["kd/difficulty"] != pytest.approx(naive_step.self_evolution(root, COUNT)["kd/difficulty"], abs=1e-3)
 
 
 def test_the_teacher_is_frozen_and_absent_from_checkpoints(root, tmp_path):

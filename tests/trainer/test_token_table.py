@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import base_config, logged, train
+from helpers.runs import base_config, logged, train
 
 from llamafactory_sekd.arguments import TOKEN_TABLE
 from llamafactory_sekd.objectives import TokenStatistics

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import reference
 import torch
-from runs import CLI, base_config, command, logged, train, weights, write_yaml
+from helpers import naive_step
+from helpers.runs import CLI, base_config, command, logged, train, weights, write_yaml
 
 from llamafactory_sekd.arguments import TOKEN_TABLE
 from llamafactory_sekd.errors import DataError
@@ -34,7 +34,7 @@ def test_the_real_command_logs_the_loss_of_the_papers_equations(tiny_root, tmp_p
     result = command([CLI, "train", str(write_yaml(tmp_path / "x.yaml", config))], cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
 
-    expected = reference.self_evolution(tiny_root, 8)
+    expected = naive_step.self_evolution(tiny_root, 8)
     (record,) = [
         json.loads(line)
         for line in (tmp_path / "out" / "trainer_log.jsonl").read_text().splitlines()

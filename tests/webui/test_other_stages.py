@@ -74,7 +74,7 @@ def test_commands_and_configurations_of_other_stages_are_those_without_the_plugi
         started[switch] = subprocess.Popen(command, env=env, cwd=folder, stderr=subprocess.PIPE, text=True)
 
     for process in started.values():
-        assert process.wait(timeout=180) == 0, process.stderr and process.stderr.read()
+        assert process.wait(timeout=1800) == 0, process.stderr and process.stderr.read()
 
     without, with_plugin = ((tmp_path / f"{switch}.json").read_text(encoding="utf-8") for switch in ("0", "1"))
     assert json.loads(with_plugin) == json.loads(without)

@@ -81,7 +81,7 @@ def test_the_output_reads_as_in_a_terminal_and_its_last_bar_is_the_progress(tmp_
 def test_the_child_is_the_real_evaluation_and_its_message_reaches_the_page(tmp_path: Path):
     process = EvaluationProcess()
     process.start("task: wmt99\n", tmp_path / "deep" / "run")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 1200
     while process.running and time.monotonic() < deadline:
         time.sleep(0.1)
     assert process.return_code == 2
@@ -95,7 +95,7 @@ def test_stopping_ends_the_child(tmp_path: Path):
     process.start("task: wmt22\n", tmp_path / "run")
     assert process.running
     process.stop()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 1200
     while process.running and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not process.running

@@ -3,8 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_sekd.data.languages import Direction

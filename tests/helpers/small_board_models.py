@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tiny import SENTENCES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.tiny import SENTENCES
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.parrot import prompt
 

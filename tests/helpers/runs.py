@@ -57,7 +57,7 @@ def train(config: dict[str, Any]) -> Path:
 
 
 def command(
-    arguments: list[str], *, env: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = 300
+    arguments: list[str], *, env: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = 1800
 ) -> subprocess.CompletedProcess[str]:
     """Run a command with one thread per process and return what it printed."""
     path = os.pathsep.join([str(Path(CLI).parent), os.environ["PATH"]])  # the host starts `torchrun` by its name

@@ -58,7 +58,7 @@ def served(directory: Path, **environment: str) -> Iterator[str]:
 
 
 def _wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 1200
     while time.monotonic() < deadline and process.poll() is None:
         try:
             urlopen(address, timeout=2).close()

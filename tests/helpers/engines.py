@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from runs import CLI, base_config, command
 from transformers import AutoModelForCausalLM
 
+from helpers.runs import CLI, base_config, command
 
-SEQUENCE = str(Path(__file__).parents[1] / "sequence.py")
+
+SEQUENCE = str(Path(__file__).with_name("run_sequence.py"))
 # Every objective whose loss is per token.
 PER_TOKEN = {
     "self_evolution": {"kd_gamma": 1.0},
@@ -166,7 +167,7 @@ def launch(launcher: Callable[..., list[str]], jobs: list[dict[str, Any]], direc
     """Run all trainings on two ranks in one launch."""
     path = directory / "jobs.json"
     path.write_text(json.dumps([{"config": config} for config in jobs]))
-    result = command(launcher(SEQUENCE, str(path)), cwd=directory, timeout=400)
+    result = command(launcher(SEQUENCE, str(path)), cwd=directory, timeout=1800)
     assert result.returncode == 0, result.stderr[-6000:]
 
 

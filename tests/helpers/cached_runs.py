@@ -10,7 +10,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from runs import train
+
+from helpers.runs import train
 
 
 def build(config: dict[str, Any], directory: Path, *, batch_size: int | None = None, **settings: Any) -> Path:

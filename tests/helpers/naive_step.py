@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from helpers import tiny
 
 
 PROMPT = (
