@@ -107,7 +107,7 @@ def test_the_yaml_files_name_what_the_demo_makes():
     places = plan.Places(Path(plan.HOME))
     for name, config in TRAININGS.items():
         assert config["output_dir"] == str(places.model(name))
-        assert config["overwrite_output_dir"]  # so that the file can be run again by itself
+        assert config["overwrite_output_dir"] is False  # the same command continues an interrupted run
         assert config["dataset_dir"] == str(places.data)
         assert (config["dataset"], config["eval_dataset"]) == (data.TRAIN, data.VALID)
         assert config["model_name_or_path"] in missing.PREPARED

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers.runs import base_config, logged, train, weights
 
 
 YAMLS = Path(__file__).parents[2] / "examples" / "yamls"
+EVERY = sorted(YAMLS.parent.rglob("*.yaml"))
 TRAINING = sorted(path for path in YAMLS.glob("*.yaml") if "stage" in yaml.safe_load(path.read_text(encoding="utf-8")))
 OBJECTIVES = [
     "self_evolution",
@@ -60,3 +62,43 @@ def test_the_files_that_an_example_names_are_shipped_or_made_by_a_command(path):
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     if "deepspeed" in config:
         assert (YAMLS.parents[1] / config["deepspeed"]).is_file()
+
+
+def test_no_example_overwrites_its_output_so_the_same_command_continues():
+    configs = {path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in EVERY}
+    assert len(configs) >= 50
+    assert [name for name, config in configs.items() if config.get("overwrite_output_dir")] == []
+    assert [path.name for path in TRAINING if configs[path.name].get("overwrite_output_dir") is not False] == []
+
+
+CHOOSING = ("load_best_model_at_end", "metric_for_best_model", "save_total_limit", "save_strategy", "eval_strategy")
+PAPERS_SFT = ("sft_student_llama7b", "sft_teacher_llama13b", "sft_teacher_llama30b")
+
+
+def papers_sft(name):
+    config = yaml.safe_load((YAMLS / f"{name}.yaml").read_text(encoding="utf-8"))
+    return {key: config[key] for key in (*CHOOSING, "stage", "overwrite_output_dir", "eval_dataset")}
+
+
+def test_the_papers_sft_files_choose_their_checkpoint_alike_on_wmt21():
+    first, *others = map(papers_sft, PAPERS_SFT)
+    assert all(other == first for other in others)
+    assert first["eval_dataset"] == "wmt21_valid"
+
+
+def test_the_papers_sft_saves_its_best_checkpoint_and_the_same_command_again_changes_nothing(tiny_root, tmp_path):
+    config = base_config(
+        tiny_root,
+        **{**papers_sft(PAPERS_SFT[0]), "eval_dataset": "tiny_valid"},
+        **{"teacher_model": None, "output_dir": str(tmp_path / "out")},
+        **{"max_steps": None, "num_train_epochs": 3, "learning_rate": 0.1},  # diverges
+    )
+    losses = logged(train(config), "eval_loss")
+    assert min(losses) < losses[-1]
+    best, _ = sorted((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    saved, chosen = weights(tmp_path / "out"), weights(best)
+    assert all(torch.equal(saved[name], chosen[name]) for name in chosen)
+
+    train(config)
+    again = weights(tmp_path / "out")
+    assert all(torch.equal(saved[name], again[name]) for name in saved)

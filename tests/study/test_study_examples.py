@@ -96,6 +96,42 @@ def test_the_papers_points_are_the_papers(monkeypatch):
     assert progressive == {"kd_loss": "skew", "kd_beta_end": 1.0}
 
 
+def test_the_paper_chooses_gamma_and_beta_on_its_validation_set_and_reports_k_on_its_test_set(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    evaluations = {name: open_study(read_spec(FOLDER / f"{name}.yaml")).evaluation for name in PAPER}
+    tasks = {name: (evaluation["task"], evaluation["directions"]) for name, evaluation in evaluations.items()}
+    validation, test = ("wmt21_valid", ["en-de", "cs-en"]), ("wmt22", ["en-de", "de-en", "en-cs", "cs-en"])
+    assert tasks == {name: validation if name in ("fig2a_gamma", "fig2c_beta") else test for name in PAPER}
+
+
+def test_the_papers_sft_systems_are_their_best_checkpoint_and_the_distilled_ones_their_last(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    for name in PAPER:
+        for study in (open_study(read_spec(FOLDER / f"{prefix}{name}.yaml")) for prefix in ("", "tiny_")):
+            for cell in study.cells:
+                assert cell.config.get("load_best_model_at_end", False) != cell.is_distillation, cell.id
+
+
+def test_the_figures_have_the_papers_reference_systems(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    topk = open_study(read_spec(FOLDER / "fig2b_topk.yaml"))
+    references = [cell.config["kd_loss"] for cell in topk.cells if not cell.axes and cell.seed == 42]
+    assert references == ["forward_kl", "no_evolution", "skew", "self_evolution"]
+    skew_teacher = open_study(read_spec(FOLDER / "fig5_skew_teacher.yaml"))
+    assert {cell.config["kd_loss"] for cell in skew_teacher.cells} == {"forward_kl", "skew_teacher", "self_evolution"}
+
+
+def test_every_teacher_of_the_papers_studies_is_made_by_a_shipped_file(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    yamls = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (FOLDER.parent / "yamls").glob("*.yaml")]
+    made = {config.get("output_dir") for config in yamls}
+    for name in PAPER:
+        study = open_study(read_spec(FOLDER / f"{name}.yaml"))
+        teachers = {cell.source["teacher_model"] for cell in study.cells if cell.is_distillation}
+        assert teachers <= made
+        assert {entry["model_name_or_path"] for entry in study.spec.models.values()} == teachers
+
+
 def test_the_page_names_every_shipped_study_and_every_key():
     from llamafactory_sekd.study.spec import BASE, KEYS
 
