@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix lint bench docs
+.PHONY: help demo test test-matrix lint bench docs package
 
 help:
 	@echo "make demo   install, then distil a tiny translator and report its scores (under 15 minutes on two cores)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-matrix  the smoke tests on every supported host version, each installed from nothing (about an hour)"
 	@echo "make lint   ruff, mypy and import-linter, and the documentation built strictly"
 	@echo "make docs   the documentation as a site that opens offline: site/index.html"
+	@echo "make package  sdist and wheel in dist/, checked by twine"
 	@echo "make bench  the benchmarks; they print and write their tables to benchmarks/results"
 
 # torch first: with it in place the rest finds its version satisfied and nothing large is fetched twice.
@@ -51,6 +52,11 @@ lint: $(VENV)/dev.done
 docs: $(VENV)/dev.done
 	@NO_MKDOCS_2_WARNING=1 PYTHONWARNINGS=ignore $(BIN)/mkdocs build --strict
 	@echo "site/index.html"
+
+package: $(VENV)/dev.done
+	@rm -rf dist
+	@$(BIN)/python -m build --no-isolation --outdir dist
+	@$(BIN)/twine check --strict dist/*
 
 bench: $(VENV)/dev.done
 	@mkdir -p benchmarks/results

@@ -4,44 +4,83 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from typing import Annotated, NamedTuple
 
+import typer
+
+from llamafactory_sekd import __version__
 from llamafactory_sekd.errors import SekdError
 
 
-# Sub-command -> the module whose typer application `app` it is; imported only when it is asked for.
-COMMANDS: dict[str, tuple[str, str]] = {
-    "data": ("llamafactory_sekd.data.commands", "prepare ALMA, WMT and your own parallel data"),
-    "cache": ("llamafactory_sekd.host.cache_command", "compute a teacher once, for all runs that follow"),
-    "doctor": ("llamafactory_sekd.host.doctor", "estimate a run's memory before any weight is read"),
-    "demo": ("llamafactory_sekd.demo.commands", "run the whole job on a small scale"),
-    "study": ("llamafactory_sekd.study.commands", "run a matrix of trainings, its tables and figures"),
+class Command(NamedTuple):
+    """A sub-command: the module whose typer application ``app`` it is, and its line on the help page."""
+
+    module: str
+    summary: str
+    group: str
+
+
+PREPARE, RUN = "Before a run", "Runs"
+# The modules are imported only when their command is asked for.
+COMMANDS = {
+    "init": Command("llamafactory_sekd.examples", "Write the example YAML files into a folder.", PREPARE),
+    "data": Command("llamafactory_sekd.data.commands", "Prepare ALMA, WMT and your own parallel data.", PREPARE),
+    "doctor": Command("llamafactory_sekd.host.doctor", "Estimate a run's memory before any weight is read.", PREPARE),
+    "cache": Command("llamafactory_sekd.host.cache_command", "Compute a teacher once, for all runs that follow.", RUN),
+    "study": Command("llamafactory_sekd.study.commands", "Run a matrix of trainings, its tables and figures.", RUN),
+    "demo": Command("llamafactory_sekd.demo.commands", "Run the complete job on a small scale.", RUN),
 }
 
 
 def main() -> None:
     """Entry point of ``sekd``."""
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help"):
-        print(_usage())
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in COMMANDS:  # the help page, the version, shell completion, or a name that needs correcting
+        root()(args=sys.argv[1:] or ["--help"], prog_name="sekd")
         return
 
-    if name not in COMMANDS:
-        sys.exit(f"sekd: error: unknown command {name!r}.\n{_usage()}")
-
     try:
-        if COMMANDS[name][0].startswith("llamafactory_sekd.host."):
+        module = COMMANDS[name].module
+        if module.startswith("llamafactory_sekd.host."):
             apply_plugin()
 
-        app = import_module(COMMANDS[name][0]).app
-        app(args=sys.argv[2:], prog_name=f"sekd {name}")
+        import_module(module).app(args=sys.argv[2:], prog_name=f"sekd {name}")
     except SekdError as error:
         print(f"sekd {name}: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def _usage() -> str:
-    rows = [f"  sekd {name:<8}{summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join(["Usage: sekd COMMAND …   (sekd COMMAND --help for its options)", *rows])
+def root() -> typer.Typer:
+    """Return the application that knows the commands by name alone, without importing them."""
+    app = typer.Typer(
+        help="Knowledge distillation for LLaMA-Factory. Training and evaluation are the host's own commands: "
+        "llamafactory-cli train, eval and webui.",
+        epilog="sekd COMMAND --help shows a command's options.",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_options)
+    for name, command in COMMANDS.items():
+        app.command(name, help=command.summary, rich_help_panel=command.group)(_named_only)
+
+    return app
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=lambda asked: _print_version(asked), is_eager=True, help="Version.")
+    ] = False,
+) -> None:
+    """Hold the options of ``sekd`` itself."""
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"sekd {__version__}")
+        raise typer.Exit
+
+
+def _named_only() -> None:
+    """Stand for a command on the help page; `main` runs the command itself."""
 
 
 def apply_plugin() -> None:

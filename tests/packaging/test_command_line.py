@@ -1,0 +1,52 @@
+"""`sekd` itself: one help page, a version, shell completion, and a hand for mistyped names."""
+
+from __future__ import annotations
+
+import sys
+
+from helpers.runs import command
+
+from llamafactory_sekd import __version__
+from llamafactory_sekd.cli import COMMANDS
+
+
+SEKD = [sys.executable, "-m", "llamafactory_sekd.cli"]
+
+
+def test_one_page_shows_every_command_in_its_group_without_importing_torch():
+    page = command([*SEKD, "--help"])
+    assert page.returncode == 0
+    assert page.stdout == command(SEKD).stdout
+    for name, entry in COMMANDS.items():
+        assert name in page.stdout
+        assert entry.group in page.stdout
+    imported = command([sys.executable, "-X", "importtime", "-m", "llamafactory_sekd.cli", "--help"]).stderr
+    assert " typer" in imported
+    assert " torch\n" not in imported
+
+
+def test_every_command_has_a_help_page_of_its_own():
+    for name in COMMANDS:
+        page = command([*SEKD, name, "--help"])
+        assert page.returncode == 0, page.stderr
+        assert f"Usage: sekd {name} " in page.stdout
+
+
+def test_a_mistyped_command_is_refused_with_the_nearest_name():
+    done = command([*SEKD, "stdy", "x.yaml"])
+    assert done.returncode == 2
+    assert "No such command 'stdy'. Did you mean 'study'?" in done.stderr
+
+
+def test_the_version_is_the_packages():
+    assert command([*SEKD, "--version"]).stdout == f"sekd {__version__}\n"
+
+
+def test_completion_is_installed_and_completes_the_commands(tmp_path):
+    env = {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    sekd = [sys.executable, "-c", "import sys; sys.argv[0] = 'sekd'; from llamafactory_sekd.cli import main; main()"]
+    installed = command([*sekd, "--install-completion", "bash"], env=env)
+    assert installed.returncode == 0, installed.stderr
+    assert (tmp_path / ".bash_completions" / "sekd.sh").is_file()
+    asked = {"_SEKD_COMPLETE": "complete_bash", "COMP_WORDS": "sekd d", "COMP_CWORD": "1"}
+    assert command(sekd, env={**env, **asked}).stdout.split() == [name for name in COMMANDS if name.startswith("d")]
