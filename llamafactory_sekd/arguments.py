@@ -160,6 +160,20 @@ class DistillationArguments:
             )
         },
     )
+    kd_on_policy: float = field(
+        default=0.0,
+        metadata={
+            "help": (
+                "The share of the training examples, from 0 to 1, whose response is replaced in each step by the present "
+                "student's own sample, which the teacher judges (λ is 1 there). Decoding: do_sample, max_new_tokens, and "
+                "temperature, top_p and top_k, which default to 1, 1 and 0 here."
+            )
+        },
+    )
+    kd_on_policy_truncated: str = field(
+        default="keep",
+        metadata={"help": "Own samples that hit the limit without an end token: keep, or drop them from the loss."},
+    )
     kd_chunk_size: int | None = field(
         default=None,
         metadata={
@@ -254,6 +268,15 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
         _check_read(args, "kd_hard_scale", "kd_hard_scale", "does not tell hard tokens from easy ones")
 
     _check_topk(args)
+    _check_range(args, "kd_on_policy", 0, 1)
+    if args.kd_on_policy_truncated not in ("keep", "drop"):
+        _refuse(args, "kd_on_policy_truncated", "choose keep or drop")
+
+    if args.kd_on_policy and args.teacher_cache:
+        _refuse(
+            args, "kd_on_policy", "own samples are new text, which no `teacher_cache` holds; set `teacher_model` alone"
+        )
+
     if not _is_number(args.kd_temperature) or not 0 < args.kd_temperature < math.inf:
         _refuse(args, "kd_temperature", "use a number above 0; the paper uses 1.0")
 

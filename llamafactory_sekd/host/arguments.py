@@ -16,6 +16,7 @@ from llamafactory_sekd.arguments import (
 )
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.host.launcher import end_rank_with_launcher
+from llamafactory_sekd.host.own_samples import check_own_samples, set_sampling_defaults
 from llamafactory_sekd.host.placement import check_devices, check_placement
 from llamafactory_sekd.host.resume import resume_from_whole_checkpoint
 
@@ -99,8 +100,12 @@ def check_together(host_parse: Callable[..., tuple[Any, ...]]) -> Callable[..., 
     @wraps(host_parse)
     def parse(args: Any = None) -> tuple[Any, ...]:
         parsed = host_parse(args)
-        model_args, _, training_args, finetuning_args, _ = parsed
+        model_args, data_args, training_args, finetuning_args, generating_args = parsed
         if finetuning_args.use_sekd:
+            if finetuning_args.kd_on_policy:
+                set_sampling_defaults(args, generating_args)
+                check_own_samples(data_args, training_args, generating_args)
+
             _check_model_arguments(model_args)
             _check_training_arguments(training_args)
             check_placement(model_args, training_args, finetuning_args)

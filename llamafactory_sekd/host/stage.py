@@ -13,6 +13,7 @@ from llamafactory_sekd.arguments import SELF, DistillationArguments
 from llamafactory_sekd.demo.missing import check_prepared
 from llamafactory_sekd.errors import DataError, TeacherError
 from llamafactory_sekd.host.model_arguments import teacher_identity, teacher_model_arguments
+from llamafactory_sekd.host.own_samples import own_samples_of
 from llamafactory_sekd.host.placement import placement_of, teachers_deepspeed
 from llamafactory_sekd.host.resume import check_same_teacher, teacher_fingerprint
 
@@ -64,7 +65,7 @@ def _run_sekd(
     fingerprint = teacher_fingerprint(model_args, training_args, finetuning_args)
     check_same_teacher(training_args, finetuning_args, fingerprint)
     arguments = (model_args, data_args, training_args, finetuning_args)
-    with _our_trainer(*arguments, fingerprint), _empty_dataset_explained(data_args):
+    with _our_trainer(*arguments, generating_args, fingerprint), _empty_dataset_explained(data_args):
         host_run_sft(model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
 
     if training_args.do_train and training_args.should_save and finetuning_args.plot_loss:
@@ -129,6 +130,7 @@ def _our_trainer(
     data_args: Any,
     training_args: Any,
     finetuning_args: DistillationArguments,
+    generating_args: Any,
     fingerprint: str | None,
 ) -> Iterator[None]:
     """For the duration, the host's SFT workflow builds our trainer where it names its own."""
@@ -165,8 +167,12 @@ def _our_trainer(
         def make_teacher(accelerator: Any) -> TeacherSource:
             return cache.make_teacher(make_online, accelerator) if cache is not None else make_online(accelerator)
 
+        template = kwargs["data_collator"].template
         trainer = SekdTrainer(
             make_teacher=make_teacher,
+            make_own_samples=own_samples_of(
+                data_args, training_args, finetuning_args, generating_args, template, kwargs["tokenizer"]
+            ),
             distillation=finetuning_args,
             vocab_size=vocab_size,
             teacher_fingerprint=fingerprint,

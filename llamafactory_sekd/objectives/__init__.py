@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llamafactory_sekd.objectives.chunking import default_chunk_size
 from llamafactory_sekd.objectives.fused import FusedOutput, fused_distillation, fused_linear_distillation
-from llamafactory_sekd.objectives.heads import Head, LogitsSource
+from llamafactory_sekd.objectives.heads import Head, LogitsSource, SomeTokens
 from llamafactory_sekd.objectives.losses import OBJECTIVES
 from llamafactory_sekd.objectives.plain import DistillationOutput, distillation_loss
 from llamafactory_sekd.objectives.products import product_type
@@ -17,6 +17,7 @@ __all__ = [
     "FusedOutput",
     "Head",
     "LogitsSource",
+    "SomeTokens",
     "TokenStatistics",
     "default_chunk_size",
     "distillation_loss",

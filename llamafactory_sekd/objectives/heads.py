@@ -73,6 +73,29 @@ class Head:
         return products.logits(hidden, self.weight, self.bias, out=out[: len(hidden)])
 
 
+class SomeTokens:
+    """The logits of some of a source's tokens.
+
+    Args:
+        source: the logits of all tokens.
+        numbers: int64 ``[some]``, which of them.
+    """
+
+    def __init__(self, source: LogitsSource, numbers: torch.Tensor) -> None:
+        self.source = source
+        self.numbers = numbers
+        self.vocab_size = source.vocab_size
+        self.dtype = source.dtype
+        self.may_be_infinite = source.may_be_infinite
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def logits(self, tokens: slice | torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Write the logits of some tokens to the first rows of `out`, `[chunk, vocab]`, and return these rows."""
+        return self.source.logits(self.numbers[tokens], out)
+
+
 class HeadGradients:
     """The gradients of a head's three inputs, each only where it is wanted, summed up chunk by chunk.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -34,6 +34,20 @@ class TokenStatistics:
     agreement: torch.Tensor
     easy_norm: torch.Tensor | None = None
     hard_norm: torch.Tensor | None = None
+
+    @classmethod
+    def joined(cls, parts: list[TokenStatistics], numbers: list[torch.Tensor]) -> TokenStatistics:
+        """Put the statistics of groups of tokens back into the order of the tokens.
+
+        Args:
+            parts: the statistics of each group.
+            numbers: int64 ``[tokens of the group]``: which tokens they are; together every token once.
+        """
+        order = torch.cat(numbers).argsort()
+        columns = {item.name: [getattr(part, item.name) for part in parts] for item in fields(cls)}
+        return cls(
+            **{name: None if column[0] is None else torch.cat(column)[order] for name, column in columns.items()}
+        )
 
 
 def same_prediction(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:

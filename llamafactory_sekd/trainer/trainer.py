@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,19 @@ from llamafactory_sekd.heads import (
     response_positions,
     selected_rows,
 )
-from llamafactory_sekd.objectives import TokenStatistics, default_chunk_size, distillation_loss, fused_distillation
+from llamafactory_sekd.objectives import (
+    SomeTokens,
+    TokenStatistics,
+    default_chunk_size,
+    distillation_loss,
+    fused_distillation,
+)
 from llamafactory_sekd.objectives.schedules import linear
 from llamafactory_sekd.teacher import TeacherSource
 from llamafactory_sekd.trainer.adaptive import AdaptiveKeys, EndOfStep
 from llamafactory_sekd.trainer.checkpoints import DistillationState, forget_completion
 from llamafactory_sekd.trainer.metrics import NONFINITE, TokenMeans
+from llamafactory_sekd.trainer.on_policy import OWN, OwnSamples
 from llamafactory_sekd.trainer.order import hold_epoch
 from llamafactory_sekd.trainer.tokens import TokenSums, WriteTokenTable, save_sums
 
@@ -47,6 +54,8 @@ class DistillationTrainer(Seq2SeqTrainer):
         distillation: the stage's keys.
         vocab_size: how many rows of both heads to read, None for all.
         teacher_fingerprint: what checkpoints record of the teacher's files, None where there are none.
+        make_own_samples: from the trainer's accelerator to what replaces responses by the student's own samples, None
+            where it trains on references alone.
     """
 
     def __init__(
@@ -56,6 +65,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         distillation: DistillationArguments,
         vocab_size: int | None = None,
         teacher_fingerprint: str | None = None,
+        make_own_samples: Callable[[Any], OwnSamples] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -72,6 +82,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         self.add_callback(WriteTokenTable(self.token_sums, self.accelerator))
         self.train_means = TokenMeans()
         self.eval_means = TokenMeans()
+        self.own_samples = make_own_samples(self.accelerator) if make_own_samples else None
         self._fused: bool | None = None
 
     def compute_loss(
@@ -83,7 +94,9 @@ class DistillationTrainer(Seq2SeqTrainer):
     ) -> Any:
         """Return the loss of a micro-batch, a scalar; with ``return_outputs`` also a dict for the prediction loop."""
         rows, targets = response_positions(inputs["labels"])
-        batch = {name: value for name, value in inputs.items() if name != "labels"}
+        numbers = inputs.get(OWN)
+        batch = {name: value for name, value in inputs.items() if name not in ("labels", OWN)}
+        groups = _groups_of_tokens(numbers, rows)
         inputs = self._without_the_teachers(batch)
         num_items = targets.numel() if num_items_in_batch is None else num_items_in_batch
         num_items = torch.as_tensor(num_items, device=targets.device).clamp(min=1)
@@ -92,19 +105,23 @@ class DistillationTrainer(Seq2SeqTrainer):
         if return_outputs and self.compute_metrics is not None:
             logits = model(**inputs).logits  # the host's accuracy reads logits of every position
             outputs["logits"] = logits
-            loss, statistics = self._loss_of_logits(logits[rows], self.teacher.logits(batch, rows), targets, num_items)
+            loss, statistics = self._loss_of_logits(
+                logits[rows], self.teacher.logits(batch, rows), targets, num_items, groups
+            )
         elif self._use_fused_path(model, inputs):
-            loss, statistics = self._fused_loss(model, batch, rows, targets, num_items)
+            loss, statistics = self._fused_loss(model, batch, rows, targets, num_items, groups)
         else:
             with selected_rows(self.student_head, rows):
                 student_logits = model(**inputs, use_cache=False).logits[0]
             loss, statistics = self._loss_of_logits(
-                student_logits, self.teacher.logits(batch, rows), targets, num_items
+                student_logits, self.teacher.logits(batch, rows), targets, num_items, groups
             )
 
         if model.training:
             self.adaptive.add(statistics)
             self.token_sums.add(targets, statistics)
+            if self.own_samples is not None and numbers is not None:
+                self.own_samples.judge(numbers, rows, statistics.teacher_ce)
 
         means = self.train_means if model.training else self.eval_means
         means.add(statistics, loss.detach() * num_items)
@@ -139,6 +156,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         rows: torch.Tensor,
         targets: torch.Tensor,
         num_items: torch.Tensor,
+        groups: list[_Group],
     ) -> tuple[torch.Tensor, TokenStatistics]:
         """Compute the objective inside of the student's head, where every wrapper has its weight whole."""
         answers = self.teacher.answers(batch, rows)
@@ -146,20 +164,24 @@ class DistillationTrainer(Seq2SeqTrainer):
 
         def objective(hidden: torch.Tensor) -> torch.Tensor:
             weight, bias = self.student_head.weight, self.student_head.bias
+            hidden = hidden[rows.to(hidden.device)]
             with answers(self.vocab_size) as teacher:
-                output = fused_distillation(
-                    hidden[rows.to(hidden.device)],
-                    weight,
-                    teacher,
-                    targets,
-                    student_bias=bias,
-                    num_items=num_items,
-                    chunk_size=self._chunk_size(weight.shape[0]),
-                    compile=self.distillation.compiles_on(hidden.device.type),
-                    **self._objective_keywords(),
-                )
-            caught.append(output.statistics)
-            return output.loss.reshape(1, 1, 1)
+                outputs = [
+                    fused_distillation(
+                        hidden if group.numbers is None else hidden[group.numbers],
+                        weight,
+                        teacher if group.numbers is None else SomeTokens(teacher, group.numbers),
+                        targets if group.numbers is None else targets[group.numbers],
+                        student_bias=bias,
+                        num_items=num_items,
+                        chunk_size=self._chunk_size(weight.shape[0]),
+                        compile=self.distillation.compiles_on(hidden.device.type),
+                        **{**self._objective_keywords(), **group.keywords},
+                    )
+                    for group in groups
+                ]
+            caught.append(_joined([output.statistics for output in outputs], groups))
+            return sum(output.loss for output in outputs).reshape(1, 1, 1)  # type: ignore[union-attr]
 
         with replaced_forward(self.student_head, objective):
             loss = model(**self._without_the_teachers(batch), use_cache=False).logits
@@ -172,20 +194,30 @@ class DistillationTrainer(Seq2SeqTrainer):
         teacher_logits: torch.Tensor,
         targets: torch.Tensor,
         num_items: torch.Tensor,
+        groups: list[_Group],
     ) -> tuple[torch.Tensor, TokenStatistics]:
         """The same objective on logits ``[tokens, vocab]``; tokens with a broken teacher are left out as well."""
+        student_logits = student_logits[:, : self.vocab_size]
         teacher_logits = teacher_logits[:, : self.vocab_size].to(student_logits.device)
         # The largest is NaN where any is, +inf where any is, and -inf (an impossible id) only where all are.
         broken = ~teacher_logits.amax(-1).isfinite()
-        output = distillation_loss(
-            student_logits[:, : self.vocab_size],
-            teacher_logits.masked_fill(broken.unsqueeze(-1), 0.0),
-            targets,
-            **self._objective_keywords(),
-        )
-        loss = output.loss.masked_fill(broken, 0.0)
-        statistics = replace(output.statistics, teacher_ce=output.statistics.teacher_ce.masked_fill(broken, math.nan))
-        return loss.sum() / num_items, statistics
+        teacher_logits = teacher_logits.masked_fill(broken.unsqueeze(-1), 0.0)
+        outputs = [
+            distillation_loss(
+                student_logits if group.numbers is None else student_logits[group.numbers],
+                teacher_logits if group.numbers is None else teacher_logits[group.numbers],
+                targets if group.numbers is None else targets[group.numbers],
+                **{**self._objective_keywords(), **group.keywords},
+            )
+            for group in groups
+        ]
+        joined = _joined([output.statistics for output in outputs], groups)
+        statistics = replace(joined, teacher_ce=joined.teacher_ce.masked_fill(broken, math.nan))
+        losses = [
+            output.loss.masked_fill(broken if group.numbers is None else broken[group.numbers], 0.0).sum()
+            for output, group in zip(outputs, groups, strict=True)
+        ]
+        return torch.stack(losses).sum() / num_items, statistics
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Generation gets the student's inputs alone; everything else is the host's."""
@@ -204,6 +236,15 @@ class DistillationTrainer(Seq2SeqTrainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         """The micro-batches of a step; samples that only fill up the epoch's last batch carry no labels."""
         return super().get_batch_samples(map(self._without_repeated, epoch_iterator), *args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        """Replace responses by own samples before the tokens of the step are counted."""
+        if self.own_samples is not None and batch_samples:
+            # `state.epoch` is whole after an epoch's last step; rounding must not leave it just below.
+            epoch = int((self.state.epoch or 0.0) + 1e-6)
+            self.own_samples.replace(self.accelerator.unwrap_model(self.model_wrapped), batch_samples, epoch)
+
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def _without_repeated(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Take the labels from the samples that fill up the last batch so that every rank has one of the same size.
@@ -239,6 +280,9 @@ class DistillationTrainer(Seq2SeqTrainer):
             _, metrics = self.train_means.read(self.accelerator)
             self._refuse_a_broken_teacher(metrics)
             metrics |= self.adaptive.logs()
+            if self.own_samples is not None:
+                metrics |= self.own_samples.logs()
+                self.own_samples.write(self.state.global_step)
             logs = {**logs, **{name: round(value, 6) for name, value in metrics.items()}}
             if self.distillation.kd_beta_end is not None:
                 logs["kd/beta"] = round(self._beta(self.state.global_step - 1), 6)  # of the step that just ended
@@ -298,3 +342,31 @@ class DistillationTrainer(Seq2SeqTrainer):
         self.token_sums.restore(checkpoint if first else None)
         self.train_means.restore(state.window, self.accelerator.device)
         self.adaptive.restore(state.adaptive, self.accelerator)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Response tokens with an objective of their own: their numbers (None: all) and what differs in its keywords."""
+
+    numbers: torch.Tensor | None
+    keywords: dict[str, float]
+
+
+def _groups_of_tokens(own: torch.Tensor | None, rows: torch.Tensor) -> list[_Group]:
+    """Part the response tokens into references and own samples, which are no ground truth: λ is 1 there."""
+    if own is None or not bool((own >= 0).any()):
+        return [_Group(None, {})]
+
+    is_own = (own >= 0).unsqueeze(-1).expand_as(rows)[rows]
+    if bool(is_own.all()):
+        return [_Group(None, {"kd_lambda": 1.0})]
+    return [
+        _Group((~is_own).nonzero().squeeze(-1), {}),
+        _Group(is_own.nonzero().squeeze(-1), {"kd_lambda": 1.0}),
+    ]
+
+
+def _joined(parts: list[TokenStatistics], groups: list[_Group]) -> TokenStatistics:
+    if len(parts) == 1:
+        return parts[0]
+    return TokenStatistics.joined(parts, [group.numbers for group in groups if group.numbers is not None])

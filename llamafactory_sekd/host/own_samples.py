@@ -1,0 +1,102 @@
+"""On-policy training on the host's side: its decoding keys, its template's stop tokens, and what cannot go with it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from llamafactory_sekd.arguments import STAGE
+from llamafactory_sekd.errors import ArgumentError
+
+
+if TYPE_CHECKING:
+    from llamafactory_sekd.trainer.on_policy import OwnSamples
+
+
+# The distribution that the loss is an expectation over. The host's own defaults (0.95, 0.7, 50) are for chatting.
+_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+
+
+def set_sampling_defaults(args: Any, generating_args: Any) -> None:
+    """Replace the host's defaults of temperature, top_p and top_k by those of training; a key that is given stays.
+
+    Args:
+        args: what the host's parser was called with: a mapping, a list of flags, or None for the command line.
+        generating_args: the parsed arguments, changed in place.
+    """
+    if isinstance(args, Mapping):
+        given = set(args)
+    else:
+        words = sys.argv[1:] if args is None else args
+        given = {word.lstrip("-").split("=")[0] for word in words if word.startswith("--")}
+    for key, value in _DEFAULTS.items():
+        if key not in given:
+            setattr(generating_args, key, value)
+
+
+def check_own_samples(data_args: Any, training_args: Any, generating_args: Any) -> None:
+    """Check what ``kd_on_policy`` cannot go with.
+
+    Raises:
+        ArgumentError: a key that it cannot go with.
+    """
+    reasons = {
+        "packing": "own samples have lengths of their own, and packed texts have no prompt each",
+        "neat_packing": "own samples have lengths of their own, and packed texts have no prompt each",
+        "train_on_prompt": "a sample continues a prompt, so the prompt has no label",
+    }
+    for key, reason in reasons.items():
+        if getattr(data_args, key, False):
+            raise ArgumentError(
+                f"`{key}: true` cannot be used with `kd_on_policy` ({reason}): set it to false, or `kd_on_policy: 0`."
+            )
+    if generating_args.num_beams != 1:
+        raise ArgumentError(
+            f"`num_beams: {generating_args.num_beams}` cannot be used with `kd_on_policy`, which samples: remove it."
+        )
+    if generating_args.do_sample and generating_args.temperature <= 0:
+        raise ArgumentError(
+            f"`temperature: {generating_args.temperature}` cannot be sampled with: use a number above 0, or "
+            "`do_sample: false` for greedy decoding."
+        )
+    if generating_args.repetition_penalty != 1.0:
+        raise ArgumentError(
+            f"`repetition_penalty: {generating_args.repetition_penalty}` cannot be used with `kd_on_policy` of "
+            f"`stage: {STAGE}`: the loss assumes samples of the student itself; remove it."
+        )
+
+
+def own_samples_of(
+    data_args: Any,
+    training_args: Any,
+    finetuning_args: Any,
+    generating_args: Any,
+    template: Any,
+    tokenizer: Any,
+) -> Callable[[Any], OwnSamples] | None:
+    """Return what makes the own samples of a run from the trainer's accelerator, or None where there are none."""
+    if not finetuning_args.kd_on_policy:
+        return None
+
+    from llamafactory_sekd.trainer.on_policy import OwnSamples, Sampling
+
+    sampling = Sampling(
+        do_sample=generating_args.do_sample,
+        temperature=generating_args.temperature,
+        top_p=generating_args.top_p,
+        top_k=generating_args.top_k,
+        max_new_tokens=generating_args.max_new_tokens,
+        stop_ids=tuple(template.get_stop_token_ids(tokenizer)),
+        pad_id=tokenizer.pad_token_id,
+    )
+    return lambda accelerator: OwnSamples(
+        share=finetuning_args.kd_on_policy,
+        drop_truncated=finetuning_args.kd_on_policy_truncated == "drop",
+        sampling=sampling,
+        cutoff_len=data_args.cutoff_len,
+        seed=training_args.seed,
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        accelerator=accelerator,
+        output_dir=training_args.output_dir,
+    )

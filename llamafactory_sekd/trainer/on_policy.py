@@ -1,0 +1,410 @@
+"""Whose text a step trains on: the student's own samples in place of references (on-policy distillation).
+
+Distillation on fixed references trains the student on prefixes that it never produces itself. On-policy distillation
+(GKD, arXiv 2306.13649) replaces the response of a share of the examples by the present student's own sample and lets
+the teacher judge it: λ is 1 there, because a sample is no ground truth.
+
+The replacement happens where the trainer has collected the micro-batches of a step and has not counted their tokens
+yet. So accumulation, ranks and the division by the token count stay those of any other step.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.utils import logging
+
+from llamafactory_sekd.data.files import write_atomic
+from llamafactory_sekd.errors import DataError
+from llamafactory_sekd.heads import IGNORE_INDEX
+
+
+logger = logging.get_logger(__name__)
+
+OWN = "own_sample"  # bool [batch], in a batch: the rows whose response is the student's own
+_TEXT_KEYS = {"input_ids", "attention_mask", "labels"}
+_SHOWN = 8  # samples of a step that are written down
+_ROUND_TO = 8  # the host pads training batches to a multiple of 8
+# Prompt and new tokens that are decoded at a time; bounds the key-value cache, as `batch_tokens` does in evaluation.
+_TOKENS_AT_A_TIME = 16384
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the student samples.
+
+    Temperature 1 over the complete vocabulary draws from the distribution that the loss is an expectation over;
+    anything else trains on prefixes that are more likely than the student itself finds them.
+
+    Attributes:
+        do_sample: False takes the most likely token.
+        temperature, top_p, top_k: as in the host's generating arguments; ``top_k`` 0 keeps all tokens.
+        max_new_tokens: longest sample.
+        stop_ids: tokens that end a sample: the template's and the tokenizer's.
+        pad_id: padding.
+    """
+
+    do_sample: bool
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    pad_id: int
+
+    def warpers(self) -> LogitsProcessorList:
+        """Return what turns logits into those that are sampled from."""
+        processors = LogitsProcessorList()
+        if self.temperature != 1.0:
+            processors.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k > 0:
+            processors.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1.0:
+            processors.append(TopPLogitsWarper(self.top_p))
+        return processors
+
+
+class InverseTransform(LogitsProcessor):
+    """Draws a token by one uniform number, which the row brings along.
+
+    A generator that all rows share would tie a row's sample to the rows next to it. One number per row and token,
+    drawn from a generator of the row's own, gives the same sample on any number of ranks, in any batch, and after a
+    restart.
+
+    Args:
+        uniforms: ``[rows, new tokens]`` float64 in [0, 1).
+        prompt_width: columns of ``input_ids`` that are not new.
+    """
+
+    def __init__(self, uniforms: torch.Tensor, prompt_width: int) -> None:
+        self._uniforms = uniforms
+        self._prompt_width = prompt_width
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Return scores ``[rows, vocab]`` that are 0 at the drawn token and -inf elsewhere."""
+        drawn = draw(scores, self._uniforms[:, input_ids.shape[1] - self._prompt_width])
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn.unsqueeze(1), 0.0)  # type: ignore[return-value]
+
+
+def draw(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Return tokens, int64 ``[rows]``, distributed as ``softmax(scores)``.
+
+    Args:
+        scores: ``[rows, vocab]``, -inf allowed.
+        uniforms: ``[rows]`` in [0, 1).
+    """
+    # float64: over 128k entries the rounding of a float32 sum exceeds the probability of most tokens.
+    total = scores.double().softmax(-1).cumsum(-1)
+    aim = uniforms.to(total).unsqueeze(1) * total[:, -1:]
+    found = torch.searchsorted(total, aim, right=True).squeeze(1)
+    last = (total < total[:, -1:]).sum(-1)  # rounding may lead behind the last token that has any probability
+    return torch.minimum(found, last)
+
+
+@dataclass
+class _Example:
+    """An example whose response is replaced.
+
+    Attributes:
+        batch, row: its place among the micro-batches of the step.
+        prompt: the tokens before the response, which are those of inference with the same template.
+        reference: the response of the data.
+        seed: of its sample.
+    """
+
+    batch: int
+    row: int
+    prompt: list[int]
+    reference: list[int]
+    seed: int
+
+
+class OwnSamples:
+    """Replaces responses in the micro-batches of a step by the student's own samples.
+
+    Args:
+        share: the share of the examples, from 0 to 1.
+        drop_truncated: leave samples that hit the limit out of the loss.
+        sampling: how to sample.
+        cutoff_len: the longest sequence of prompt and sample.
+        seed: decides, with epoch and example, which examples are replaced and what is drawn.
+        decode: token ids to text, for the table of samples.
+        accelerator: the trainer's.
+        output_dir: ``samples/step-N.jsonl`` is written into it.
+    """
+
+    def __init__(
+        self,
+        share: float,
+        drop_truncated: bool,
+        sampling: Sampling,
+        cutoff_len: int,
+        seed: int,
+        decode: Callable[[list[int]], str],
+        accelerator: Any,
+        output_dir: str | Path,
+    ) -> None:
+        self.share = share
+        self.drop_truncated = drop_truncated
+        self.sampling = sampling
+        self.cutoff_len = cutoff_len
+        self.seed = seed
+        self.decode = decode
+        self.accelerator = accelerator
+        self.folder = Path(output_dir) / "samples"
+        self._window = torch.zeros(6, dtype=torch.float64)
+        self._shown: list[dict[str, Any]] = []
+        self._warned = False
+
+    def replace(self, model: Any, batches: list[dict[str, Any]], epoch: int) -> None:
+        """Replace the chosen responses of ``batches`` in place; all ranks call this together.
+
+        Raises:
+            DataError: a row holds more than one response, or a batch more than text.
+        """
+        started = time.perf_counter()
+        chosen = [example for number, batch in enumerate(batches) for example in self._choose(batch, number, epoch)]
+        samples = self._generate(model, chosen) if chosen or self._is_sharded() else []
+        for number, batch in enumerate(batches):
+            own = [place for place, example in enumerate(chosen) if example.batch == number]
+            batches[number] = self._with_samples(batch, {chosen[p].row: (p, chosen[p], samples[p]) for p in own})
+
+        self._shown = [
+            {
+                "source": self.decode(example.prompt),
+                "sample": self.decode(sample),
+                "reference": self.decode(example.reference),
+            }
+            for example, sample in zip(chosen[:_SHOWN], samples, strict=False)
+        ]
+        counts = (
+            sum(int((batch["labels"] != IGNORE_INDEX).any(-1).sum()) for batch in batches),
+            len(chosen),
+            sum(map(len, samples)),
+            sum(len(example.reference) for example in chosen),
+            sum(map(self._is_truncated, samples)),
+            time.perf_counter() - started,
+        )
+        self._window += torch.tensor(counts, dtype=torch.float64)
+
+    def judge(self, numbers: torch.Tensor, rows: torch.Tensor, teacher_ce: torch.Tensor) -> None:
+        """Note what the teacher says of the samples of a micro-batch that are written down.
+
+        Args:
+            numbers: ``[batch]`` int64, what ``OWN`` holds.
+            rows: ``[batch, length]`` bool, the positions that predict response tokens.
+            teacher_ce: ``[tokens]``, -log p of each response token.
+        """
+        if not self._shown:
+            return
+        counts = rows.sum(-1).tolist()
+        for number, values in zip(numbers.tolist(), teacher_ce.split(counts), strict=True):
+            if 0 <= number < len(self._shown):
+                self._shown[number]["teacher_logprob"] = -values.mean()
+
+    def logs(self) -> dict[str, float]:
+        """Return the means of the window over all ranks, which call this together, and start a new window."""
+        window = self.accelerator.reduce(self._window.to(self.accelerator.device), reduction="sum")
+        examples, own, length, expected, truncated, seconds = window.tolist()
+        self._window = torch.zeros_like(self._window)
+        metrics = {"kd/on_policy": own / max(1.0, examples), "gen/seconds": seconds / self.accelerator.num_processes}
+        if own:
+            metrics |= {"gen/length": length / own, "gen/truncated": truncated / own}
+            self._warn_of_explosion(length / max(1.0, expected), truncated / own)
+        return metrics
+
+    def write(self, step: int) -> None:
+        """Write the samples of the step that just ended and what the teacher said of them."""
+        if not self._shown or not self.accelerator.is_main_process:
+            return
+        entries = [
+            {**entry, "teacher_logprob": float(entry["teacher_logprob"]) if "teacher_logprob" in entry else None}
+            for entry in self._shown
+        ]
+        lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.folder / f"step-{step}.jsonl", "".join(f"{line}\n" for line in lines).encode())
+
+    def _choose(self, batch: dict[str, Any], number: int, epoch: int) -> Iterator[_Example]:
+        """Yield the examples of a micro-batch whose response is replaced.
+
+        A hash of seed, epoch and tokens decides, never a coin per step: the choice is the same after a restart, on
+        any number of ranks, and however the micro-batches are cut.
+        """
+        if others := sorted(set(batch) - _TEXT_KEYS):
+            raise DataError(
+                f"`kd_on_policy` replaces responses in batches of plain text, and these have `{others[0]}` as well: "
+                "set `kd_on_policy: 0`, or leave out what makes it (packing, images)."
+            )
+
+        for row, (ids, mask, labels) in enumerate(
+            zip(batch["input_ids"].tolist(), batch["attention_mask"].tolist(), batch["labels"].tolist(), strict=True)
+        ):
+            length = sum(mask)
+            labelled = [place for place in range(length) if labels[place] != IGNORE_INDEX]
+            if not labelled:  # repeated to fill up the epoch's last batch, or cut away by `cutoff_len`
+                continue
+            first, last = labelled[0], labelled[-1]
+            if first == 0 or len(labelled) != last - first + 1:
+                raise DataError(
+                    "`kd_on_policy` needs one response behind one prompt, and this example has several, or none "
+                    f"without a label: {self.decode(ids[:length])[:200]!r}. Set `mask_history: true` and "
+                    "`train_on_prompt: false`, or `kd_on_policy: 0`."
+                )
+            digest = blake2b(f"{self.seed}:{epoch}:{ids[:length]}".encode(), digest_size=16).digest()
+            if int.from_bytes(digest[:8], "big") < self.share * 2**64:
+                seed = int.from_bytes(digest[8:], "big") >> 1
+                yield _Example(number, row, ids[:first], ids[first : last + 1], seed)
+
+    def _generate(self, model: Any, examples: Sequence[_Example]) -> list[list[int]]:
+        """Return a sample for each example, up to and including its stop token."""
+        sampling = self.sampling
+        limits = [max(1, min(sampling.max_new_tokens, self.cutoff_len - len(example.prompt))) for example in examples]
+        # Rows of like length share a batch, so that little is padded; the longest come first, so that memory that
+        # does not suffice shows in the first batch.
+        order = sorted(range(len(examples)), key=lambda place: -len(examples[place].prompt))
+        batches: list[list[int]] = []
+        while order:
+            width = len(examples[order[0]].prompt) + max(limits[place] for place in order)
+            size = max(1, _TOKENS_AT_A_TIME // width)
+            batches.append(order[:size])
+            order = order[size:]
+
+        samples: list[list[int]] = [[] for _ in examples]
+        sharded = self._is_sharded()
+        rounds = self._most_of_all_ranks(len(batches)) if sharded else len(batches)
+        with _as_generator(model):
+            for number in range(rounds):
+                # Sharded weights are gathered by all ranks together, so a rank without rows computes along.
+                batch = batches[number] if number < len(batches) else []
+                prompts = [examples[place].prompt for place in batch] or [[sampling.pad_id]]
+                longest = max((limits[place] for place in batch), default=1)
+                seeds = [examples[place].seed for place in batch] or [0]
+                rows = self._generate_batch(model, prompts, seeds, longest, sharded)
+                for place, row in zip(batch, rows, strict=False):
+                    samples[place] = self._until_stop(row[: limits[place]])
+        return samples
+
+    def _generate_batch(
+        self, model: Any, prompts: list[list[int]], seeds: list[int], new_tokens: int, sharded: bool
+    ) -> list[list[int]]:
+        sampling, device = self.sampling, self.accelerator.device
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), sampling.pad_id)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):  # on the left: a sample continues its prompt
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+
+        processors = LogitsProcessorList()
+        if sampling.do_sample:
+            uniforms = torch.stack([_uniforms(seed, new_tokens) for seed in seeds])
+            processors = sampling.warpers()
+            processors.append(InverseTransform(uniforms.to(device), width))
+
+        output = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=GenerationConfig(
+                do_sample=False,  # the processor has drawn already
+                max_new_tokens=new_tokens,
+                eos_token_id=list(sampling.stop_ids),
+                pad_token_id=sampling.pad_id,
+                use_cache=True,
+            ),
+            logits_processor=processors,
+            synced_gpus=sharded,
+        )
+        return output[:, width:].tolist()
+
+    def _with_samples(self, batch: dict[str, Any], own: dict[int, tuple[int, _Example, list[int]]]) -> dict[str, Any]:
+        """Return the micro-batch with its samples: padded on the right again, as the host pads in training."""
+        ids, mask, labels = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
+        numbers = torch.full((len(ids),), -1, device=ids.device)
+        if not own:
+            return {**batch, OWN: numbers}
+
+        lengths = mask.sum(-1).tolist()
+        for row, (_, example, sample) in own.items():
+            lengths[row] = len(example.prompt) + len(sample)
+        width = -(-max(lengths) // _ROUND_TO) * _ROUND_TO
+        shape = (len(ids), width)
+        new_ids = ids.new_full(shape, self.sampling.pad_id)
+        new_mask = mask.new_zeros(shape)
+        new_labels = labels.new_full(shape, IGNORE_INDEX)
+        for row, length in enumerate(lengths):
+            new_mask[row, :length] = 1
+            if row not in own:
+                new_ids[row, :length] = ids[row, :length]
+                new_labels[row, :length] = labels[row, :length]
+                continue
+            number, example, sample = own[row]
+            numbers[row] = number
+            start = len(example.prompt)
+            new_ids[row, :length] = ids.new_tensor(example.prompt + sample)
+            if not (self.drop_truncated and self._is_truncated(sample)):
+                new_labels[row, start:length] = labels.new_tensor(sample)
+        return {**batch, "input_ids": new_ids, "attention_mask": new_mask, "labels": new_labels, OWN: numbers}
+
+    def _until_stop(self, row: list[int]) -> list[int]:
+        end = next((place for place, token in enumerate(row) if token in self.sampling.stop_ids), len(row) - 1)
+        return row[: end + 1]
+
+    def _is_truncated(self, sample: list[int]) -> bool:
+        return sample[-1] not in self.sampling.stop_ids
+
+    def _is_sharded(self) -> bool:
+        """Whether a forward pass needs all ranks (ZeRO-3, FSDP)."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        is_zero3 = plugin is not None and plugin.zero_stage == 3
+        return is_zero3 or getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+
+    def _most_of_all_ranks(self, count: int) -> int:
+        counts = self.accelerator.gather(torch.tensor([count], device=self.accelerator.device))
+        return int(counts.max())
+
+    def _warn_of_explosion(self, ratio: float, truncated: float) -> None:
+        if self._warned or (ratio < 2.0 and truncated < 0.5):
+            return
+        self._warned = True
+        logger.warning(
+            f"The student's own samples are {ratio:.1f} times as long as the references, and {truncated:.0%} of them "
+            "hit the limit without an end token. Usually the student does not know the template's end token: "
+            "fine-tune it with the same template first, or set `kd_on_policy_truncated: drop`."
+        )
+
+
+def _uniforms(seed: int, count: int) -> torch.Tensor:
+    return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def _as_generator(model: Any) -> Iterator[None]:
+    """Set the model up for generation and restore everything afterwards, also after an exception.
+
+    In evaluation mode there is neither dropout nor gradient checkpointing. Modes are restored module by module,
+    because frozen parts may have been in evaluation mode before.
+    """
+    modes = {module: module.training for module in model.modules()}
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = inner.generation_config
+    # A checkpoint's own defaults fill whatever looks unset in a configuration that is passed along with the call.
+    inner.generation_config = GenerationConfig()
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        inner.generation_config = config
+        for module, mode in modes.items():
+            module.training = mode

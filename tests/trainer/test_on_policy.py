@@ -1,0 +1,174 @@
+"""On-policy training: which responses are replaced, by what, and that everything else of a step stays as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny
+from helpers.runs import base_config, logged, train, weights
+from helpers.small_board_models import teach
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llamafactory_sekd.data.languages import parse_direction
+from llamafactory_sekd.data.parrot import prompt
+from llamafactory_sekd.errors import ArgumentError
+from llamafactory_sekd.trainer.on_policy import OwnSamples, draw
+
+
+def run(root: Path, out: Path, **keys: Any) -> Path:
+    return train(base_config(root, output_dir=str(out), kd_loss="forward_kl", **{"max_new_tokens": 12, **keys}))
+
+
+def prompt_of(source: str) -> str:
+    return prompt(source, parse_direction("en-de"))
+
+
+def same(one: Path, two: Path, tolerance: float = 0.0) -> bool:
+    left, right = weights(one), weights(two)
+    return all(torch.allclose(left[name], right[name], rtol=0, atol=tolerance) for name in left)
+
+
+def test_share_0_is_bit_equal_to_a_run_without_the_key(tiny_root, tmp_path):
+    plain = run(tiny_root, tmp_path / "plain")
+    assert same(run(tiny_root, tmp_path / "zero", kd_on_policy=0.0), plain)
+    assert not same(run(tiny_root, tmp_path / "half", kd_on_policy=0.5), plain)
+
+
+@pytest.fixture(scope="module")
+def translators(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like `tiny_root` whose models have learned to end their translations."""
+    root = tmp_path_factory.mktemp("translators")
+    teach(tiny.save_llama(root / "teacher", seed=1, width=64, initializer_range=0.05), steps=60)
+    teach(tiny.save_llama(root / "student", seed=2, width=48, initializer_range=0.05), steps=60)
+    tiny.save_dataset(root / "data")
+    return root
+
+
+def test_greedy_step_1_equals_training_on_the_students_translations_at_lambda_1(translators, tmp_path):
+    keys = {"max_steps": 1, "max_samples": 4, "max_new_tokens": 40}
+    own = run(translators, tmp_path / "own", kd_on_policy=1.0, do_sample=False, **keys)
+
+    student = AutoModelForCausalLM.from_pretrained(translators / "student").eval()
+    tokenizer = AutoTokenizer.from_pretrained(translators / "student")
+    records = json.loads((translators / "data" / "tiny.json").read_text())[:4]
+    shown = [json.loads(line) for line in (own / "samples" / "step-1.jsonl").read_text().splitlines()]
+    assert {entry["reference"] for entry in shown} == {f"{record['output']}</s>" for record in records}
+    for record in records:
+        prompt = prompt_of(record["input"])
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), ids], dim=1)
+        output = student.generate(ids, do_sample=False, max_new_tokens=40, eos_token_id=tokenizer.eos_token_id)
+        record["output"] = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        assert f"{record['output']}</s>" in {entry["sample"] for entry in shown}
+
+    folder = tmp_path / "translated"
+    folder.mkdir()
+    (folder / "tiny.json").write_text(json.dumps(records))
+    (folder / "dataset_info.json").write_text((translators / "data" / "dataset_info.json").read_text())
+    fixed = run(translators, tmp_path / "fixed", dataset_dir=str(folder), kd_lambda=1.0, **keys)
+    assert same(own, fixed, 1e-6)
+    assert logged(own, "loss") == pytest.approx(logged(fixed, "loss"), abs=1e-6)
+
+
+def test_accumulation_and_order_of_micro_batches_change_nothing(tiny_root, tmp_path):
+    keys = {"kd_on_policy": 0.5, "max_steps": 2}
+    one = run(tiny_root, tmp_path / "one", per_device_train_batch_size=4, **keys)
+    two = run(tiny_root, tmp_path / "two", per_device_train_batch_size=1, gradient_accumulation_steps=4, **keys)
+    assert same(one, two, 1e-5)
+    assert logged(one, "kd/on_policy") == logged(two, "kd/on_policy")
+    assert logged(one, "gen/length") == logged(two, "gen/length")
+
+
+def test_the_teacher_that_is_the_student_gives_loss_0(tiny_root, tmp_path):
+    out = run(tiny_root, tmp_path / "out", teacher_model=str(tiny_root / "student"), kd_on_policy=1.0, max_steps=1)
+    assert logged(out, "loss") == pytest.approx([0.0], abs=1e-6)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny_root, tmp_path):
+    keys = {"kd_on_policy": 0.5, "save_strategy": "steps", "save_steps": 2}
+    complete = run(tiny_root, tmp_path / "complete", **keys)
+    resumed = run(tiny_root, tmp_path / "resumed", resume_from_checkpoint=str(complete / "checkpoint-2"), **keys)
+    assert same(complete, resumed)
+
+
+def test_temperature_is_1_over_the_complete_vocabulary_unless_the_yaml_says_otherwise(tiny_root, tmp_path):
+    def sampled(name: str, **keys: Any) -> str:
+        out = run(tiny_root, tmp_path / name, kd_on_policy=1.0, max_steps=1, **keys)
+        return (out / "samples" / "step-1.jsonl").read_text()
+
+    default = sampled("default")
+    assert sampled("named", temperature=1.0, top_p=1.0, top_k=0) == default
+    assert sampled("hosts", temperature=0.95, top_p=0.7, top_k=50) != default
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"packing": True}, "packing: true"),
+        ({"num_beams": 4}, "num_beams: 4"),
+        ({"train_on_prompt": True}, "train_on_prompt: true"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty: 1.2"),
+        ({"kd_on_policy": 1.5}, "kd_on_policy: 1.5"),
+        ({"kd_on_policy_truncated": "cut"}, "kd_on_policy_truncated: cut"),
+        ({"teacher_cache": "somewhere"}, "teacher_cache"),
+    ],
+)
+def test_what_cannot_go_with_own_samples_is_refused_by_name(tiny_root, tmp_path, keys, words):
+    with pytest.raises(ArgumentError, match=words):
+        run(tiny_root, tmp_path / "out", **{"kd_on_policy": 0.5, **keys})
+
+
+def test_tokens_are_drawn_as_the_distribution_says():
+    scores = torch.tensor([2.0, -torch.inf, 0.0, 1.0, -3.0, -torch.inf])
+    count = 200_000
+    uniforms = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    drawn = draw(scores.expand(count, -1), uniforms).bincount(minlength=6)
+    expected = scores.softmax(-1) * count
+    assert drawn[1] == drawn[5] == 0
+    possible = expected > 0
+    chi_square = ((drawn - expected)[possible] ** 2 / expected[possible]).sum()
+    assert chi_square < 16.3  # 3 degrees of freedom, p = 0.001
+
+
+def test_the_largest_uniform_number_draws_a_possible_token():
+    scores = torch.tensor([[0.0, 0.0, -torch.inf]])
+    assert draw(scores, torch.tensor([1 - 2**-53], dtype=torch.float64)).item() == 1
+
+
+def test_an_exception_inside_generation_leaves_the_model_as_it_was(tiny_root):
+    from llamafactory_sekd.trainer.on_policy import _as_generator
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_root / "student").train()
+    model.model.layers[0].eval()  # frozen
+    config, state = model.generation_config, torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="broken"), _as_generator(model):
+        assert not model.training
+        raise RuntimeError("broken")
+    assert model.training
+    assert not model.model.layers[0].training
+    assert model.generation_config is config
+    assert torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_share_is_the_same_choice_in_any_batch():
+    """What a hash of the example decides cannot depend on its neighbors."""
+    ids = torch.randint(3, 90, (64, 12), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, :6] = -100
+    mask = torch.ones_like(ids)
+    own = OwnSamples(0.3, False, None, 64, 7, str, None, ".")  # type: ignore[arg-type]
+    chosen = {e.row for e in own._choose({"input_ids": ids, "attention_mask": mask, "labels": labels}, 0, epoch=0)}
+    apart = {
+        row
+        for row in range(64)
+        for _ in own._choose(
+            {"input_ids": ids[row, None], "attention_mask": mask[row, None], "labels": labels[row, None]}, 0, epoch=0
+        )
+    }
+    assert chosen == apart
+    assert 8 < len(chosen) < 32
