@@ -164,9 +164,9 @@ class DistillationArguments:
         default=0.0,
         metadata={
             "help": (
-                "The share of the training examples, from 0 to 1, whose response is replaced in each step by the present "
-                "student's own sample, which the teacher judges (λ is 1 there). Decoding: do_sample, max_new_tokens, and "
-                "temperature, top_p and top_k, which default to 1, 1 and 0 here."
+                "The share of the training examples, from 0 to 1, whose response is replaced in each step by the "
+                "present student's own sample, which the teacher judges (λ is 1 there). Decoding: do_sample, "
+                "max_new_tokens, and temperature, top_p and top_k, which default to 1, 1 and 0 here."
             )
         },
     )

@@ -145,9 +145,14 @@ def test_an_exception_inside_generation_leaves_the_model_as_it_was(tiny_root):
     model = AutoModelForCausalLM.from_pretrained(tiny_root / "student").train()
     model.model.layers[0].eval()  # frozen
     config, state = model.generation_config, torch.get_rng_state()
-    with pytest.raises(RuntimeError, match="broken"), _as_generator(model):
-        assert not model.training
-        raise RuntimeError("broken")
+
+    def generate() -> None:
+        with _as_generator(model):
+            assert not model.training
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        generate()
     assert model.training
     assert not model.model.layers[0].training
     assert model.generation_config is config
