@@ -45,10 +45,11 @@ class TokenStatistics:
             numbers: int64 ``[tokens of the group]``: which tokens they are; together every token once.
         """
         order = torch.cat(numbers).argsort()
-        columns = {item.name: [getattr(part, item.name) for part in parts] for item in fields(cls)}
-        return cls(
-            **{name: None if column[0] is None else torch.cat(column)[order] for name, column in columns.items()}
-        )
+        joined: dict[str, Any] = {}
+        for item in fields(cls):
+            columns = [getattr(part, item.name) for part in parts]
+            joined[item.name] = None if columns[0] is None else torch.cat(columns)[order]
+        return cls(**joined)
 
 
 def same_prediction(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:

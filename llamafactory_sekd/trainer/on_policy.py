@@ -25,7 +25,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from transformers.utils import logging
 
 from llamafactory_sekd.data.files import write_atomic
-from llamafactory_sekd.errors import DataError
+from llamafactory_sekd.errors import ArgumentError, DataError
 from llamafactory_sekd.heads import IGNORE_INDEX
 
 
@@ -165,6 +165,12 @@ class OwnSamples:
         self._window = torch.zeros(6, dtype=torch.float64)
         self._shown: list[dict[str, Any]] = []
         self._warned = False
+        plugin = getattr(accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and getattr(plugin, "fsdp_version", 1) == 1:
+            raise ArgumentError(
+                "`kd_on_policy` cannot generate under FSDP 1, which flattens the weights that generation reads: set "
+                "`fsdp_version: 2` in the configuration of accelerate, or use DeepSpeed."
+            )
 
     def replace(self, model: Any, batches: list[dict[str, Any]], epoch: int) -> None:
         """Replace the chosen responses of ``batches`` in place; all ranks call this together.

@@ -73,7 +73,7 @@ def fsdp2(root, tmp_path_factory) -> Path:
 
 def under_fsdp(version: int, root: Path, out: Path) -> Path:
     engine = {"ranks": 2, "ddp_backend": "gloo", "use_cpu": True}
-    jobs = engines.trainings(root, out, **engine)
+    jobs = engines.trainings(root, out, fsdp1=version == 1, **engine)
     if version == 2:
         jobs += [config for config in engines.teachers(root, out, **engine) if config["teacher_model"] == "self"]
     engines.launch(partial(engines.accelerate, engines.fsdp_config(out, version)), jobs, out)
@@ -114,6 +114,14 @@ def test_two_ranks_are_one_rank(one_rank, two_ranks, run):
     assert_same(two_ranks / run, one_rank / run)
 
 
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "fsdp1"])
+def test_own_samples_of_two_ranks_are_those_of_one(one_rank, engine, request):
+    two_ranks = out_of(engine, request) / "on_policy"
+    assert_same(two_ranks, one_rank / "on_policy")
+    for key in ("kd/on_policy", "gen/length", "gen/truncated"):
+        assert logged(two_ranks, key) == pytest.approx(logged(one_rank / "on_policy", key)), key
+
+
 # Engine of the student -> where its teacher stands.
 TEACHERS = {
     "ddp": ["shared", "device", "offloaded"],
@@ -135,7 +143,7 @@ def test_evaluation_counts_every_record_once(one_rank, two_ranks):
 
 
 def test_accumulation_is_one_batch_over_whole_epochs_of_uneven_data(root, one_rank, tmp_path):
-    config = engines.trainings(root, tmp_path, ranks=1)[-1]
+    config = engines.trainings(root, tmp_path, ranks=1, fsdp1=True)[-1]
     train({**config, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4})
     assert_same(tmp_path / "uneven", one_rank / "uneven")
 

@@ -46,7 +46,7 @@ def save_uneven_dataset(directory: Path) -> None:
     (directory / "dataset_info.json").write_text(json.dumps(info))
 
 
-def trainings(root: Path, out: Path, ranks: int, **engine: Any) -> list[dict[str, Any]]:
+def trainings(root: Path, out: Path, ranks: int, fsdp1: bool = False, **engine: Any) -> list[dict[str, Any]]:
     """One training per objective, and one over two whole epochs of uneven data with evaluation."""
     common = {
         "optim": "sgd",
@@ -70,7 +70,12 @@ def trainings(root: Path, out: Path, ranks: int, **engine: Any) -> list[dict[str
         "kd_hard_scale": "balanced",
         "disable_shuffling": True,
     }
-    return [*configs, base_config(root, output_dir=str(out / "uneven"), **{**common, **uneven})]
+    configs.append(base_config(root, output_dir=str(out / "uneven"), **{**common, **uneven}))
+    if not fsdp1:  # which refuses own samples
+        # So few that in some steps only one of the ranks has any.
+        own = {"kd_loss": "reverse_kl", "kd_on_policy": 0.15, "max_new_tokens": 8, "max_steps": 3}
+        configs.append(base_config(root, output_dir=str(out / "on_policy"), **common, **own))
+    return configs
 
 
 def teachers(root: Path, out: Path, ranks: int, zero: int | None = None, **engine: Any) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers import tiny
 from helpers.runs import base_config, logged, train, weights
 from helpers.small_board_models import teach
@@ -166,7 +167,7 @@ def test_the_share_is_the_same_choice_in_any_batch():
     labels = ids.clone()
     labels[:, :6] = -100
     mask = torch.ones_like(ids)
-    own = OwnSamples(0.3, False, None, 64, 7, str, None, ".")  # type: ignore[arg-type]
+    own = OwnSamples(0.3, False, None, 64, 7, str, Accelerator(cpu=True), ".")  # type: ignore[arg-type]
     chosen = {e.row for e in own._choose({"input_ids": ids, "attention_mask": mask, "labels": labels}, 0, epoch=0)}
     apart = {
         row
