@@ -1,7 +1,9 @@
 """The host versions that we support, each in an environment of its own: `make test-matrix`.
 
 Every cell installs from the package registry, runs the smoke tests and records its outcome; the session `report`
-writes docs/compatibility.md from these records. torch stays at the version of constraints.txt in every cell.
+writes docs/compatibility.md from these records. The cells of `matrix` install with constraints.txt, torch included,
+apart from what they name; those of `newest` install what a user's `pip install` resolves to, one for each Python that
+is there.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import nox
 
 ROOT = Path(__file__).parent
 RECORDS = ROOT / ".nox-records"
-nox.options.sessions = ["matrix", "report"]
+nox.options.sessions = ["matrix", "newest", "report"]
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "yes"
 
@@ -28,6 +30,8 @@ CELLS = [
     ("0.9.5", "4.57.6", "comet"),
     ("0.9.5", "5.6.0", ""),
 ]
+PYTHONS = ["3.11", "3.12", "3.13"]
+TOOLS = ("pytest", "hypothesis", "hatchling", "deepspeed")
 # What a cell chooses itself, or what follows from its choice.
 FREE = {"llamafactory", "transformers", "tokenizers", "huggingface_hub", "hf-xet", "peft", "safetensors"}
 SMOKE = {
@@ -56,12 +60,25 @@ def matrix(session: nox.Session, llamafactory: str, transformers: str, extra: st
     # torch first, so that nothing asks for another build of it.
     session.install("-q", "-c", str(constraints), "torch", "torchvision", "torchaudio")
     extras = ",".join(filter(None, ("metrics", extra)))
-    tools = ("pytest", "hypothesis", "hatchling", "deepspeed")
-    session.install("-q", "-c", str(constraints), "-e", f".[{extras}]", *tools)
+    session.install("-q", "-c", str(constraints), "-e", f".[{extras}]", *TOOLS)
+    _smoke(session, name, extra)
 
+
+@nox.session(python=PYTHONS)
+def newest(session: nox.Session) -> None:
+    """Install without constraints, as `pip install llamafactory-sekd` does, then the smoke tests."""
+    RECORDS.mkdir(exist_ok=True)
+    session.install("-q", "-e", ".[metrics]", *TOOLS)
+    _smoke(session, f"newest-{session.python}", "")
+
+
+def _smoke(session: nox.Session, name: str, extra: str) -> None:
+    """Run the smoke tests of a cell that is installed, and record versions and outcomes."""
     installed = json.loads(session.run("python", "-m", "pip", "list", "--format=json", silent=True) or "[]")
     versions = {package["name"].lower(): package["version"] for package in installed}
+    python = str(session.run("python", "-c", "import sys; print('%d.%d' % sys.version_info[:2])", silent=True))
     record = {
+        "python": python.strip(),
         "llamafactory": versions["llamafactory"],
         "transformers": versions["transformers"],
         "comet": versions.get("unbabel-comet", ""),
@@ -100,11 +117,11 @@ def report(session: nox.Session) -> None:
     parts = list(SMOKE)
     rows = []
     for record in records:
-        head = [record["llamafactory"], record["transformers"], record["comet"] or "not installed"]
+        head = [record["python"], record["llamafactory"], record["transformers"], record["comet"] or "not installed"]
         cells = [_shown(record["outcomes"].get(part)) for part in parts]
         rows.append([*head, record["torch"], record["numpy"], record["peft"], *cells])
 
-    titles = ["LLaMA-Factory", "transformers", "COMET", "torch", "numpy", "peft", *parts]
+    titles = ["Python", "LLaMA-Factory", "transformers", "COMET", "torch", "numpy", "peft", *parts]
     table = [titles, ["---"] * len(titles), *rows]
     page = (ROOT / "docs" / "compatibility.md.in").read_text(encoding="utf-8")
     page = page.replace("@TABLE@", "\n".join("| " + " | ".join(row) + " |" for row in table))

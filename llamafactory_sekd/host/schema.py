@@ -1,0 +1,202 @@
+"""JSON schemas of the three kinds of YAML files, so that editors complete and check them, and ``sekd schema``."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import typer
+
+from llamafactory_sekd.arguments import KD_LOSSES
+from llamafactory_sekd.data.files import write_atomic
+from llamafactory_sekd.evaluation.settings import BACKENDS, METRICS, Decoding, Settings
+
+
+app = typer.Typer(help="Write JSON schemas of the YAML files, for editors.", add_completion=False)
+Schema = dict[str, Any]
+TRAINING, EVALUATION, STUDY = "training.json", "evaluation.json", "study.json"
+_PLAIN: dict[Any, str] = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
+_TEXT: Schema = {"type": "string"}
+_TEXTS: Schema = {"type": "array", "items": _TEXT, "minItems": 1, "uniqueItems": True}
+_COUNT: Schema = {"type": "integer", "minimum": 1}
+
+
+@app.command()
+def schema(
+    folder: Annotated[Path, typer.Argument(help="Where the three files go.")] = Path("docs/schema"),
+) -> None:
+    """Write the schemas of training, evaluation and study files.
+
+    An editor with YAML support uses the one that a file's first line names:
+    # yaml-language-server: $schema=../../docs/schema/training.json
+    """
+    for name, text in schema_files().items():
+        write_atomic(folder / name, text.encode("utf-8"))
+        print(folder / name)
+
+
+def schema_files() -> dict[str, str]:
+    """Return the text of each file by its name."""
+    training = training_schema()
+    schemas = {TRAINING: training, EVALUATION: evaluation_schema(), STUDY: study_schema(list(training["properties"]))}
+    return {name: json.dumps(entry, ensure_ascii=False, indent=1) + "\n" for name, entry in schemas.items()}
+
+
+def training_schema() -> Schema:
+    """Return the schema of a training file: every key of the argument classes that the host's parser takes."""
+    import torch  # noqa: F401 - the plug-in comes with it, and with the plug-in our keys
+    from llamafactory.hparams import parser
+
+    classes = parser._TRAIN_ARGS
+    properties = {name: entry for cls in classes for name, entry in _properties(cls)}
+    properties["kd_loss"]["enum"] = list(KD_LOSSES)
+    return _closed("A training run of LLaMA-Factory", properties)
+
+
+def evaluation_schema() -> Schema:
+    """Return the schema of an evaluation file."""
+    from llamafactory.hparams import ModelArguments
+
+    defaults = {field.name: field.default for cls in (Settings, Decoding) for field in fields(cls)}
+    properties = {
+        "task": {**_TEXT, "description": "wmt22, wmt21_valid, or a test set of your own."},
+        "task_dir": {**_TEXT, "description": "Folder of the test sets."},
+        "directions": {**_TEXTS, "description": "Such as [en-de, de-en]."},
+        "systems": {
+            "type": "object",
+            "minProperties": 1,
+            "additionalProperties": _system(dict(_properties(ModelArguments))),
+            "description": "Name -> a model, or translations that are only scored.",
+        },
+        "template": {**_TEXT, "description": "A template of LLaMA-Factory; a system may name its own."},
+        "baseline": {**_TEXT, "description": "The system that differences and significance are against."},
+        "teacher": {**_TEXT, "description": "The system whose translations similarity is measured to."},
+        "metrics": {
+            **_TEXTS,
+            "items": {"enum": [*METRICS, "comet?"]},
+            "description": "`comet?` is COMET where it can run, and a note where not.",
+        },
+        "comet_model": {**_TEXT, "description": "A name on the Hub, a checkpoint, or a folder."},
+        "num_beams": {**_COUNT, "description": "1 is greedy."},
+        "max_new_tokens": _COUNT,
+        "length_penalty": {"type": "number", "description": "For beam search."},
+        "repetition_penalty": {"type": "number", "exclusiveMinimum": 0},
+        "backend": {"enum": list(BACKENDS)},
+        "batch_tokens": {**_COUNT, "description": "Tokens of prompt and output decoded at a time, over all beams."},
+        "batch_size": {**_COUNT, "description": "A limit in sentences in addition to `batch_tokens`."},
+        "seed": {"type": "integer", "minimum": 0},
+        "save_dir": {**_TEXT, "description": "Where everything goes."},
+    }
+    complete = {name: {**_or_null(entry), **_default(defaults.get(name))} for name, entry in properties.items()}
+    return _closed("An evaluation", complete, required=["task", "directions", "systems", "save_dir"])
+
+
+def study_schema(training_keys: list[str]) -> Schema:
+    """Return the schema of a study file, whose systems, overrides and matrix hold keys of a training file."""
+    keys = {key: _or_null({"$ref": f"{TRAINING}#/properties/{key}"}) for key in training_keys}
+    values = {key: {"type": "array", "minItems": 1, "items": entry} for key, entry in keys.items()}
+    model: Schema = {"type": ["object", "null"], "required": ["model_name_or_path"]}
+    cache = {"folder": _TEXT, "format": _TEXT, "k": _COUNT, "dtype": _TEXT, "batch_size": _COUNT}
+    properties: Schema = {
+        "base": {"anyOf": [_TEXT, _TEXTS], "description": "Other study files, whose keys come first."},
+        "output_dir": {**_TEXT, "description": "Where everything goes."},
+        "prepare": {"type": "array", "items": _TEXT, "description": "Commands that run once, before everything."},
+        "train": {**_TEXT, "description": "The training YAML that every run starts from."},
+        "evaluation": {**_TEXT, "description": "Test sets, metrics and decoding."},
+        "teacher_cache": {"anyOf": [_TEXT, _object(cache)], "description": "One pass of the teacher for all runs."},
+        "overrides": {"$ref": "#/definitions/keys"},
+        "systems": {
+            "type": "object",
+            "additionalProperties": {"$ref": "#/definitions/keys"},
+            "description": "Name -> keys in place of the training YAML's.",
+        },
+        "models": {"type": "object", "additionalProperties": model, "description": "Models that are only evaluated."},
+        "matrix": {**_object(values), "description": "Training key -> values; every combination runs."},
+        "seeds": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1, "uniqueItems": True},
+        "baseline": {**_TEXT, "description": "The system that differences and significance are against."},
+        "teacher": {**_TEXT, "description": "One of `models`: similarity is to its translations."},
+        "select": {
+            **_object({"key": _TEXT, "metric": _TEXT, "mode": {"enum": ["min", "max"]}}),
+            "required": ["key"],
+            "description": "Each system at its own best value of a key of the matrix, by a validation metric.",
+        },
+    }
+    definitions = {"keys": {**_object({"train": _TEXT, **keys}), "type": ["object", "null"]}}
+    return {
+        **_closed("A study", {name: _or_null(entry) for name, entry in properties.items()}),
+        "definitions": definitions,
+    }
+
+
+def _closed(title: str, properties: Mapping[str, Schema], required: list[str] | None = None) -> Schema:
+    head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": title}
+    return {**head, **_object(properties), **({"required": required} if required else {})}
+
+
+def _object(properties: Mapping[str, Schema]) -> Schema:
+    return {"type": "object", "properties": dict(properties), "additionalProperties": False}
+
+
+def _system(model_keys: dict[str, Schema]) -> Schema:
+    keys = {"hypotheses": {**_TEXT, "description": "Folder of <src>-<tgt>.txt files."}, "template": _TEXT}
+    return {"type": "object", "properties": {**model_keys, **keys}}
+
+
+def _properties(cls: type) -> Iterator[tuple[str, Schema]]:
+    """Yield the name and the schema of each field of an argument class."""
+    hints = typing.get_type_hints(cls)
+    for field in fields(cls):
+        if field.init:
+            entry = _default(field.default)
+            help_text = field.metadata.get("help")
+            if help_text:
+                entry["description"] = " ".join(str(help_text).split())
+            yield field.name, {**_of_type(hints[field.name]), **entry}
+
+
+def _default(value: Any) -> Schema:
+    return {"default": value} if isinstance(value, bool | int | float | str) else {}
+
+
+def _of_type(hint: Any) -> Schema:
+    """Return the schema of a type; a type that YAML has no word for may be anything."""
+    if hint in _PLAIN:
+        return {"type": _PLAIN[hint]}
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin in (Union, types.UnionType):
+        return _one_of([_of_type(argument) for argument in arguments])
+    if origin in (list, tuple):
+        return {"type": "array", "items": _of_type(arguments[0]) if arguments else {}}
+    if hint is dict or origin is dict:
+        return {"type": "object"}
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return {"enum": [member.value for member in hint]}
+    return {}
+
+
+def _one_of(schemas: list[Schema]) -> Schema:
+    if {} in schemas:
+        return {}
+    if all(set(entry) == {"type"} for entry in schemas):
+        return {"type": [entry["type"] for entry in schemas]}
+    return {"anyOf": schemas}
+
+
+def _or_null(entry: Schema) -> Schema:
+    """Return a schema that takes null as well: a key that is null is as good as absent."""
+    if "type" in entry:
+        known = entry["type"] if isinstance(entry["type"], list) else [entry["type"]]
+        return {**entry, "type": [*known, *(["null"] if "null" not in known else [])]}
+    if "enum" in entry:
+        return {**entry, "enum": [*entry["enum"], None]}
+    if "anyOf" in entry:
+        return {**entry, "anyOf": [*entry["anyOf"], {"type": "null"}]}
+    return {"anyOf": [entry, {"type": "null"}]}
