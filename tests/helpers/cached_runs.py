@@ -40,7 +40,7 @@ def losses(config: dict[str, Any]) -> list[float]:
 
     def spy(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
-        seen.append(float(result[0] if isinstance(result, tuple) else result))
+        seen.append(float((result[0] if isinstance(result, tuple) else result).detach()))
         return result
 
     with patch.object(DistillationTrainer, "compute_loss", spy):
