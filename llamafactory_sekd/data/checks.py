@@ -15,6 +15,8 @@ from enum import Enum, StrEnum
 
 
 class Outcome(StrEnum):
+    """What became of a pair with a finding."""
+
     LEFT_OUT = "left out"
     KEPT = "kept"
     MENDED = "mended"

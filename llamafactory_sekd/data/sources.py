@@ -38,7 +38,7 @@ class Source(Protocol):
 
 
 class DirectorySource:
-    """A clone of ALMA's repository, or a folder with its ``deen``, ``csen``, …"""
+    """A clone of ALMA's repository, or a folder with its ``deen``, ``csen`` and so on."""
 
     def __init__(self, directory: Path) -> None:
         if not directory.is_dir():

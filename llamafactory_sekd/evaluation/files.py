@@ -46,9 +46,9 @@ def write_lines(path: Path, lines: list[str]) -> None:
 
 
 def read_hypotheses(path: Path, expected: int) -> list[str]:
-    """Return the translations of ``path``, one per line, checked to be ``expected`` in number.
+    r"""Return the translations of ``path``, one per line, checked to be ``expected`` in number.
 
-    Only ``\\n`` and ``\\r\\n`` end a line. Raises :class:`EvaluationError` for a missing file, a wrong number of lines
+    Only ``\n`` and ``\r\n`` end a line. Raises :class:`EvaluationError` for a missing file, a wrong number of lines
     or bytes that are not UTF-8.
     """
     try:

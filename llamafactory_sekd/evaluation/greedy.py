@@ -166,8 +166,9 @@ class _Batch:
             old.values = torch.cat([pad(old.values, (0, 0, before, 0)), pad(new.values, (0, 0, after, 0))])
 
     def _pad_rest(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what follows the shared beginning, int64 ``[rows, rest]``, padded on the left, and the mask of all
-        columns, bool ``[rows, shared + rest]``.
+        """Return what follows the shared beginning, padded on the left, and the mask of all columns.
+
+        They are int64 ``[rows, rest]`` and bool ``[rows, shared + rest]``.
         """
         shared = len(self._prefix)
         width = max(map(len, prompts)) - shared
@@ -192,8 +193,7 @@ class _Forward:
         self._attention = getattr(model.config, "_attn_implementation", None)
 
     def __call__(self, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        """Append ``tokens`` (int64 ``[rows, new]``) to ``cache`` and return the next token of each row, int64
-        ``[rows]``.
+        """Append ``tokens``, int64 ``[rows, new]``, to ``cache`` and return each row's next one, int64 ``[rows]``.
 
         ``mask`` (bool ``[rows, cached + new]``) says which columns hold a token of the row.
         """

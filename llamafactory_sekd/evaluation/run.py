@@ -27,9 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """What :func:`prepare` found: the test sets, the COMET model, and the metrics that are left out, with the
-    reason.
-    """
+    """What :func:`prepare` found: test sets, the COMET model, and the metrics left out, with the reason."""
 
     test_sets: dict[Direction, TestSet]
     comet: CometScorer | None

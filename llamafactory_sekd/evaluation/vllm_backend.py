@@ -15,8 +15,9 @@ _SENTENCES = 512
 
 
 def vllm_translate(engine: Any, stop_ids: Sequence[int], decoding: Decoding, lora_request: Any = None) -> Translate:
-    """Return the function that translates with ``engine``, a ``vllm.LLM``; ``lora_request`` is vLLM's, for an
-    adapter.
+    """Return the function that translates with ``engine``, a ``vllm.LLM``.
+
+    ``lora_request`` is vLLM's, for an adapter.
     """
     from vllm import SamplingParams
 

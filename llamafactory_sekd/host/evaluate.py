@@ -1,6 +1,4 @@
-"""``llamafactory-cli eval``: the host's loaders handed to the evaluation, and the host's way of starting several
-ranks.
-"""
+"""``llamafactory-cli eval``: the host's loaders for the evaluation, and the host's way of starting several ranks."""
 
 from __future__ import annotations
 

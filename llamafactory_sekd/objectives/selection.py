@@ -53,7 +53,7 @@ def share_threshold(difficulty: torch.Tensor, settings: Settings) -> torch.Tenso
 
 
 def select_hard(difficulty: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """bool `[tokens]`: the selection that `kd_loss` asks for.
+    """Return the selection that `kd_loss` asks for, bool `[tokens]`.
 
     Every objective but `self_evolution_topk` reports the tokens with `d > Γ` as hard, so that the hard share can be
     compared between objectives, also where its loss treats all tokens alike.

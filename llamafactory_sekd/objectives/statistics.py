@@ -53,7 +53,7 @@ class TokenStatistics:
 
 
 def same_prediction(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """bool `[tokens]`: no entry has a higher student logit than the teacher's most probable entry."""
+    """Return where no student logit is above that of the teacher's most probable entry, bool `[tokens]`."""
     best = teacher_logits.argmax(-1, keepdim=True)
     return student_logits.gather(-1, best).squeeze(-1) == student_logits.amax(-1)
 

@@ -50,8 +50,9 @@ def remaining(spec: Spec) -> list[str]:
 
 
 def prepare_commands(spec: Spec) -> Iterator[tuple[str, list[str]]]:
-    """Yield the text and the words of each command; ``sekd``, ``llamafactory-cli`` and ``python`` are those of this
-    environment.
+    """Yield the text and the words of each command.
+
+    ``sekd``, ``llamafactory-cli`` and ``python`` are those of this environment.
     """
     for text in spec.prepare:
         try:

@@ -64,6 +64,8 @@ class Row:
 
 @dataclass(frozen=True)
 class GuardCell:
+    """A guard's figure as it is shown."""
+
     text: str
     alarming: bool
 

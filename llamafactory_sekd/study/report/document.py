@@ -76,6 +76,8 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
+    """A report: its title, facts at the top, and sections."""
+
     title: str
     facts: tuple[tuple[str, str], ...]
     sections: tuple[Section, ...]
