@@ -12,7 +12,7 @@ help:
 	@echo "make demo   install, then distil a tiny translator and report its scores (under 15 minutes on two cores)"
 	@echo "make test   install with the test extras, then run the whole suite"
 	@echo "make test-matrix  the smoke tests on every supported host version, each installed from nothing (about an hour)"
-	@echo "make lint   ruff, mypy and import-linter, and the documentation built strictly"
+	@echo "make lint   ruff, mypy, import-linter and codespell, and the documentation built strictly"
 	@echo "make docs   the documentation as a site that opens offline: site/index.html"
 	@echo "make package  sdist and wheel in dist/, checked by twine"
 	@echo "make bench  the benchmarks; they print and write their tables to benchmarks/results"
@@ -46,6 +46,7 @@ lint: $(VENV)/dev.done
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo --no-cache
+	@$(BIN)/codespell
 	@$(MAKE) --no-print-directory docs
 
 # Strict: a broken link, a missing anchor and a page outside of the navigation are errors. (`-q` would hide and pass them.)
