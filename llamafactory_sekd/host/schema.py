@@ -122,7 +122,7 @@ def study_schema(training_keys: list[str]) -> Schema:
         "baseline": {**_TEXT, "description": "The system that differences and significance are against."},
         "teacher": {**_TEXT, "description": "One of `models`: similarity is to its translations."},
         "select": {
-            **_object({"key": _TEXT, "metric": _TEXT, "mode": {"enum": ["min", "max"]}}),
+            **_object({"key": _TEXT, "metric": _TEXT, "mode": {"enum": ["min", "max"]}, "evaluation": _TEXT}),
             "required": ["key"],
             "description": "Each system at its own best value of a key of the matrix, by a validation metric.",
         },

@@ -22,7 +22,7 @@ def list_commands(study: Study, inputs: Inputs) -> Iterator[str]:
     yield from (printable(command) for _, command in prepare_commands(study.spec))
     yield from (printable(command) for _, command in cache_commands(study.spec, study.cells, ()).values())
     for job in inputs.jobs:
-        make_ready(job, inputs.test_sets)
+        make_ready(job)
         yield " && ".join(typed_commands(job))
 
 

@@ -13,31 +13,29 @@ from llamafactory_sekd.data.testsets import TestSet
 from llamafactory_sekd.evaluation.files import read_hypotheses, read_json
 from llamafactory_sekd.evaluation.scores import mean
 from llamafactory_sekd.evaluation.similarity import similarity
-from llamafactory_sekd.study.evaluation import SYSTEM
+from llamafactory_sekd.study.evaluation import SYSTEM, VALIDATION, Evaluation
 from llamafactory_sekd.study.jobs import Job, changed, is_evaluated, is_trained, was_resumed
 from llamafactory_sekd.study.matrix import Cell
 from llamafactory_sekd.study.results import SCHEMA_VERSION, select
 from llamafactory_sekd.study.spec import Spec
 
 
-def collect(
-    spec: Spec, jobs: list[Job], config: Mapping[str, Any], test_sets: Mapping[str, TestSet]
-) -> dict[str, Any]:
+def collect(spec: Spec, jobs: list[Job], test: Evaluation) -> dict[str, Any]:
     """Return the contents of results.json (its schema is in :mod:`llamafactory_sekd.study.results`).
 
     Jobs that are not done, or were done from something else, have their figures null.
     """
     teacher = next((job for job in jobs if job.cell is None and job.id == spec.teacher), None)
-    reader = _Reader(spec.output_dir, test_sets, teacher)
+    reader = _Reader(spec.output_dir, test.test_sets, teacher)
     cells = [reader.cell(job) for job in jobs if job.cell is not None]
     chosen = select(cells, spec.select.key, spec.select.metric, spec.select.mode) if spec.select is not None else []
     return {
         "schema_version": SCHEMA_VERSION,
         "study": spec.name,
         "spec": dict(spec.effective),
-        "directions": list(test_sets),
+        "directions": list(test.test_sets),
         "metrics": _metrics(jobs),
-        "test_set": {"task": config["task"], "task_dir": config.get("task_dir", "data/alma")},
+        "test_set": {"task": test.config["task"], "task_dir": test.config.get("task_dir", "data/alma")},
         "cells": cells,
         "models": [reader.model(job) for job in jobs if job.cell is None],
         "selection": chosen,
@@ -75,7 +73,7 @@ class _Reader:
             "model": self._path(job.model_folder),
             "config": dict(cell.config),
             "training": _training(job) if trained else None,
-            "validation": _validation(history, cell) if trained else None,
+            "validation": {**_validation(history, cell), **_translated_validation(job)} if trained else None,
             "history": self._path(history),
             **self._evaluation(job),
         }
@@ -149,6 +147,14 @@ def _validation(history: Path, cell: Cell) -> dict[str, float | None]:
     metrics = {key: _finite(value) for key, value in entry.items() if key.startswith("eval_")}
     nll = metrics.get("eval_kd/ce" if cell.is_distillation else "eval_loss")
     return {**metrics, **({"nll": nll} if nll is not None else {})}
+
+
+def _translated_validation(job: Job) -> dict[str, float | None]:
+    """Return the scores of the validation set that `select` names, averaged over its directions; none without it."""
+    if VALIDATION not in job.evaluations or not is_evaluated(job, VALIDATION):
+        return {}
+    results = read_json(job.folder / VALIDATION / "results.json") or {}
+    return dict(results["systems"][SYSTEM]["scores"]["average"])
 
 
 def _finite(value: Any) -> float | None:

@@ -17,13 +17,12 @@ from rich.console import Console
 
 from llamafactory_sekd.children import ChildError, Stopped, printable, tail
 from llamafactory_sekd.data.files import locked
-from llamafactory_sekd.data.testsets import TestSet
 from llamafactory_sekd.errors import SekdError, StudyError
 from llamafactory_sekd.evaluation.files import read_json
 from llamafactory_sekd.study.collect import collect
 from llamafactory_sekd.study.devices import environments
-from llamafactory_sekd.study.evaluation import read_evaluation
-from llamafactory_sekd.study.jobs import Job, changed, is_done, is_trained, list_jobs, load_test_sets
+from llamafactory_sekd.study.evaluation import Evaluation, read_evaluation
+from llamafactory_sekd.study.jobs import Job, changed, is_done, is_trained, list_jobs, with_test_sets
 from llamafactory_sekd.study.matrix import Cell, expand
 from llamafactory_sekd.study.preparation import cache_teacher, prepare, remaining
 from llamafactory_sekd.study.progress import View
@@ -39,30 +38,46 @@ class Study:
     spec: Spec
     cells: list[Cell]
     evaluation: dict[str, Any]
+    validation: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Inputs:
     """What is there once the study's ``prepare`` has run."""
 
-    test_sets: dict[str, TestSet]
+    test: Evaluation
     jobs: list[Job]
 
 
 def open_study(spec: Spec) -> Study:
     """Read the files that a study names; one line for what cannot work, as a :class:`SekdError`."""
-    return Study(spec, expand(spec), read_evaluation(spec.evaluation))
+    chosen_on = spec.select.evaluation if spec.select is not None else None
+    validation = read_evaluation(chosen_on) if chosen_on is not None else None
+    return Study(spec, expand(spec), read_evaluation(spec.evaluation), validation)
 
 
 def find_inputs(study: Study) -> Inputs:
-    """Look at models and data; :class:`SekdError` where a test set is missing."""
+    """Look at models and data; :class:`SekdError` where a test set is missing, or validates as well."""
     try:
-        test_sets = load_test_sets(study.evaluation)
+        test = with_test_sets(study.evaluation)
+        validation = with_test_sets(study.validation) if study.validation is not None else None
     except SekdError as error:
         left = remaining(study.spec)
         hint = f" `prepare` was not run yet: {'; '.join(left)}" if left else ""
         raise StudyError(f"{error}{hint}") from None
-    return Inputs(test_sets, list_jobs(study.spec, study.cells, study.evaluation, test_sets))
+    if validation is not None:
+        _check_apart(test, validation)
+    return Inputs(test, list_jobs(study.spec, study.cells, test, validation))
+
+
+def _check_apart(test: Evaluation, validation: Evaluation) -> None:
+    tested = {test_set.fingerprint for test_set in test.test_sets.values()}
+    for direction, validated in validation.test_sets.items():
+        if validated.fingerprint in tested:
+            raise StudyError(
+                f"`select.evaluation` holds the study's own test set of {direction}, and a setting must not be chosen on "
+                "the test set: name a validation set."
+            )
 
 
 def run_study(study: Study, *, jobs: int, devices: Sequence[str], console: Console) -> list[str]:
@@ -109,7 +124,7 @@ def changes(inputs: Inputs) -> Iterator[str]:
 
 def write_study(study: Study, inputs: Inputs) -> dict[str, Any]:
     """Collect what is there, write results.json and results.csv, and return the results."""
-    results = collect(study.spec, inputs.jobs, study.evaluation, inputs.test_sets)
+    results = collect(study.spec, inputs.jobs, inputs.test)
     write_results(results, study.spec.output_dir)
     return results
 
@@ -183,7 +198,7 @@ def _run_all(
         start = time.monotonic()
         try:
             with view.running(job.id) as report:
-                run_job(job, inputs.test_sets, environment, report, stop)
+                run_job(job, environment, report, stop)
         finally:
             free.put(environment)
         return time.monotonic() - start

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llamafactory_sekd.data.testsets import TestSet
 from llamafactory_sekd.errors import StudyError
 from llamafactory_sekd.evaluation.settings import Settings, parse_settings
 from llamafactory_sekd.study.files import read_yaml
 from llamafactory_sekd.study.matrix import Cell
 
 
+# The folders of a job's evaluations: on the test sets, and on the validation set that `select` chooses by.
+TEST, VALIDATION = "eval", "validation"
 # The name of the only system of each evaluation.
 SYSTEM = "model"
 _REPLACED = ("systems", "baseline", "teacher", "save_dir")
 # Keys of a training that decide how its model is loaded.
 _LOADING = ("trust_remote_code", "template")
 _ADAPTERS = ("lora", "oft")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What models are evaluated on: the keys that all of them share, and the test set of each direction."""
+
+    config: Mapping[str, Any]
+    test_sets: Mapping[str, TestSet]
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:

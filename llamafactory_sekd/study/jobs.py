@@ -12,29 +12,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.data.testsets import TestSet, load_test_set
+from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.evaluation.files import read_json, write_json
 from llamafactory_sekd.evaluation.fingerprint import Digests
 from llamafactory_sekd.evaluation.workspace import check_workspace
-from llamafactory_sekd.study import evaluation, ingredients
+from llamafactory_sekd.study import ingredients
+from llamafactory_sekd.study.evaluation import TEST, VALIDATION, Evaluation, eval_yaml, model_of, settings
 from llamafactory_sekd.study.files import write_yaml
 from llamafactory_sekd.study.matrix import Cell, slug
 from llamafactory_sekd.study.spec import Spec
+
+
+# An evaluation's folder -> its key in `made_of`.
+_RECORDED = {TEST: "evaluation", VALIDATION: "validation"}
 
 
 @dataclass(frozen=True)
 class Job:
     """A model to train and to evaluate, or, without a ``cell``, only to evaluate.
 
-    ``model`` is its entry in eval.yaml, ``evaluation`` the keys that all of the study's evaluations share,
-    ``made_of`` the ingredients, null where nothing is trained.
+    ``model`` is its entry in eval.yaml, ``evaluations`` what it is evaluated on by the name of the folder below its
+    own, ``made_of`` the ingredients: of the training (null where nothing is trained) and of each evaluation.
     """
 
     id: str
     folder: Path
     model: Mapping[str, Any]
-    evaluation: Mapping[str, Any]
+    evaluations: Mapping[str, Evaluation]
     made_of: Mapping[str, Any]
     cell: Cell | None = None
 
@@ -44,49 +49,59 @@ class Job:
 
     @property
     def eval_folder(self) -> Path:
-        return self.folder / "eval"
+        return self.folder / TEST
 
     @property
     def train_yaml(self) -> Path:
         return self.folder / "train.yaml"
 
-    @property
-    def eval_yaml(self) -> Path:
-        return self.folder / "eval.yaml"
+    def yaml_of(self, evaluation: str) -> Path:
+        """Return the YAML file of one of the job's evaluations."""
+        return self.folder / f"{evaluation}.yaml"
 
     @property
     def record(self) -> Path:
         return self.folder / "cell.json"
 
 
-def list_jobs(spec: Spec, cells: list[Cell], config: Mapping[str, Any], test_sets: Mapping[str, TestSet]) -> list[Job]:
+def list_jobs(spec: Spec, cells: list[Cell], test: Evaluation, validation: Evaluation | None = None) -> list[Job]:
     """Return all jobs, the models that are only evaluated first. Reads models and data that changed since last time.
 
     Args:
         spec: the study.
         cells: its cells.
-        config: the keys of the evaluation.
-        test_sets: per direction.
+        test: what every model is evaluated on.
+        validation: what the cells that `select` chooses among are evaluated on as well.
     """
     digests = Digests(spec.output_dir / ".digests.json")
     jobs = []
     for name, model in spec.models.items():
-        made_of = {"training": None, "evaluation": ingredients.of_evaluation(config, model, test_sets, digests)}
-        jobs.append(Job(name, spec.output_dir / "models" / slug(name), model, config, made_of))
+        made_of = {"training": None, **_made_of({TEST: test}, model, digests)}
+        jobs.append(Job(name, spec.output_dir / "models" / slug(name), model, {TEST: test}, made_of))
     for cell in cells:
-        model = evaluation.model_of(cell)
-        made_of = {
-            "training": ingredients.of_training(cell.source, spec.teacher_cache, digests),
-            "evaluation": ingredients.of_evaluation(config, model, test_sets, None),
-        }
-        jobs.append(Job(cell.id, cell.folder, model, config, made_of, cell))
+        model = model_of(cell)
+        evaluations = {TEST: test}
+        if validation is not None and spec.select is not None and spec.select.key in cell.axes:
+            evaluations[VALIDATION] = validation
+        training = ingredients.of_training(cell.source, spec.teacher_cache, digests)
+        made_of = {"training": training, **_made_of(evaluations, model, None)}
+        jobs.append(Job(cell.id, cell.folder, model, evaluations, made_of, cell))
     return jobs
 
 
-def load_test_sets(config: Mapping[str, Any]) -> dict[str, TestSet]:
-    """Return the evaluation's test sets by direction; :class:`DataError` or :class:`EvaluationError` without them."""
-    settings = evaluation.settings(config, {"model_name_or_path": "-"}, Path("-"))
-    return {str(d): load_test_set(settings.task, settings.task_dir, str(d)) for d in settings.directions}
+def _made_of(
+    evaluations: Mapping[str, Evaluation], model: Mapping[str, Any], digests: Digests | None
+) -> dict[str, Any]:
+    return {
+        _RECORDED[name]: ingredients.of_evaluation(entry.config, model, entry.test_sets, digests)
+        for name, entry in evaluations.items()
+    }
+
+
+def with_test_sets(config: Mapping[str, Any]) -> Evaluation:
+    """Return an evaluation with its test sets; :class:`DataError` or :class:`EvaluationError` without them."""
+    known = settings(config, {"model_name_or_path": "-"}, Path("-"))
+    return Evaluation(config, {str(d): load_test_set(known.task, known.task_dir, str(d)) for d in known.directions})
 
 
 def is_trained(job: Job) -> bool:
@@ -95,12 +110,15 @@ def is_trained(job: Job) -> bool:
     return job.cell is None or all(path.is_file() for path in written)
 
 
-def is_evaluated(job: Job) -> bool:
-    return (job.eval_folder / "results.json").is_file()
+def is_evaluated(job: Job, evaluation: str = TEST) -> bool:
+    """Return whether the host finished one of the job's evaluations."""
+    return (job.folder / evaluation / "results.json").is_file()
 
 
 def is_done(job: Job) -> bool:
-    return changed(job) is None and job.record.is_file() and is_trained(job) and is_evaluated(job)
+    """Return whether nothing is left to do of a job, and what is there was made of what it asks for."""
+    evaluated = all(is_evaluated(job, name) for name in job.evaluations)
+    return changed(job) is None and job.record.is_file() and is_trained(job) and evaluated
 
 
 def changed(job: Job) -> str | None:
@@ -109,19 +127,22 @@ def changed(job: Job) -> str | None:
     return ingredients.difference(before, job.made_of) if before is not None else None
 
 
-def make_ready(job: Job, test_sets: Mapping[str, TestSet]) -> None:
+def make_ready(job: Job) -> None:
     """Write the job's files. What was made of something else is removed, and the rest is there to be continued."""
     before = (read_json(job.record) or {}).get("made_of") or {}
     if ingredients.difference(before.get("training"), job.made_of["training"]) is not None or not before:
         shutil.rmtree(job.folder, ignore_errors=True)
-    elif ingredients.difference(before.get("evaluation"), job.made_of["evaluation"]) is not None:
-        (job.eval_folder / "results.json").unlink(missing_ok=True)
-        _make_room(job, test_sets)
+    else:
+        for name in job.evaluations:
+            if ingredients.difference(before.get(_RECORDED[name]), job.made_of[_RECORDED[name]]) is not None:
+                (job.folder / name / "results.json").unlink(missing_ok=True)
+                _make_room(job, name)
 
     if job.cell is not None:
         write_yaml(job.train_yaml, dict(job.cell.config), f"llamafactory-cli train {job.train_yaml}")
-    config = evaluation.eval_yaml(job.evaluation, job.model, job.eval_folder)
-    write_yaml(job.eval_yaml, config, f"llamafactory-cli eval {job.eval_yaml}")
+    for name, entry in job.evaluations.items():
+        path = job.yaml_of(name)
+        write_yaml(path, eval_yaml(entry.config, job.model, job.folder / name), f"llamafactory-cli eval {path}")
     mark_resumed(job, was_resumed(job))
 
 
@@ -133,10 +154,11 @@ def mark_resumed(job: Job, resumed: bool) -> None:
     write_json(job.record, {"id": job.id, "resumed": resumed, "made_of": job.made_of})
 
 
-def _make_room(job: Job, test_sets: Mapping[str, TestSet]) -> None:
+def _make_room(job: Job, name: str) -> None:
     """Remove an evaluation that this one cannot continue: other decoding, another template, other test sets."""
-    settings = evaluation.settings(job.evaluation, job.model, job.eval_folder)
+    entry, folder = job.evaluations[name], job.folder / name
+    fingerprints = {direction: test_set.fingerprint for direction, test_set in entry.test_sets.items()}
     try:
-        check_workspace(settings, {direction: test_set.fingerprint for direction, test_set in test_sets.items()})
+        check_workspace(settings(entry.config, job.model, folder), fingerprints)
     except EvaluationError:
-        shutil.rmtree(job.eval_folder)
+        shutil.rmtree(folder)

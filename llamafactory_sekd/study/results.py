@@ -19,7 +19,8 @@ Schema 1 of ``results.json``; within a version keys are only ever added. Every p
                                     interrupted, and the two times are those of the last piece alone
 - ``validation``                    null before; the ``eval_*`` entries of the model that was saved: the log's last, or
                                     with `load_best_model_at_end` the best; and ``nll``: ``eval_kd/ce``, or
-                                    ``eval_loss`` of a system that is trained by the host's SFT
+                                    ``eval_loss`` of a system that is trained by the host's SFT; with
+                                    `select.evaluation` also ``bleu``, ``chrf``, ``comet`` there, the average
 - ``history``                       path of ``trainer_state.json``, whose ``log_history`` holds loss and ``kd/*``
 - ``scores``                        null before the evaluation is done, else as in the evaluation's results.json:
                                     ``{direction or "average": {"bleu", "chrf", "comet"}}``
@@ -48,6 +49,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.data.files import write_atomic
+from llamafactory_sekd.evaluation.settings import METRICS
 
 
 SCHEMA_VERSION = 1
@@ -126,7 +128,8 @@ def _flat(cell: Cell, results: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield key, cell["axes"].get(key)
     for name in ("seconds", "steps", "samples_per_second"):
         yield name, (cell["training"] or {}).get(name)
-    yield from (cell["validation"] or {}).items()
+    for name, value in (cell["validation"] or {}).items():
+        yield (f"validation {name}" if name in METRICS else name), value
     for column in (*results["directions"], "average"):
         for metric in results["metrics"]:
             yield f"{column} {metric}", ((cell["scores"] or {}).get(column) or {}).get(metric)

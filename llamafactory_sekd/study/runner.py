@@ -10,7 +10,6 @@ from pathlib import Path
 
 from llamafactory_sekd.children import host_command, last_checkpoint, printable, run_child, training_share
 from llamafactory_sekd.data.files import locked
-from llamafactory_sekd.data.testsets import TestSet
 from llamafactory_sekd.errors import StudyError
 from llamafactory_sekd.study.jobs import Job, is_done, is_evaluated, is_trained, make_ready, mark_resumed
 from llamafactory_sekd.study.matrix import Cell
@@ -26,7 +25,8 @@ def typed_commands(job: Job) -> Iterator[str]:
     if job.cell is not None:
         variables = [f"{name}={value}" for name, value in _launch_environment(job.cell).items()]
         yield " ".join([*variables, printable(host_command("train", str(job.train_yaml)))])
-    yield printable(host_command("eval", str(job.eval_yaml)))
+    for name in job.evaluations:
+        yield printable(host_command("eval", str(job.yaml_of(name))))
 
 
 def _launch_environment(cell: Cell) -> dict[str, str]:
@@ -36,7 +36,6 @@ def _launch_environment(cell: Cell) -> dict[str, str]:
 
 def run_job(
     job: Job,
-    test_sets: Mapping[str, TestSet],
     environment: Mapping[str, str],
     report: Report,
     stop: threading.Event,
@@ -50,14 +49,20 @@ def run_job(
     with locked(lock, f"Another process is at work on {job.id}: wait for it to end.", error=StudyError):
         if is_done(job):
             return
-        make_ready(job, test_sets)
+        make_ready(job)
         if job.cell is not None:
             if not is_trained(job):
                 _train(job, environment, lambda share: report(_TRAINING_PART * share), stop)
             remove_checkpoints(job.model_folder)
-        if not is_evaluated(job):
-            start = _TRAINING_PART if job.cell is not None else 0.0
-            _evaluate(job, environment, lambda share: report(start + (1 - start) * share), stop)
+        start = _TRAINING_PART if job.cell is not None else 0.0
+        part = (1 - start) / len(job.evaluations)
+        for number, name in enumerate(job.evaluations):
+            if not is_evaluated(job, name):
+                _evaluate(job, name, environment, partial(_report_part, report, start + number * part, part), stop)
+
+
+def _report_part(report: Report, start: float, part: float, share: float) -> None:
+    report(start + part * share)
 
 
 def _train(job: Job, environment: Mapping[str, str], report: Report, stop: threading.Event) -> None:
@@ -75,15 +80,15 @@ def _train(job: Job, environment: Mapping[str, str], report: Report, stop: threa
     run_child(command, log, share_done, report, environment=environment, stop=stop)
 
 
-def _evaluate(job: Job, environment: Mapping[str, str], report: Report, stop: threading.Event) -> None:
-    directions = job.evaluation["directions"]
+def _evaluate(job: Job, name: str, environment: Mapping[str, str], report: Report, stop: threading.Event) -> None:
+    directions = job.evaluations[name].test_sets
 
     def translated() -> float:
-        finished = list((job.eval_folder / "hypotheses").glob("*/*.txt"))
+        finished = list((job.folder / name / "hypotheses").glob("*/*.txt"))
         return len(finished) / (len(directions) + 1)  # the last part is scoring
 
-    command = host_command("eval", str(job.eval_yaml))
-    run_child(command, job.folder / "eval.log", translated, report, environment=environment, stop=stop)
+    command = host_command("eval", str(job.yaml_of(name)))
+    run_child(command, job.folder / f"{name}.log", translated, report, environment=environment, stop=stop)
 
 
 def remove_checkpoints(model: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.errors import StudyError
+from llamafactory_sekd.evaluation.settings import METRICS
 from llamafactory_sekd.study.files import read_yaml
 
 
@@ -31,7 +32,7 @@ BASE = "base"
 _REQUIRED = ("output_dir", "train", "evaluation", "systems")
 # What a cell gets from the study itself.
 RESERVED = ("output_dir", "overwrite_output_dir", "seed", "resume_from_checkpoint")
-_SELECT_KEYS = ("key", "metric", "mode")
+_SELECT_KEYS = ("key", "metric", "mode", "evaluation")
 _CACHE_KEYS = ("folder", "format", "k", "dtype", "batch_size")
 
 
@@ -45,11 +46,15 @@ class TeacherCache:
 
 @dataclass(frozen=True)
 class Select:
-    """The key of the matrix whose best value is chosen per system, by which validation metric, ``min`` or ``max``."""
+    """The key of the matrix whose best value is chosen per system, by which validation metric, ``min`` or ``max``.
+
+    ``evaluation`` is the YAML of a validation set, where the metric is one of an evaluation's: BLEU, chrF2, COMET.
+    """
 
     key: str
     metric: str
     mode: str
+    evaluation: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -232,7 +237,18 @@ def _select(value: Any, matrix: Mapping[str, Any]) -> Select | None:
         return None
     if not isinstance(value, Mapping) or set(value) - set(_SELECT_KEYS) or "key" not in value:
         raise StudyError(f"`select` must be {{key: …, metric: nll, mode: min}}, not {value!r}.")
-    select = Select(value["key"], value.get("metric", "nll"), value.get("mode", "min"))
+    metric = value.get("metric", "nll")
+    translated = metric in METRICS
+    mode = value.get("mode", "max" if translated else "min")
+    if translated != ("evaluation" in value):
+        if translated:
+            raise StudyError(
+                f"`select.metric: {metric}` needs `select.evaluation`, the evaluation YAML of a validation set, such as "
+                "examples/yamls/eval_wmt21.yaml."
+            )
+        raise StudyError(f"`select.evaluation` has no effect on `metric: {metric}`: use {', '.join(METRICS)}.")
+    evaluation = Path(_text(value, "evaluation")) if translated else None
+    select = Select(value["key"], metric, mode, evaluation)
     if select.key not in matrix:
         raise StudyError(f"`select.key` is {select.key!r}, which is not a key of `matrix`.")
     if select.mode not in ("min", "max"):

@@ -52,6 +52,9 @@ def evaluate(config: dict) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(f"{line.lower()}\n" for line in test_set.references))
         scores = {"bleu": 10.0, "chrf": 20.0}
+        if out.name == "validation":  # the best learning rate is 0.002
+            rate = yaml.safe_load((out.parent / "train.yaml").read_text())["learning_rate"]
+            scores = {"bleu": 10 - abs(rate - 0.002) * 1000, "chrf": 20.0}
         system = {"scores": {"en-de": scores, "average": scores}, "guards": {"en-de": {"empty": 0.0}}}
         results = {"metrics": ["bleu", "chrf"], "skipped": {}, "systems": {"model": system}}
         (out / "results.json").write_text(json.dumps(results))

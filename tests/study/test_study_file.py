@@ -225,6 +225,14 @@ def test_bases_come_first_and_the_command_line_last():
             {"matrix": {"x": [1]}, "select": {"key": "x", "mode": "low"}},
             "`select.mode` must be min or max, not 'low'.",
         ),
+        (
+            {"matrix": {"x": [1]}, "select": {"key": "x", "metric": "bleu"}},
+            "`select.metric: bleu` needs `select.evaluation`, the evaluation YAML of a validation set",
+        ),
+        (
+            {"matrix": {"x": [1]}, "select": {"key": "x", "evaluation": "v.yaml"}},
+            "`select.evaluation` has no effect on `metric: nll`: use bleu, chrf, comet.",
+        ),
         ({"teacher_cache": {"folder": "x", "kind": 1}}, "`teacher_cache.kind` is unknown"),
         ({"teacher_cache": 3}, "`teacher_cache` must be a folder"),
         ({"prepare": "sekd demo"}, "`prepare` must be a list of commands"),

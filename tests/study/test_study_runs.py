@@ -270,6 +270,61 @@ def test_the_best_value_of_a_key_is_chosen_by_validation():
     assert results["selection"][0]["value"] == 0.001
 
 
+@pytest.fixture
+def by_bleu():
+    """A study that chooses its learning rate by BLEU on a validation set."""
+    Path("valid").mkdir()
+    Path("valid/en-de.en").write_text("The cat sleeps under the small table.\n")
+    Path("valid/en-de.de").write_text("Die Katze schläft unter dem kleinen Tisch.\n")
+    evaluation = yaml.safe_load(Path("eval.yaml").read_text())
+    Path("valid.yaml").write_text(yaml.safe_dump({**evaluation, "task_dir": "valid"}))
+    return {
+        **STUDY,
+        "seeds": [1],
+        "matrix": {"learning_rate": [0.001, 0.002, 0.003]},
+        "select": {"key": "learning_rate", "metric": "bleu", "evaluation": "valid.yaml"},
+    }
+
+
+def test_the_best_value_of_a_key_is_chosen_by_the_bleu_of_a_validation_set(by_bleu):
+    write(by_bleu)
+    assert run()[0] == []
+    results = json.loads(Path("out/results.json").read_text())
+    assert [(each["system"], each["value"], each["mode"]) for each in results["selection"]] == [
+        ("A", 0.002, "max"),
+        ("B", 0.002, "max"),
+    ]
+    assert [row["mean"] for row in results["selection"][0]["by_value"]] == pytest.approx([9.0, 10.0, 9.0])
+    cell = results["cells"][0]
+    assert (cell["validation"]["bleu"], cell["validation"]["nll"]) == pytest.approx((9.0, 1.101))
+    assert cell["scores"]["average"] == {"bleu": 10.0, "chrf": 20.0}  # the test set's, as ever
+    rows = list(csv.DictReader(Path("out/results.csv").read_text().splitlines()))
+    assert (rows[0]["average bleu"], float(rows[0]["validation bleu"])) == ("10.0", pytest.approx(9.0))
+    folder = Path("out/cells/a-learning_rate=0.001-seed=1")
+    assert yaml.safe_load((folder / "validation.yaml").read_text())["task_dir"] == "valid"
+    assert sum(what == "eval" for what, *_ in starts()) == 1 + 2 * 6  # the teacher is not chosen
+    assert run()[0] == []
+    assert starts() == []
+
+
+def test_a_validation_set_that_is_added_later_is_all_that_is_run(by_bleu):
+    write({**by_bleu, "select": {"key": "learning_rate"}})
+    run()
+    starts()
+    write(by_bleu)
+    assert run()[0] == []
+    ran = starts()
+    assert [what for what, *_ in ran] == ["eval"] * 6
+    assert "teacher" not in [folder for _, folder, _ in ran]
+
+
+def test_a_setting_is_not_chosen_on_the_test_set(by_bleu):
+    write({**by_bleu, "select": {**by_bleu["select"], "evaluation": "eval.yaml"}})
+    with pytest.raises(StudyError, match="holds the study's own test set of en-de"):
+        run()
+    assert starts() == []
+
+
 def test_what_json_has_no_number_for_is_text():
     write({**STUDY, "systems": {"A": {}}, "matrix": {"kd_gamma": [float("inf"), 0.4]}, "seeds": [1]})
     assert run()[0] == []
