@@ -75,8 +75,8 @@ def _check_apart(test: Evaluation, validation: Evaluation) -> None:
     for direction, validated in validation.test_sets.items():
         if validated.fingerprint in tested:
             raise StudyError(
-                f"`select.evaluation` holds the study's own test set of {direction}, and a setting must not be chosen on "
-                "the test set: name a validation set."
+                f"`select.evaluation` holds the study's own test set of {direction}, and a setting must not be chosen "
+                "on the test set: name a validation set."
             )
 
 

@@ -243,8 +243,8 @@ def _select(value: Any, matrix: Mapping[str, Any]) -> Select | None:
     if translated != ("evaluation" in value):
         if translated:
             raise StudyError(
-                f"`select.metric: {metric}` needs `select.evaluation`, the evaluation YAML of a validation set, such as "
-                "examples/yamls/eval_wmt21.yaml."
+                f"`select.metric: {metric}` needs `select.evaluation`, the evaluation YAML of a validation set, such "
+                "as examples/yamls/eval_wmt21.yaml."
             )
         raise StudyError(f"`select.evaluation` has no effect on `metric: {metric}`: use {', '.join(METRICS)}.")
     evaluation = Path(_text(value, "evaluation")) if translated else None
