@@ -56,6 +56,7 @@ class Pair:
 
     @property
     def reversed(self) -> Pair:
+        """Return the pair for the opposite direction."""
         return Pair(self.target, self.source, self.file, self.line)
 
 
@@ -66,6 +67,7 @@ class Findings:
     items: list[tuple[Problem, str, int]] = field(default_factory=list)
 
     def add(self, problem: Problem, pair: Pair) -> None:
+        """Record a problem of a pair."""
         self.items.append((problem, pair.file, pair.line))
 
     def summary(self) -> str:

@@ -29,6 +29,7 @@ VALIDATION_NAME = "wmt21_valid"
 
 
 def alma_name(direction: Direction) -> str:
+    """Return the name of a direction's training set: ``alma_en_de``."""
     return f"alma_{direction.slug}"
 
 
@@ -38,10 +39,12 @@ def joint_alma_name(languages: Sequence[str]) -> str:
 
 
 def wmt21_name(direction: Direction) -> str:
+    """Return the name of a direction's validation set: ``wmt21_en_de``."""
     return f"wmt21_{direction.slug}"
 
 
 def wmt22_name(direction: Direction) -> str:
+    """Return the name of a direction's test set: ``wmt22_en_de``."""
     return f"wmt22_{direction.slug}"
 
 

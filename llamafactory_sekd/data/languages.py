@@ -94,6 +94,7 @@ class Direction:
 
     @property
     def reversed(self) -> Direction:
+        """Return the opposite direction."""
         return Direction(self.target, self.source)
 
     @property

@@ -31,6 +31,7 @@ def alma_stem(direction: Direction, split: str) -> str:
 
 
 def is_alma_direction(direction: Direction) -> bool:
+    """Tell whether ALMA has this direction: English is on one side of all its pairs."""
     return "en" in (direction.source, direction.target)
 
 

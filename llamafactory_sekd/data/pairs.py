@@ -33,12 +33,14 @@ class Corpus:
         raise ArgumentError("Give either --src FILE and --tgt FILE, or --tsv FILE.")
 
     def read(self) -> list[Pair]:
+        """Return the pairs of the files."""
         if len(self.files) == 1:
             return read_tsv_pairs(self.files[0])
         source, target = self.files
         return read_text_pairs(source, target, names=(source.name, target.name))
 
     def identity(self) -> list[dict[str, str]]:
+        """Return the names and digests of the files, for the manifest."""
         return [{"name": path.name, "sha256": sha256_of(path)} for path in self.files]
 
 

@@ -47,9 +47,11 @@ class DirectorySource:
         self.root = alma_root(directory)
 
     def read(self, direction: Direction, split: str) -> list[Pair]:
+        """Return the pairs of a direction and a split."""
         return read_alma(self.root, direction, split)
 
     def request(self, wanted: list[tuple[Direction, str]]) -> dict[str, Any]:
+        """Return what the manifest records of the files that ``wanted`` needs."""
         files: list[Path] = []
         for direction, split in wanted:
             found = alma_files(self.root, direction, split)
@@ -62,6 +64,7 @@ class DirectorySource:
         }
 
     def revision(self) -> dict[str, Any]:
+        """Return what the manifest records of the source's version."""
         return {"kind": "directory", "revision": _git_revision(self.directory)}
 
 
@@ -74,6 +77,7 @@ class HubSource:
         self.revisions: dict[str, str | None] = {train: None, test: None}
 
     def read(self, direction: Direction, split: str) -> list[Pair]:
+        """Return the pairs of a direction and a split."""
         other = direction.source if direction.target == "en" else direction.target
         if split == "test":
             # The test sets keep the pair in a column named like the configuration.
@@ -82,9 +86,11 @@ class HubSource:
         return self._load(self.train, f"{other}-en", hub_split, "translation", direction)
 
     def request(self, wanted: list[tuple[Direction, str]]) -> dict[str, Any]:
+        """Return what the manifest records of the files that ``wanted`` needs."""
         return {"kind": "hub", "repositories": [self.train, self.test]}
 
     def revision(self) -> dict[str, Any]:
+        """Return what the manifest records of the source's version."""
         return {"kind": "hub", "revision": self.revisions}
 
     def _load(self, repository: str, config: str, split: str, column: str, direction: Direction) -> list[Pair]:

@@ -44,17 +44,21 @@ class Places:
 
     @property
     def data(self) -> Path:
+        """Return the folder of the data."""
         return self.work / "data"
 
     @property
     def evaluation(self) -> Path:
+        """Return the folder of the evaluation."""
         return self.work / "eval"
 
     @property
     def report(self) -> Path:
+        """Return the path of the report."""
         return self.work / "report.html"
 
     def model(self, name: str) -> Path:
+        """Return the folder of a model."""
         return self.work / "models" / name
 
     def results(self, everything: bool) -> Iterator[tuple[str, str]]:
@@ -70,6 +74,7 @@ class Places:
             yield "Report:", str(self.report.resolve())
 
     def log(self, name: str) -> Path:
+        """Return the path of a step's log."""
         return self.work / "logs" / f"{name}.log"
 
 

@@ -67,10 +67,12 @@ class Row:
 
     @property
     def label(self) -> str:
+        """Return the system's name in the report."""
         return LABELS.get(self.name, (self.name, ""))[0]
 
     @property
     def remark(self) -> str:
+        """Return what the report says next to the name."""
         return LABELS.get(self.name, ("", ""))[1]
 
 
@@ -97,10 +99,12 @@ class Contents:
 
     @property
     def new(self) -> int:
+        """Return how many test sentences are not in the training text."""
         return self.sentences - self.duplicates
 
     @property
     def baseline_label(self) -> str:
+        """Return the baseline's name in the report."""
         return LABELS.get(self.baseline, (self.baseline, ""))[0]
 
 

@@ -39,4 +39,5 @@ def moved(config: dict[str, Any], home: str, work: Path, prefix: str = "") -> li
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the content of a YAML file."""
     return yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -30,6 +30,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
@@ -42,6 +43,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_lines(path: Path, lines: list[str]) -> None:
+    """Write one line per entry."""
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 

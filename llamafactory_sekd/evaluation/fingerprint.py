@@ -51,6 +51,7 @@ class Digests:
         self._known: dict[str, list[Any]] = known if isinstance(known, dict) else {}
 
     def of_file(self, file: Path) -> str:
+        """Return the SHA-256 of a file; one that has the same size and time as before is not read again."""
         status = file.stat()
         key = str(file.resolve())
         stamp = [status.st_size, status.st_mtime_ns]

@@ -24,6 +24,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
+        """Tell whether this rank writes what is written once."""
         return self.rank == 0
 
     def share(self, items: list[T]) -> list[T]:

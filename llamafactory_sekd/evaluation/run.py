@@ -35,6 +35,7 @@ class Prepared:
 
     @property
     def fingerprints(self) -> dict[str, str]:
+        """Return the fingerprint of each direction's test set."""
         return {str(direction): test_set.fingerprint for direction, test_set in self.test_sets.items()}
 
 

@@ -35,6 +35,7 @@ def surface_metric(name: str, target_language: str) -> Metric:
 
 
 def score_corpus(metric: Metric, hypotheses: Sequence[str], references: Sequence[str]) -> Score:
+    """Return a corpus score of sacrebleu and its signature."""
     score = metric.corpus_score(list(hypotheses), [list(references)])
     return Score(score.score, str(metric.get_signature()))
 

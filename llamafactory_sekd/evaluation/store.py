@@ -138,6 +138,7 @@ class Part:
         self._start = _header(fingerprint)
 
     def append(self, records: Iterable[Record]) -> None:
+        """Append records, each as one line."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._path, "a", encoding="utf-8", newline="\n") as file:
             file.write(self._start + "".join(_line(record) for record in records))

@@ -37,6 +37,7 @@ class _Job:
 
 
 def hypotheses_folder(settings: Settings, system: System) -> Path:
+    """Return the folder of a system's translations."""
     return settings.save_dir / "hypotheses" / system.name
 
 

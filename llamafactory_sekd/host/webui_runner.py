@@ -156,10 +156,12 @@ class SharedChild:
 
     @property
     def pid(self) -> int:
+        """Return the child's process id."""
         return self.child.pid
 
     @property
     def returncode(self) -> int | None:
+        """Return the child's exit status, None while it runs."""
         return self.child.returncode
 
     def communicate(self, timeout: float) -> tuple[str, str]:

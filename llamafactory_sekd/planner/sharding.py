@@ -35,14 +35,17 @@ class Sharding:
 
     @property
     def shards_optimizer(self) -> bool:
+        """Tell whether each rank holds a part of the optimizer's states."""
         return self.stage >= 1
 
     @property
     def shards_gradients(self) -> bool:
+        """Tell whether each rank holds a part of the gradients."""
         return self.stage >= 2
 
     @property
     def shards_parameters(self) -> bool:
+        """Tell whether each rank holds a part of the weights."""
         return self.stage >= 3
 
 

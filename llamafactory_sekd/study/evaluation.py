@@ -40,6 +40,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 
 
 def settings(config: Mapping[str, Any], model: Mapping[str, Any], save_dir: Path) -> Settings:
+    """Return the checked settings of one model's evaluation."""
     return parse_settings(eval_yaml(config, model, save_dir), "the study's `evaluation`")
 
 

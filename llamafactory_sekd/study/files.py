@@ -38,5 +38,6 @@ def read_yaml(path: Path, overrides: Sequence[str] = (), beneath: dict[str, Any]
 
 
 def write_yaml(path: Path, config: dict[str, Any], comment: str) -> None:
+    """Write a YAML file with a comment, a command as a rule, in its first line."""
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=119)
     write_atomic(path, f"# {comment}\n{text}".encode())

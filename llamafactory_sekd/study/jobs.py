@@ -45,14 +45,17 @@ class Job:
 
     @property
     def model_folder(self) -> Path:
+        """Return the folder of the trained model."""
         return self.folder / "model"
 
     @property
     def eval_folder(self) -> Path:
+        """Return the folder of the evaluation on the test sets."""
         return self.folder / TEST
 
     @property
     def train_yaml(self) -> Path:
+        """Return the path of the training YAML."""
         return self.folder / "train.yaml"
 
     def yaml_of(self, evaluation: str) -> Path:
@@ -61,6 +64,7 @@ class Job:
 
     @property
     def record(self) -> Path:
+        """Return the path of the file that says what the folder was made of."""
         return self.folder / "cell.json"
 
 
@@ -147,10 +151,12 @@ def make_ready(job: Job) -> None:
 
 
 def was_resumed(job: Job) -> bool:
+    """Tell whether the job's training was interrupted and continued."""
     return bool((read_json(job.record) or {}).get("resumed"))
 
 
 def mark_resumed(job: Job, resumed: bool) -> None:
+    """Record what the job is made of, and whether its training was interrupted."""
     write_json(job.record, {"id": job.id, "resumed": resumed, "made_of": job.made_of})
 
 

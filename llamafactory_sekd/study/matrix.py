@@ -43,10 +43,12 @@ class Cell:
 
     @property
     def model(self) -> Path:
+        """Return the folder of the trained model."""
         return self.folder / "model"
 
     @property
     def is_distillation(self) -> bool:
+        """Tell whether the run is one of the distillation stage."""
         return self.config.get("stage") == STAGE
 
 

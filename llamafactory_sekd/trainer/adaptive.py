@@ -135,4 +135,5 @@ class EndOfStep(TrainerCallback):
         self.accelerator = accelerator
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Move the adaptive values on."""
         self.adaptive.advance(self.accelerator)

@@ -80,6 +80,7 @@ class WriteTokenTable(TrainerCallback):
         self.accelerator = accelerator
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the table of tokens."""
         total = self.sums.total(self.accelerator)
         if args.should_save:
             write_table(total, kwargs["processing_class"], args.output_dir)

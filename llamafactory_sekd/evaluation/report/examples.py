@@ -33,6 +33,7 @@ class Example:
 
     @property
     def spread(self) -> float:
+        """Return how far the best and the worst translation are apart in sentence chrF2."""
         return self.outputs[0].chrf - self.outputs[-1].chrf
 
 

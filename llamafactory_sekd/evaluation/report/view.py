@@ -42,10 +42,12 @@ class Cell:
 
     @property
     def text(self) -> str:
+        """Return the score as it is printed."""
         return "–" if self.value is None else f"{self.value:.1f}".replace("-", "−")
 
     @property
     def delta_text(self) -> str:
+        """Return the difference to the baseline as it is printed, with † where it is significant."""
         if self.delta is None:
             return ""
         shown = f"{self.delta:+.1f}".replace("-", "−")
@@ -90,6 +92,7 @@ class View:
 
     @property
     def other_metrics(self) -> tuple[str, ...]:
+        """Return the metrics that have a table of their own."""
         return tuple(metric for metric in self.metrics if metric not in self.main_metrics)
 
 

@@ -55,9 +55,11 @@ class Group:
 
     @property
     def trained(self) -> bool:
+        """Tell whether the group was trained, and not only evaluated."""
         return None not in self.cells
 
     def value(self, key: str) -> Any:
+        """Return the group's value of a key of the matrix, None where the key has no effect on it."""
         return dict(self.point).get(key)
 
     def scores(self, column: str, metric: str) -> Summary | None:
@@ -87,18 +89,22 @@ class Study:
 
     @property
     def spec(self) -> Mapping[str, Any]:
+        """Return the study file as it ran."""
         return self.results["spec"]
 
     @property
     def directions(self) -> tuple[str, ...]:
+        """Return the directions of the evaluation."""
         return tuple(self.results["directions"])
 
     @property
     def baseline(self) -> str | None:
+        """Return the name of the system that differences are against."""
         return self.spec.get("baseline")
 
     @property
     def teacher(self) -> str | None:
+        """Return the name of the model that similarity is measured to."""
         return self.spec.get("teacher")
 
     @property
@@ -176,4 +182,5 @@ def shown(value: Any) -> str:
 
 
 def is_number(value: Any) -> bool:
+    """Tell whether a value is a number; a boolean is none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

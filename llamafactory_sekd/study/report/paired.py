@@ -36,6 +36,7 @@ class Difference:
 
     @property
     def value(self) -> float:
+        """Return the mean difference over the pairs of seeds."""
         return sum(self.seeds) / len(self.seeds)
 
     @property

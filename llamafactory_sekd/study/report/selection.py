@@ -25,6 +25,7 @@ class Choice:
 
     @property
     def value(self) -> Any:
+        """Return the chosen value."""
         return self.group.value(self.key)
 
     @property

@@ -63,10 +63,12 @@ def rows_of(
 
 
 def role_of(study: Study, group: Group) -> str:
+    """Return `baseline` or `teacher` where a group has that part, else nothing."""
     return {study.baseline: "baseline", study.teacher: "teacher"}.get(group.system, "")
 
 
 def heads_of(keys: Sequence[str]) -> tuple[str, ...]:
+    """Return the heads of a table's first columns."""
     return ("system", *map(symbol, keys))
 
 

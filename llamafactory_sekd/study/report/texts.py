@@ -28,6 +28,7 @@ class Texts:
         self._statistics: dict[tuple[str, str, str], np.ndarray] = {}
 
     def test_set(self, direction: str) -> TestSet:
+        """Return the test set of a direction."""
         if direction not in self._test_sets:
             where = self._study.results["test_set"]
             self._test_sets[direction] = load_test_set(where["task"], where["task_dir"], direction)

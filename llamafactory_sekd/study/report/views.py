@@ -27,6 +27,7 @@ class Views:
 
     @cached_property
     def chosen(self) -> tuple[Choice, ...]:
+        """Return each system at its own best value, where one was selected."""
         return choices(self.study)
 
     @cached_property
@@ -49,10 +50,12 @@ class Views:
 
     @cached_property
     def looks(self) -> dict[str, Look]:
+        """Return color, marker and line of each system."""
         return looks(self.study)
 
     @cached_property
     def texts(self) -> Texts:
+        """Return the translations and references."""
         return Texts(self.study)
 
     @cached_property
@@ -76,6 +79,7 @@ class Views:
 
     @cached_property
     def histories(self) -> Histories:
+        """Return the logs of the trainings."""
         return Histories(self.study.root)
 
     @cached_property

@@ -37,10 +37,12 @@ class EvaluationProcess:
 
     @property
     def running(self) -> bool:
+        """Tell whether the evaluation is running."""
         return self._child is not None and self._child.poll() is None
 
     @property
     def return_code(self) -> int | None:
+        """Return the exit status, None before the end."""
         return None if self._child is None else self._child.poll()
 
     @staticmethod

@@ -95,6 +95,7 @@ def selection_plot(study: Study, chosen: Sequence[Choice], looks: Mapping[str, L
 
 
 def axis_name(key: str) -> str:
+    """Return the label of a key's axis: its symbol, then its name."""
     return key if symbol(key) == key else f"{symbol(key)} ({key})"
 
 

@@ -51,6 +51,7 @@ class Runs:
     title: str = ""
 
     def curves(self, panel: Panel) -> dict[Group, Curve]:
+        """Return the curve of each group that has one."""
         found = {group: self._curve(panel, group) for group in self.names}
         return {group: curve for group, curve in found.items() if curve is not None}
 

@@ -31,6 +31,7 @@ SEPARATOR = " · "
 
 
 def sections(views: Views) -> Iterator[Section | None]:
+    """Yield the sections about scores."""
     if not views.study.groups and not views.study.models:
         return
     if views.chosen:
@@ -72,6 +73,7 @@ def _scores(views: Views, title: str, groups: Sequence[Group], compare: Compare,
 
 
 def how_it_was_tested(views: Views) -> str:
+    """Return how significance was tested, in words."""
     text = (
         f"Paired bootstrap: the test sentences were resampled {SAMPLES:,} times, the same resamples for every system "
         "and seed; each seed is paired with the baseline's same seed, and the differences are averaged over pairs. "

@@ -15,6 +15,7 @@ _OF_A_CELL = {"output_dir", "seed", "data_seed", "overwrite_output_dir", "report
 
 
 def facts(views: Views) -> Iterator[tuple[str, str]]:
+    """Yield the facts at the top of the report: name and text."""
     study = views.study
     yield "test set", str(study.results["test_set"]["task"])
     for direction in study.directions if views.unreadable is None else ():
@@ -28,6 +29,7 @@ def facts(views: Views) -> Iterator[tuple[str, str]]:
 
 
 def sections(views: Views) -> Iterator[Section | None]:
+    """Yield the sections about settings."""
     names = short_names(views.groups)
     configs = {names[group]: dict(group.config) for group in views.groups if group.trained}
     if not configs:

@@ -28,6 +28,7 @@ _END = {
 
 
 def sections(views: Views) -> Iterator[Section | None]:
+    """Yield the sections about training."""
     groups = [group for group in views.groups if group.trained]
     if not groups:
         return
