@@ -205,7 +205,7 @@ class DistillationArguments:
         return default if self.kd_compile is None else self.kd_compile
 
     def objective_keywords(self) -> dict[str, Any]:
-        """The keyword arguments of ``objectives.distillation_loss`` (what moves, as at the start of training)."""
+        """Return the keyword arguments of ``objectives.distillation_loss``, those that move as at the start."""
         return {
             "kd_loss": self.kd_loss,
             "kd_lambda": self.kd_lambda,

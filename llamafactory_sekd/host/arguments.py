@@ -120,7 +120,7 @@ def check_together(host_parse: Callable[..., tuple[Any, ...]]) -> Callable[..., 
 
 
 def check_run(args: Any, *, machine: bool = True) -> None:
-    """The same checks on the keys of a run as attributes of one object, before the host has parsed them (web UI).
+    """Run the same checks on the keys of a run as attributes of one object, before the host parses them (web UI).
 
     Args:
         args: the keys.

@@ -42,7 +42,7 @@ _HEADROOM = 1.05
 def fingerprints_of(
     tokenizer: Any, template: Any, model_args: Any, data_args: Any, finetuning_args: Any
 ) -> Fingerprints:
-    """What decides the examples' ids and, where the run names a teacher, the teacher's answers."""
+    """Return what decides the examples' ids and, where the run names a teacher, the teacher's answers."""
     encoded = template.encode_multiturn(tokenizer, [dict(message) for message in _CONVERSATION], None, None)
     return Fingerprints(
         data={
@@ -65,7 +65,7 @@ def used_ids(tokenizer: Any) -> int:
 
 
 def autocast_type(accelerator: Any) -> torch.dtype | None:
-    """The type that products are cast to in mixed precision; None without."""
+    """Return the type that products are cast to in mixed precision; None without."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
 
 
@@ -180,7 +180,7 @@ def _compute(plan: Plan, session: Session, data: Tokenised, batch_size: int) -> 
 
 
 def _for_building(config: dict[str, Any]) -> dict[str, Any]:
-    """The training configuration without what only training needs; nothing is written to its output folder."""
+    """Return the training configuration without what only training needs; nothing is written to its output folder."""
     if config.get("stage") != STAGE:
         raise ArgumentError(
             f"`stage: {config.get('stage')}` has no teacher: give the YAML of a run with `stage: {STAGE}`."
@@ -219,7 +219,7 @@ def _teacher_fields(model_args: Any, finetuning_args: Any) -> dict[str, Any]:
 
 
 def _weights_of(name: str) -> str:
-    """The content of a local folder; of a hub id the commit, which stands for the content."""
+    """Return the content of a local folder; of a hub id the commit, which stands for the content."""
     if Path(name).expanduser().is_dir():
         return fingerprints.of_folder(Path(name).expanduser())
 
@@ -253,7 +253,7 @@ def _announce(plan: Plan, session: Session, data: Tokenised, say: Callable[[str]
 
 
 def _expected(settings: Settings, data: Tokenised) -> Manifest:
-    """The manifest of a cache that is not there yet, from the teacher's configuration alone."""
+    """Return the manifest of a cache that is not there yet, from the teacher's configuration alone."""
     from llamafactory.model import load_config
 
     config = load_config(teacher_model_arguments(data.model_args, data.finetuning_args)).get_text_config()

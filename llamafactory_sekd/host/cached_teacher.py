@@ -77,7 +77,7 @@ class CacheOfRun:
         return None if self.manifest is None else self.manifest.vocab_size
 
     def make_teacher(self, make_online: Callable[[Any], Teacher] | None, accelerator: Any) -> TeacherSource:
-        """The teacher that the trainer asks; `make_online` makes the one that is needed where something is missing."""
+        """Return the teacher that the trainer asks; `make_online` makes the one needed where something is missing."""
         if self.session is None:
             assert self.manifest is not None
             return CachedTeacher(self.directory, self.manifest.kept(), self.device, self._text)
@@ -150,7 +150,7 @@ class _Keep(TrainerCallback):
 
 
 def _datasets(trainer_arguments: dict[str, Any], training_args: Any) -> list[Any]:
-    """The data sets that the run will ask the teacher about; none where they are streamed, read only as they come."""
+    """Return the data sets that the run will ask the teacher about; none where they are streamed."""
     found = [trainer_arguments.get("train_dataset")] if training_args.do_train else []
     evaluation = trainer_arguments.get("eval_dataset")
     if training_args.do_eval and not training_args.predict_with_generate:

@@ -73,7 +73,7 @@ def end_rank_with_launcher() -> None:
 
 
 def describe() -> str:
-    """The plug-in's part of ``llamafactory-cli env``: its version and its patches."""
+    """Return the plug-in's part of ``llamafactory-cli env``: its version and its patches."""
     from llamafactory_sekd.host.patches import PATCHES
 
     lines = [f"- `llamafactory_sekd` version: {__version__} (supports LLaMA-Factory {versions.SUPPORTED})"]

@@ -96,7 +96,7 @@ def _apply_one(patch: Patch, module: ModuleType) -> None:
 
 
 def applied() -> list[str]:
-    """The dotted names that are patched in this process, in the order of application."""
+    """Return the dotted names that are patched in this process, in the order of application."""
     return list(_originals)
 
 

@@ -10,7 +10,7 @@ from llamafactory_sekd.arguments import AUTO, SELF, DistillationArguments
 
 
 def teacher_identity(model_args: Any, finetuning_args: DistillationArguments) -> tuple[str, str | None, int | None]:
-    """What decides the teacher's answers: its model, its adapters, its bits; `self` is the student's base."""
+    """Return what decides the teacher's answers: its model, its adapters, its bits; `self` is the student's base."""
     adapters = finetuning_args.teacher_model_adapters
     if finetuning_args.teacher_model == SELF:
         return model_args.model_name_or_path, adapters, model_args.quantization_bit
@@ -19,7 +19,7 @@ def teacher_identity(model_args: Any, finetuning_args: DistillationArguments) ->
 
 
 def teacher_model_arguments(model_args: Any, finetuning_args: DistillationArguments) -> Any:
-    """The host's model arguments for a teacher that is loaded: the student's with our keys, as for a reference."""
+    """Return the host's model arguments for a teacher that is loaded: the student's with our keys."""
     model, adapters, quantization_bit = teacher_identity(model_args, finetuning_args)
     copy = copy_model_arguments(
         model_args,
@@ -36,7 +36,7 @@ def teacher_model_arguments(model_args: Any, finetuning_args: DistillationArgume
 
 
 def own_device(finetuning_args: DistillationArguments) -> torch.device | None:
-    """The device of the teacher's own, None where it stands with the student."""
+    """Return the teacher's own device, None where it shares the student's."""
     name = finetuning_args.teacher_model_device
     return None if name == AUTO else torch.device(name)
 

@@ -162,7 +162,7 @@ def _check_shared(model_args: Any, finetuning_args: Any, fsdp: bool) -> None:
 
 
 def _zero_stage(training_args: Any) -> int | None:
-    """The student's stage of ZeRO, None without DeepSpeed; a file that cannot be read is left to others to refuse."""
+    """Return the student's ZeRO stage, None without DeepSpeed; others refuse a file that cannot be read."""
     source = getattr(training_args, "deepspeed", None)
     if not source:
         launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "") == "true"

@@ -43,7 +43,7 @@ def parse(config: Mapping[str, Any]) -> Parsed:
 
     class TrainingArguments(parser.TrainingArguments):
         def __post_init__(self) -> None:
-            """Looks for devices and starts DeepSpeed, which a plan must not."""
+            """Leave out what looks for devices and starts DeepSpeed."""
 
     classes = [
         parser.ModelArguments,
@@ -170,7 +170,7 @@ def _build_student(parsed: Parsed, config: Any) -> nn.Module:
 
 
 def _build(config: Any, model_args: Any, is_trainable: bool) -> nn.Module:
-    """A model as the host's `load_model` makes it, up to the adapters."""
+    """Return a model as the host's `load_model` makes it, up to the adapters."""
     from llamafactory.model import load_tokenizer
     from llamafactory.model.patcher import patch_config, patch_model
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -194,7 +194,7 @@ def _build(config: Any, model_args: Any, is_trainable: bool) -> nn.Module:
 
 
 def _weightless(model_args: Any) -> Any:
-    """The arguments without what would read weights or call for a device; sizes of adapters come from `lora_rank`."""
+    """Return the arguments without what reads weights or needs a device; `lora_rank` gives the adapters' sizes."""
     flash_attn = "sdpa" if str(model_args.flash_attn) == "fa2" else model_args.flash_attn  # as little memory
     return copy_model_arguments(
         model_args, adapter_name_or_path=None, quantization_bit=None, flash_attn=flash_attn, resize_vocab=False
@@ -238,7 +238,7 @@ def missing_tokenizer(parsed: Parsed) -> str:
 
 
 def vocabulary_line(parsed: Parsed) -> str:
-    """What the objective reads of two heads of different sizes; empty where they are the same.
+    """Return what the objective reads of two heads of different sizes; empty where they are the same.
 
     Raises:
         TeacherError: a head is smaller than the tokenizer.

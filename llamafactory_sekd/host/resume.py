@@ -44,7 +44,7 @@ def resume_from_whole_checkpoint(training_args: Any) -> None:
 
 
 def teacher_fingerprint(model_args: Any, training_args: Any, finetuning_args: DistillationArguments) -> str | None:
-    """What a checkpoint records of the teacher: a digest of its files, or its hub id; None where nothing is saved.
+    """Return what a checkpoint records of the teacher: a digest or its Hub id; None where nothing is saved.
 
     Reads every byte of the teacher's files, on the process that writes checkpoints only.
     """

@@ -17,7 +17,7 @@ REMEDY = '`pip install "llamafactory>=0.9.4,<0.10"`'
 
 
 def host_version() -> str:
-    """The installed version of LLaMA-Factory, or "unknown" where it runs from a plain folder."""
+    """Return the installed version of LLaMA-Factory, or "unknown" where it runs from a plain folder."""
     try:
         return metadata.version("llamafactory")
     except metadata.PackageNotFoundError:

@@ -108,7 +108,7 @@ def _move_after(parent: Any, element: Any, place: Any) -> None:
 
 
 def extend_locales(host_locales: dict[str, Any]) -> dict[str, Any]:
-    """The host's labels with ours."""
+    """Return the host's labels with ours."""
     from llamafactory_sekd.webui.labels import element_labels
 
     return {**host_locales, **element_labels()}

@@ -27,7 +27,7 @@ _READ_BY_OUR_SECTIONS = (
 
 
 def model_path(name: str | None) -> str | None:
-    """The host's path of a model in its list; anything else is a path already."""
+    """Return the host's path of a model in its list; anything else is a path already."""
     return get_model_path(name) if name in SUPPORTED_MODELS else name
 
 
@@ -45,12 +45,12 @@ def list_teachers() -> list[str]:
 
 
 def list_adapters(teacher: str | None) -> list[str]:
-    """The adapters that were trained from a teacher."""
+    """Return the adapters that were trained from a teacher."""
     return _checkpoints(_folder_of(teacher), "lora")
 
 
 def page_of(engine: Any) -> Page:
-    """The page around our sections; the training tab must have been built."""
+    """Return what the page around our sections offers; the training tab must have been built."""
     from llamafactory_sekd.arguments import KEYS
 
     names = (*_READ_BY_OUR_SECTIONS, *(f"train.{key}" for key in KEYS))
@@ -67,7 +67,7 @@ def page_of(engine: Any) -> Page:
 
 
 def _folder_of(model: str | None) -> str:
-    """The name under which the host saves what is trained from a model."""
+    """Return the name under which the host saves what is trained from a model."""
     return model if model is not None and model in SUPPORTED_MODELS else "Custom"
 
 
@@ -115,7 +115,7 @@ def _teacher_arguments(values: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _shared_arguments() -> dict[str, Any]:
-    """What the host's page gives to every model that it loads."""
+    """Return what the host's page gives to every model that it loads."""
     cache_dir = load_config().get("cache_dir")
     return {"trust_remote_code": True, **({"cache_dir": cache_dir} if cache_dir else {})}
 

@@ -151,7 +151,7 @@ class SharedChild:
 
     @classmethod
     def of(cls, child: Any) -> SharedChild:
-        """The child, shared once."""
+        """Return the child, shared once."""
         return child if isinstance(child, cls) else cls(child)
 
     @property

@@ -12,7 +12,7 @@ LOGITS_BUDGET = 256 * 2**20
 def default_chunk_size(
     vocab_size: int, dtype: torch.dtype = torch.float32, *, budget_bytes: int = LOGITS_BUDGET
 ) -> int:
-    """The number of tokens whose logits, student's and teacher's, fit the budget.
+    """Return the number of tokens whose logits, student's and teacher's, fit the budget.
 
     Args:
         vocab_size: the number of vocabulary entries.

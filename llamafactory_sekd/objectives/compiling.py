@@ -50,7 +50,7 @@ class Compiled:
 
 @cache
 def compiled(function: Callable[..., torch.Tensor]) -> Compiled:
-    """The compiled form of a function, one for the whole process."""
+    """Return the compiled form of a function, one for the process."""
     return Compiled(function)
 
 

@@ -131,7 +131,7 @@ def fused_distillation(
     compile: bool = False,
     **settings: Any,
 ) -> FusedOutput:
-    """The same for any teacher that can write the logits of a few tokens.
+    """Compute the same for any teacher that can write the logits of a few tokens.
 
     Args:
         student_hidden, student_head, labels, num_items, chunk_size, student_bias, compile: as in

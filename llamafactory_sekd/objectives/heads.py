@@ -23,7 +23,7 @@ class LogitsSource(Protocol):
     may_be_infinite: bool
 
     def __len__(self) -> int:
-        """The number of tokens."""
+        """Return the number of tokens."""
 
     def logits(self, tokens: slice | torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Write the logits of some tokens to the first rows of `out`, `[chunk, vocab]`, and return these rows.
@@ -64,7 +64,7 @@ class Head:
         return len(self.hidden)
 
     def rows(self, tokens: slice | torch.Tensor) -> torch.Tensor:
-        """The hidden states of some tokens in the type of the products."""
+        """Return the hidden states of some tokens in the type of the products."""
         return self.hidden[tokens].to(self.dtype)
 
     def logits(self, tokens: slice | torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -147,7 +147,7 @@ class HeadGradients:
         self._add_head(torch.sub(after, before, out=before), tokens)
 
     def finish(self, grad_loss: torch.Tensor) -> list[torch.Tensor | None]:
-        """The gradients of hidden states, weight and bias for the gradient of the loss, once."""
+        """Return the gradients of hidden states, weight and bias for the gradient of the loss, once."""
         per_token = grad_loss / self.num_items
         summed = grad_loss if self.scale != 1.0 else per_token
         factors = (per_token, summed, summed)

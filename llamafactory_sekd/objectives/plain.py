@@ -50,7 +50,7 @@ def distillation_loss(
     kd_temperature: float = 1.0,
     kd_hard_scale: float | torch.Tensor | None = None,
 ) -> DistillationOutput:
-    """The distillation objective of every response token.
+    """Return the distillation objective of every response token.
 
     The mathematics is done in log space, in float32 for float32, bfloat16 and float16 logits and in float64 where one
     of the two is float64. Logits may be `-inf`; terms whose weight is zero contribute exactly nothing. No tokens give

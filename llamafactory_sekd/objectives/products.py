@@ -24,7 +24,7 @@ _any_type_is_fast: ContextVar[bool] = ContextVar("_any_type_is_fast", default=Fa
 
 
 def product_type(weight: torch.Tensor) -> torch.dtype:
-    """The type of a product with this weight: autocast's where that is on, otherwise the weight's.
+    """Return the type of a product with this weight: autocast's where that is on, otherwise the weight's.
 
     A CPU without instructions for that type would emulate them at a quarter of float32's speed or less: there it is
     float32.

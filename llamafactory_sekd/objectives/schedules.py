@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def linear(start: float, end: float | None, step: int, total_steps: int) -> float:
-    """A value that moves linearly over the steps: ``start`` at the first (step 0), ``end`` at the last.
+    """Return a value that moves linearly over the steps: ``start`` at the first (step 0), ``end`` at the last.
 
     Args:
         start: value at step 0.

@@ -42,7 +42,7 @@ def largest_share(difficulty: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def share_threshold(difficulty: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """A difficulty above which about the share `kd_topk` of these tokens lies, 0-dimensional.
+    """Return a difficulty above which about the share `kd_topk` of these tokens lies, 0-dimensional.
 
     Raises:
         ArgumentError: `kd_topk` is missing.

@@ -38,7 +38,7 @@ def check_tokens(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Ten
 
 
 def check_same_vocabulary(student_entries: int, teacher_entries: int, remedy: str) -> None:
-    """A distribution over another vocabulary cannot be a target: raise an `ArgumentError` with the remedy."""
+    """Refuse a distribution over another vocabulary, which cannot be a target, with the remedy."""
     if student_entries != teacher_entries:
         raise ArgumentError(
             f"the student has {student_entries} vocabulary entries, the teacher {teacher_entries}: {remedy}"

@@ -66,7 +66,7 @@ def token_statistics(
     difficulty: torch.Tensor,
     hard: torch.Tensor,
 ) -> TokenStatistics:
-    """The statistics from logits `[tokens, vocab]` (float32 or float64) and labels, difficulty and hard `[tokens]`."""
+    """Compute the statistics from logits `[tokens, vocab]`, float32 or 64, and labels, difficulty, hard `[tokens]`."""
     log_q, log_p = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     return TokenStatistics(
         difficulty=difficulty,

@@ -91,7 +91,7 @@ class Sweep:
         return self.student.logits(tokens, self.student_logits), self.teacher.logits(tokens, self.teacher_logits)
 
     def _sample(self) -> torch.Tensor:
-        """The difficulty of the first tokens."""
+        """Return the difficulty of the first tokens."""
         tokens = slice(0, sample_size(self.chunk))
         return self.processor.difficulty(*self._logits(tokens), self.labels[tokens])
 

@@ -197,7 +197,7 @@ class _Ledger:
         return Row("gathered weights", "those in use or soon used again", backward=size)
 
     def buckets(self) -> Row:
-        """What is sent to the other devices at once."""
+        """Return what is sent to the other devices at once."""
         if self.run.sharding is None:
             size = self.trained * self.gradient_size if self.run.devices > 1 else 0
             return _always("buckets", "DDP's copy of the gradients", size)
@@ -206,7 +206,7 @@ class _Ledger:
         return _always("buckets", "for reducing gradients", self.sharding.buckets * elements * self.gradient_size)
 
     def rehearsed(self) -> list[Row]:
-        """What the forward and backward pass has at its peak beside gradients."""
+        """Return what the forward and backward pass has at its peak beside gradients."""
         peak, run, is_fused = self.rehearsal.peak, self.run, self.rehearsal.fused
         answers = "hidden states" if is_fused else "logits of all tokens"
         rows = [

@@ -121,7 +121,7 @@ class _Stage:
                 parameter.register_post_accumulate_grad_hook(arrived)
 
     def _forward(self, model: nn.Module, **inputs: Any) -> Any:
-        """A forward pass as accelerate wraps it: autocast around it, results in float32."""
+        """Run a forward pass as accelerate wraps it: autocast around it, results in float32."""
         if self.run.autocast is None:
             return model(**self.inputs, **inputs, use_cache=False)
 
@@ -185,7 +185,7 @@ class _Stage:
             return self._forward(self.student).logits.reshape(())
 
     def _teacher_hidden(self, student_head: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The teacher's hidden states of all tokens, and its head (of the student's size where they are cached)."""
+        """Return the teacher's hidden states of all tokens, and its head (the student's size where cached)."""
         with self.live.labelled("teacher"):
             if self.teacher is None:
                 weight = student_head.weight.detach()

@@ -36,7 +36,7 @@ class Priced:
 
 
 def remedies_for(config: Mapping[str, Any], run: Run) -> list[Remedy]:
-    """The remedies that a run has not taken yet, the cheapest first."""
+    """Return the remedies that a run has not taken yet, the cheapest first."""
     return [
         remedy
         for make in (

@@ -97,11 +97,11 @@ class Teacher:
             yield parameters
 
     def _speaking(self) -> AbstractContextManager[None]:
-        """What has to hold while the model computes."""
+        """Hold what has to hold while the model computes."""
         return nullcontext()
 
     def _there(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A batch where the teacher stands."""
+        """Return a batch on the teacher's device."""
         return inputs if self.device is None else send_to_device(inputs, self.device)
 
 

@@ -35,7 +35,7 @@ class Placement:
 
 
 def engine_config(student: Mapping[str, Any], own: Mapping[str, Any] | None, offload: bool) -> dict[str, Any]:
-    """The DeepSpeed configuration of a teacher's engine.
+    """Return the DeepSpeed configuration of a teacher's engine.
 
     Args:
         student: the configuration of the student's engine, its batch sizes filled in.

@@ -61,7 +61,7 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
 
 
 def _show(tokenizer: Any, ids: list[int], others: list[int]) -> str:
-    """The ids around the first difference, with their tokens."""
+    """Return the ids around the first difference, with their tokens."""
     first = next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others)))
     part = ids[first : first + 4]
     return f"{part} ({' '.join(map(repr, tokenizer.convert_ids_to_tokens(part)))}) from token {first}"

@@ -80,7 +80,7 @@ class AdaptiveKeys:
         self._values = self._used = self._starts
 
     def keywords(self) -> dict[str, torch.Tensor]:
-        """The keyword arguments of the objective, each a 0-dimensional tensor; the same on all ranks."""
+        """Return the keyword arguments of the objective, each a 0-dimensional tensor; the same on all ranks."""
         return dict(zip(self._ratios, self._values.unbind(), strict=True))
 
     def add(self, statistics: TokenStatistics) -> None:
@@ -103,12 +103,12 @@ class AdaptiveKeys:
         self._set(DECAY * self._sums + step)
 
     def logs(self) -> dict[str, float]:
-        """The values that the step which just ended was trained with, by the names of metrics."""
+        """Return the values that the step which just ended was trained with, by the names of metrics."""
         names = [name.replace("kd_", "kd/", 1) for name in self._ratios]
         return dict(zip(names, self._used.tolist(), strict=True)) if names else {}
 
     def state(self) -> dict[str, list[float]]:
-        """What a checkpoint holds of them after a step: numerator and denominator of each."""
+        """Return what a checkpoint holds of them after a step: numerator and denominator of each."""
         return dict(zip(self._ratios, self._sums.tolist(), strict=True))
 
     def restore(self, state: dict[str, list[float]], accelerator: Any) -> None:

@@ -46,7 +46,7 @@ class DistillationState:
 
 
 def find_checkpoints(output_dir: str | Path) -> tuple[Path | None, list[Path]]:
-    """The last whole checkpoint of a run, and the half-written ones after it.
+    """Return the last complete checkpoint of a run, and the half-written ones after it.
 
     The trainer writes `trainer_state.json` last, when every rank has written its own files; so a checkpoint without it
     was interrupted. Truncated weights and optimizer states are recognised as well, without reading them.
@@ -84,7 +84,7 @@ def _is_whole_file(path: Path) -> bool:
 
 
 def _size_in_header(path: Path) -> int:
-    """The length that a safetensors file says it has: 8 bytes, a JSON header of that many bytes, the tensors."""
+    """Return the length that a safetensors file says it has: 8 bytes, a JSON header of that size, the tensors."""
     with path.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(header_size))

@@ -40,7 +40,7 @@ class TokenSums:
         self.sums.index_add_(1, labels.to(self.sums.device), rows.to(self.sums.device, self.sums.dtype))
 
     def total(self, accelerator: Any) -> torch.Tensor:
-        """The sums of all ranks, which call this together, on the CPU."""
+        """Return the sums of all ranks, which call this together, on the CPU."""
         return accelerator.reduce(self.sums.clone(), reduction="sum").cpu()
 
     def restore(self, checkpoint: str | Path | None) -> None:

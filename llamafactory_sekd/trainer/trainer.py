@@ -196,7 +196,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         num_items: torch.Tensor,
         groups: list[_Group],
     ) -> tuple[torch.Tensor, TokenStatistics]:
-        """The same objective on logits ``[tokens, vocab]``; tokens with a broken teacher are left out as well."""
+        """Compute the same on logits ``[tokens, vocab]``; tokens with a broken teacher are left out as well."""
         student_logits = student_logits[:, : self.vocab_size]
         teacher_logits = teacher_logits[:, : self.vocab_size].to(student_logits.device)
         # The largest is NaN where any is, +inf where any is, and -inf (an impossible id) only where all are.
@@ -220,7 +220,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         return torch.stack(losses).sum() / num_items, statistics
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Generation gets the student's inputs alone; everything else is the host's."""
+        """Generate from the student's inputs alone; everything else is the host's."""
         inputs = self._without_repeated(inputs)
         if self.args.predict_with_generate:
             inputs = self._without_the_teachers(inputs)
@@ -228,13 +228,13 @@ class DistillationTrainer(Seq2SeqTrainer):
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
-        """The host's, which after a restart goes on in the order in which it was interrupted."""
+        """Return the host's, which after a restart continues in the order in which it was interrupted."""
         loader = super().get_train_dataloader()
         hold_epoch(loader)
         return loader
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
-        """The micro-batches of a step; samples that only fill up the epoch's last batch carry no labels."""
+        """Return the micro-batches of a step; samples that only fill up the epoch's last batch carry no labels."""
         return super().get_batch_samples(map(self._without_repeated, epoch_iterator), *args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:

@@ -58,5 +58,5 @@ class Page:
     alert: Callable[[str, str], str]
 
     def values(self, data: Mapping[Component, Any]) -> dict[str, Any]:
-        """The values of ``elements`` by name, from what Gradio hands to an event."""
+        """Return the values of ``elements`` by name, from what Gradio hands to an event."""
         return {name: data[element] for name, element in self.elements.items()}

@@ -148,6 +148,6 @@ def _share(key: str, **layout: Any) -> gr.Slider:
 
 
 def _text(key: str, value: str | None = None, **layout: Any) -> gr.Textbox:
-    """A field for text or for a number: Gradio's own number field shows an empty value as 0."""
+    """Return a field for text or for a number: Gradio's own number field shows an empty value as 0."""
     default = "" if _default(key) is None else str(_default(key))
     return gr.Textbox(value=default if value is None else value, **_texts(key), **layout)

@@ -16,7 +16,7 @@ _KEYS_OF_SOME_OBJECTIVE = frozenset().union(*(keys for _, keys in KD_LOSSES.valu
 
 
 def unused_keys(kd_loss: str) -> frozenset[str]:
-    """The keys that have no effect with this objective."""
+    """Return the keys that have no effect with this objective."""
     used = KD_LOSSES[kd_loss][1]
     follows_beta = frozenset() if "kd_beta" in used else frozenset({"kd_beta_end"})
     return (_KEYS_OF_SOME_OBJECTIVE - used) | follows_beta

@@ -37,7 +37,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def check_objective(kd_loss: str, kd_hard_scale: float | torch.Tensor | None) -> None:
-    """An unknown `kd_loss` is an `ArgumentError` that lists the known ones; so is a factor that it does not read."""
+    """Refuse an unknown `kd_loss`, naming the known ones, and a factor that it does not read."""
     if kd_loss not in OBJECTIVES:
         raise ArgumentError(f"`kd_loss: {kd_loss}` is unknown: choose one of {', '.join(OBJECTIVES)}.")
     if kd_hard_scale is not None and OBJECTIVES[kd_loss].equation is not equations.self_evolution:

@@ -74,7 +74,7 @@ def make_plan(
 
 
 def first_missing(datasets: Sequence[Any], known: Container[Key]) -> Segment | None:
-    """The first segment that the cache lacks, None where it has all."""
+    """Return the first segment that the cache lacks, None where it has all."""
     for dataset in datasets:
         for example in dataset:
             for segment in segments(example):

@@ -20,7 +20,7 @@ _INCIDENTAL = ("_name_or_path", "base_model_name_or_path", "transformers_version
 
 
 def of_tokenizer(tokenizer: Any) -> str:
-    """The vocabulary, the special and the added tokens, and what becomes of text in several scripts."""
+    """Return the vocabulary, the special and the added tokens, and what becomes of text in several scripts."""
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     added = [
         [number, token.content, token.lstrip, token.rstrip, token.single_word, token.normalized, token.special]
@@ -36,7 +36,7 @@ def of_ids(encoded: Any) -> str:
 
 
 def of_folder(folder: Path) -> str:
-    """The weights and the configuration of a saved model or adapter; reads every byte of them."""
+    """Return the weights and the configuration of a saved model or adapter; reads every byte of them."""
     parts: list[Any] = []
     for path in sorted(folder.iterdir()):
         if path.suffix == ".gguf" or (path.suffix in (".safetensors", ".bin") and path.name.startswith(_WEIGHTS)):
@@ -54,7 +54,7 @@ def of_folders(folders: Sequence[Path]) -> str | None:
 
 
 def of_software() -> dict[str, str]:
-    """The versions of what computes the teacher."""
+    """Return the versions of what computes the teacher."""
     return {name: metadata.version(name) for name in PACKAGES}
 
 

@@ -138,7 +138,7 @@ FORMATS: tuple[str, ...] = (HiddenFormat.name, TopKFormat.name)
 
 
 def bytes_per_token(kept: Format) -> int:
-    """What one response token takes on disk."""
+    """Return what one response token takes on disk."""
     total = 0
     for dtype, shape in kept.fields().values():
         total += dtype.itemsize * int(torch.Size(shape).numel())
@@ -147,5 +147,5 @@ def bytes_per_token(kept: Format) -> int:
 
 
 def as_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The same bytes as integers of the same width."""
+    """Return the same bytes as integers of the same width."""
     return tensor.view(_BITS[tensor.dtype.itemsize])

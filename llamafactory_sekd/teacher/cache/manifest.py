@@ -72,7 +72,7 @@ class Manifest:
         return cls(**content)
 
     def kept(self) -> Format:
-        """The format with its settings."""
+        """Return the format with its settings."""
         if self.format == HiddenFormat.name:
             return HiddenFormat(int(self.width or 0), DTYPES[self.dtype])
 

@@ -42,7 +42,7 @@ class Settings:
     k: int = 64
 
     def manifest(self, *, vocab_size: int, rows: int, width: int, computed_in: torch.dtype, **more: Any) -> Manifest:
-        """The manifest of a new cache.
+        """Return the manifest of a new cache.
 
         Args:
             vocab_size: ids that the tokenizer uses.
@@ -155,7 +155,7 @@ def _check_settings(directory: Path, manifest: Manifest, settings: Settings) -> 
 
 
 def head_damage(directory: Path, manifest: Manifest) -> str | None:
-    """What is wrong with the teacher's head, None where nothing is or none is kept."""
+    """Return what is wrong with the teacher's head, None where nothing is or none is kept."""
     return None if manifest.head is None else damage(directory, manifest.head)
 
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 
 def position() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
+    """Return this process's rank, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 

@@ -18,12 +18,12 @@ _BLOCK = 8 * 2**20
 
 
 def digest(data: bytes) -> str:
-    """The checksum of some bytes."""
+    """Return the checksum of some bytes."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
 def digest_file(path: Path) -> str:
-    """The checksum of a file; reads it in blocks."""
+    """Return the checksum of a file; reads it in blocks."""
     state = xxhash.xxh3_128()
     with open(path, "rb") as stream:
         while block := stream.read(_BLOCK):
@@ -40,7 +40,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any
 
 
 def damage(directory: Path, entry: dict[str, Any]) -> str | None:
-    """What is wrong with a file that an index lists, None where nothing is."""
+    """Return what is wrong with a file that an index lists, None where nothing is."""
     path = directory / entry["file"]
     if not path.is_file():
         return f"{path} is missing"

@@ -40,7 +40,7 @@ class Segment:
         return int(np.count_nonzero(self.rows))
 
     def key(self) -> tuple[int, int]:
-        """A 128-bit digest as two int64: equal for equal ids, response positions and position ids only."""
+        """Return a 128-bit digest as two int64: equal for equal ids, response positions and position ids only."""
         digest = hashlib.blake2b(len(self.ids).to_bytes(8, "little"), digest_size=16)
         digest.update(self.ids.astype("<i4").tobytes())
         digest.update(np.packbits(self.rows).tobytes())

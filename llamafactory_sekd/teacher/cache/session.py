@@ -90,7 +90,7 @@ class Session:
         return self.manifest
 
     def writer(self, **limits: Any) -> ShardWriter:
-        """The writer of this rank; see :class:`ShardWriter` for the limits."""
+        """Return the writer of this rank; see :class:`ShardWriter` for the limits."""
         return ShardWriter(self.directory, self.rank, **limits)
 
     def close(self) -> None:

@@ -132,7 +132,7 @@ class ShardReader:
         return True
 
     def read(self, key: Key) -> Record | None:
-        """The record of a key, tensors ``[tokens, ...]`` in the types they were written with; None for none."""
+        """Return the record of a key, tensors ``[tokens, ...]`` in the types they were written with; None for none."""
         place = self._find(key)
         if place is None:
             return None
@@ -169,7 +169,7 @@ class ShardReader:
 
 
 def listed_shards(directory: Path) -> list[dict[str, Any]]:
-    """The entries of all ranks: file, number, bytes, xxh3, examples, tokens.
+    """Return the entries of all ranks: file, number, bytes, xxh3, examples, tokens.
 
     Raises:
         TeacherError: an index is damaged.

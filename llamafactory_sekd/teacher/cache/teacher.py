@@ -46,7 +46,7 @@ class CachedTeacher:
         self._head: dict[str, torch.Tensor] | None = None
 
     def can_answer_in_chunks(self, inputs: dict[str, Any]) -> bool:
-        """Always: hidden states are kept only where the head says the rest."""
+        """Return true: hidden states are kept only where the head says the rest."""
         return True
 
     def logits(self, inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
@@ -56,7 +56,7 @@ class CachedTeacher:
         return source.logits(slice(None), out)
 
     def answers(self, inputs: dict[str, Any], rows: torch.Tensor) -> Answers:
-        """What the batch brought; see :class:`TeacherSource`."""
+        """Return what the batch brought; see :class:`TeacherSource`."""
         records = self._records(inputs, rows)
         return lambda vocab_size: nullcontext(self._source(records, vocab_size))
 
@@ -142,7 +142,7 @@ class FillingTeacher(CachedTeacher):
 
 
 def missing_example(directory: Path, text: str) -> str:
-    """The message for an example that the cache lacks."""
+    """Return the message for an example that the cache lacks."""
     text = " ".join(text.split())
     shown = text if len(text) <= _SHOWN else f"… {text[-_SHOWN:]}"
     return (

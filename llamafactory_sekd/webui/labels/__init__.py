@@ -37,7 +37,7 @@ def element_labels() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def objective_choices(language: str) -> list[tuple[str, str]]:
-    """The objectives as a dropdown wants them: (name and one-line explanation, name).
+    """Return the objectives as a dropdown wants them: (name and one-line explanation, name).
 
     One that the language has no words for is shown with its formula.
     """
@@ -46,10 +46,10 @@ def objective_choices(language: str) -> list[tuple[str, str]]:
 
 
 def alert(name: str, language: str | None) -> str:
-    """A message to the user in the language of the page."""
+    """Return a message to the user in the language of the page."""
     return _texts(language if language in LANGUAGES else "en")["alerts"][name]
 
 
 def words(language: str | None) -> dict[str, str]:
-    """The words inside of views that we draw ourselves."""
+    """Return the words inside of views that we draw ourselves."""
     return _texts(language if language in LANGUAGES else "en")["words"]

@@ -72,7 +72,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def as_yaml(config: Mapping[str, Any]) -> str:
-    """The file's text, keys in the order in which they are explained."""
+    """Return the file's text, keys in the order in which they are explained."""
     return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
 
 

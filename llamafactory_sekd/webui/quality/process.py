@@ -76,7 +76,7 @@ class EvaluationProcess:
             pass
 
     def output(self) -> list[str]:
-        """The lines printed so far, each as a terminal would show it after its last carriage return."""
+        """Return the lines printed so far, each as a terminal would show it after its last carriage return."""
         if self.save_dir is None or not self._log_path(self.save_dir).is_file():
             return []
 
@@ -84,7 +84,7 @@ class EvaluationProcess:
         return [line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n")]
 
     def progress(self) -> Progress | None:
-        """The last progress bar, None before the first."""
+        """Return the last progress bar, None before the first."""
         for line in reversed(self.output()):
             if match := _BAR.match(line):
                 return Progress(match["label"].strip(), int(match["done"]), int(match["total"]))

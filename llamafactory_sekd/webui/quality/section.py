@@ -215,7 +215,7 @@ class _Events:
         return self.page.values(data)["top.lang"] or "en"
 
     def _config(self, data: Data) -> tuple[dict[str, Any], str]:
-        """The YAML's keys, and what is wrong with them in the language of the page ("" where nothing is)."""
+        """Return the YAML's keys, and what is wrong with them in the language of the page ("" where nothing is)."""
         values, language = self.page.values(data), self._language(data)
         if not values["top.model_path"]:
             return {}, self.page.alert("err_no_path", language)

@@ -149,7 +149,7 @@ def _translate(model: LoadedModel, prompt: list[int]) -> str:
 
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text; a token that holds only part of a character is shown as "…".
+    """Return what each token adds to the text; a token that holds only part of a character is shown as "…".
 
     Special tokens are shown by their names.
     """

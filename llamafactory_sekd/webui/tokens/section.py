@@ -139,7 +139,7 @@ class _Events:
         return "" if source and reference else alert("no_sentence", language)
 
     def _load(self, arguments: list[dict[str, Any]], template: str) -> list[LoadedModel]:
-        """The models, in this order; others that were loaded before are freed first."""
+        """Return the models, in this order; others that were loaded before are freed first."""
         keys = [json.dumps([one, template], sort_keys=True) for one in arguments]
         for stale in set(self.loaded) - set(keys):
             del self.loaded[stale]
