@@ -13,6 +13,7 @@ from llamafactory_sekd.children import host_command, last_checkpoint, printable,
 from llamafactory_sekd.demo import data, models, report
 from llamafactory_sekd.demo.steps import Step
 from llamafactory_sekd.demo.surroundings import environment, moved, read_yaml
+from llamafactory_sekd.examples import shipped_root
 
 
 # The folder that the YAML files name; another one is put in its place by overrides.
@@ -32,8 +33,7 @@ Say = Callable[[str], None]
 
 def yaml_folder() -> Path:
     """Return the folder of the demo's YAML files: the repository's examples, or their copies in the package."""
-    packaged = Path(__file__).parent / "yamls"
-    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "examples" / "yamls"
+    return shipped_root() / "examples" / "yamls"
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ def main() -> None:
     folder = arguments.out / "data"
     data.write_records({name: parts[name] for name in ("teacher", "student", "valid", "test")}, folder)
     data.write_test_set(parts["test"], folder)
+    data.write_test_set(parts["valid"], folder / "validation")  # to choose a setting by BLEU or chrF2: validation.yaml
     for name, pairs in parts.items():
         print(f"{name:<8}{len(pairs):>7,} pairs")
 

@@ -70,6 +70,7 @@ def save_data(folder: Path) -> None:
     parts["test"] = _short(list(zip(sources, targets, strict=True)))[:TEST_SIZE]
     data.write_records(parts, folder)
     data.write_test_set(parts["test"], folder)
+    data.write_test_set(parts["valid"], folder / "validation")
     for name, pairs in parts.items():
         print(f"{name:<8}{len(pairs):>7,} pairs")
 
