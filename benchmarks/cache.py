@@ -29,7 +29,7 @@ from support.contender import Contender
 from support.material import DATASET, Shape, save_llama, save_records, sentence_pairs, train_tokenizer
 
 from llamafactory_sekd.cli import apply_plugin
-from llamafactory_sekd.data.files import write_atomic
+from llamafactory_sekd.files import write_atomic
 
 
 STUDENT, TEACHER = Shape(width=256, layers=4, inner=704), Shape(width=512, layers=8, inner=1408)

@@ -23,7 +23,7 @@ from support.contender import Contender
 from support.material import DATASET, Shape, save_llama, save_records, sentence_pairs, train_tokenizer
 
 from llamafactory_sekd.cli import apply_plugin
-from llamafactory_sekd.data.files import write_atomic
+from llamafactory_sekd.files import write_atomic
 
 
 GOAL = 0.25

@@ -27,7 +27,8 @@ from rich.table import Table
 
 from llamafactory_sekd.data.parrot import record
 from llamafactory_sekd.data.testsets import TestSet, load_test_set
-from llamafactory_sekd.evaluation.files import one_line, write_json
+from llamafactory_sekd.errors import one_line
+from llamafactory_sekd.files import write_json
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -34,7 +34,7 @@ from rich.table import Table
 from support.heads import CONTENDERS, FUSED, Heads, build_heads, objective_keys
 from torch.profiler import ProfilerActivity, profile
 
-from llamafactory_sekd.data.files import write_atomic
+from llamafactory_sekd.files import write_atomic
 from llamafactory_sekd.objectives import distillation_loss
 
 

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from helpers import tiny  # noqa: E402
 from helpers.runs import base_config  # noqa: E402
 
-from llamafactory_sekd.data.files import write_atomic  # noqa: E402
+from llamafactory_sekd.files import write_atomic  # noqa: E402
 
 
 LIMIT = 1024.0  # bytes per step

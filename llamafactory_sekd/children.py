@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import shlex
 import shutil
@@ -27,11 +26,11 @@ _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 class ChildError(HostError):
-    """A ``command`` failed; ``status`` is its exit status, ``log`` its whole output."""
+    """A ``command`` failed; ``status`` is its exit status, ``log`` its output, whose last lines the message shows."""
 
     def __init__(self, command: Sequence[str], status: int, log: Path) -> None:
         super().__init__(
-            f"{tail(log)}\n`{printable(command)}` failed (status {status}): its whole log is {log}. "
+            f"{tail(log)}\n`{printable(command)}` failed (status {status}): its complete log is {log}. "
             "The same command continues from here."
         )
         self.command = command
@@ -115,6 +114,15 @@ def end_with_parent() -> None:
         _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def end_rank_with_launcher() -> None:
+    """On a rank that torchrun or `accelerate launch` started: end with it, however it ends.
+
+    Without a launcher the parent is a user's shell, which a training started with `nohup` outlives.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+
+
 def _end_group(child: subprocess.Popen[bytes]) -> None:
     """End a child, and then whatever of its group did not end with it."""
     with suppress(ProcessLookupError):
@@ -130,25 +138,3 @@ def tail(log: Path, lines: int = TAIL) -> str:
     """Return the last lines of a log."""
     with open(log, encoding="utf-8", errors="replace") as stream:
         return "".join(deque(stream, lines)).rstrip()
-
-
-def training_share(output_dir: Path) -> float:
-    """Return how much of a training is done, from 0 to 1, by the host's own log in ``output_dir``."""
-    try:
-        last = (output_dir / "trainer_log.jsonl").read_text(encoding="utf-8").strip().rpartition("\n")[2]
-        entry = json.loads(last)
-        return min(1.0, entry["current_steps"] / entry["total_steps"])
-    except (OSError, ValueError, KeyError, ZeroDivisionError):  # not there yet, or caught in the middle of a line
-        return 0.0
-
-
-def last_checkpoint(output_dir: Path) -> Path | None:
-    """Return the latest whole checkpoint: its ``trainer_state.json``, which the host writes last, can be read."""
-    checkpoints = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for checkpoint in reversed(checkpoints):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return checkpoint
-    return None

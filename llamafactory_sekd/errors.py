@@ -1,17 +1,25 @@
-"""Errors that a user can mend.
+"""Errors that a user can fix.
 
-Each message is one line that says what is wrong, which value, and what to do. The command lines print it without a
+Each message says in one line what is wrong, which value, and what to do. The command lines print it without a
 traceback and exit with status 2; everything else that is raised is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
+import re
+
+
+# Everything that some tool takes for the end of a line.
+_LINE_BREAKS = re.compile(r"\s*[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]\s*")
+
+
+def one_line(text: str) -> str:
+    """Return ``text`` on a single line, without white space around it: for text of others that a message quotes."""
+    return _LINE_BREAKS.sub(" ", text.strip())
+
 
 class SekdError(Exception):
-    """Base of every error that a user can mend. Its message is one line, whatever the values that it names."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))
+    """Base of every error that a user can fix. Whoever raises it quotes foreign text by :func:`one_line`."""
 
 
 class ArgumentError(SekdError, ValueError):
@@ -35,4 +43,4 @@ class StudyError(SekdError, ValueError):
 
 
 class HostError(SekdError, RuntimeError):
-    """LLaMA-Factory is of another version, or was imported in an order, that we do not support."""
+    """LLaMA-Factory has an unsupported version or was imported too early."""

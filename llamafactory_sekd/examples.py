@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from llamafactory_sekd.data.files import write_atomic
 from llamafactory_sekd.errors import DataError
+from llamafactory_sekd.files import write_atomic
 
 
 app = typer.Typer(help="Write the example YAML files into a folder.", add_completion=False)

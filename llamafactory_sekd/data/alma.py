@@ -11,13 +11,13 @@ from typing import Any
 from llamafactory_sekd.data import dataset_info
 from llamafactory_sekd.data.checks import Findings, Pair, clean_pairs
 from llamafactory_sekd.data.dataset_info import ALMA_LANGUAGES, VALIDATION, check_entries, merge_entries
-from llamafactory_sekd.data.files import locked
 from llamafactory_sekd.data.languages import Direction, parse_direction
 from llamafactory_sekd.data.layout import text_files
 from llamafactory_sekd.data.manifest import Product, read_manifest, same_request, verify, write_product
 from llamafactory_sekd.data.parrot import record
 from llamafactory_sekd.data.sources import LICENCE, Source
 from llamafactory_sekd.errors import ArgumentError
+from llamafactory_sekd.files import locked
 
 
 MANIFEST = "manifest.json"

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.data.files import write_atomic
 from llamafactory_sekd.data.languages import Direction
-from llamafactory_sekd.errors import DataError
+from llamafactory_sekd.errors import DataError, one_line
+from llamafactory_sekd.files import write_atomic
 
 
 # The languages that ALMA pairs with English, in the order of its paper; the first two are this paper's.
@@ -106,7 +106,7 @@ def check_entries(path: Path, entries: Mapping[str, Mapping[str, str]], overwrit
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"Cannot read {path} ({error}): mend it, or choose another --out.") from error
+        raise DataError(f"Cannot read {path} ({one_line(str(error))}): mend it, or choose another --out.") from error
     if not isinstance(info, dict):
         raise DataError(f"{path} holds no JSON object: mend it, or choose another --out.")
     for name, entry in entries.items():

@@ -22,8 +22,8 @@ from typing import Any
 
 import llamafactory_sekd
 from llamafactory_sekd.data.checks import Findings
-from llamafactory_sekd.data.files import sha256_of, write_atomic
-from llamafactory_sekd.errors import DataError
+from llamafactory_sekd.errors import DataError, one_line
+from llamafactory_sekd.files import sha256_of, write_atomic
 
 
 FORMAT = 1
@@ -46,7 +46,9 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"Cannot read the manifest {path} ({error}): delete it to write the data anew.") from error
+        raise DataError(
+            f"Cannot read the manifest {path} ({one_line(str(error))}): delete it to write the data anew."
+        ) from error
     if (
         not isinstance(manifest, dict)
         or manifest.get("format") != FORMAT

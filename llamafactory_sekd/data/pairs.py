@@ -10,11 +10,11 @@ from typing import Any
 from llamafactory_sekd.data.alma import DATASET_INFO, alpaca_file
 from llamafactory_sekd.data.checks import Findings, Pair, clean_pairs
 from llamafactory_sekd.data.dataset_info import check_entries, merge_entries
-from llamafactory_sekd.data.files import locked, sha256_of
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.manifest import Product, read_manifest, same_request, verify, write_product
 from llamafactory_sekd.data.readers import read_text_pairs, read_tsv_pairs
 from llamafactory_sekd.errors import ArgumentError, DataError
+from llamafactory_sekd.files import locked, sha256_of
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,11 @@ def demo(
 
     from rich.console import Console
 
-    from llamafactory_sekd.data.files import locked
     from llamafactory_sekd.demo.plan import Places, comparison, preparation, scores
     from llamafactory_sekd.demo.progress import Progress
     from llamafactory_sekd.demo.report import print_table
     from llamafactory_sekd.demo.steps import run_steps
+    from llamafactory_sekd.files import locked
 
     logging.disable(logging.WARNING)  # the libraries' chatter would break the progress bars
     console = Console()

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
-from llamafactory_sekd.data.files import sha256_of, write_atomic
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.parrot import record
-from llamafactory_sekd.errors import DataError
+from llamafactory_sekd.errors import DataError, one_line
+from llamafactory_sekd.files import sha256_of, write_atomic
 
 
 REQUIREMENT = "homeassistant==2026.11.0"
@@ -92,7 +92,7 @@ def read_pairs(wheel: Path, shortest: int = MIN_WORDS, longest: int = MAX_WORDS)
         with ZipFile(wheel) as archive:
             found = Counter(pair for pair in _all_pairs(archive) if _is_usable(*pair, shortest, longest))
     except (BadZipFile, json.JSONDecodeError, OSError) as error:
-        raise DataError(f"{wheel} cannot be read ({error}): delete it and try again.") from error
+        raise DataError(f"{wheel} cannot be read ({one_line(str(error))}): delete it and try again.") from error
 
     english: set[str] = set()
     german: set[str] = set()

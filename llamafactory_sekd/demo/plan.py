@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd import __version__
-from llamafactory_sekd.children import host_command, last_checkpoint, printable, run_child, training_share
+from llamafactory_sekd.checkpoints import find_checkpoints, share_of_training
+from llamafactory_sekd.children import host_command, printable, run_child
+from llamafactory_sekd.config import read_config
 from llamafactory_sekd.demo import data, models, report
 from llamafactory_sekd.demo.steps import Step
-from llamafactory_sekd.demo.surroundings import environment, moved, read_yaml
+from llamafactory_sekd.demo.surroundings import environment, moved
 from llamafactory_sekd.examples import shipped_root
 
 
@@ -178,9 +180,9 @@ def _training(name: str, title: str, needs: tuple[str, ...], places: Places, say
     output = places.model(name)
 
     def train(progress: Callable[[float], None]) -> None:
-        checkpoint = last_checkpoint(output)
+        checkpoint, _ = find_checkpoints(output)
         resume = (f"resume_from_checkpoint={checkpoint}",) if checkpoint is not None else ()
-        _run_yaml(file, "train", resume, places, say, lambda: training_share(output), progress)
+        _run_yaml(file, "train", resume, places, say, lambda: share_of_training(output), progress)
 
     return Step(name, title, seconds, train, (output,), _read(yaml_folder() / file) + __version__, needs)
 
@@ -202,7 +204,7 @@ def _run_yaml(
 def _arguments(file: str, command: str, work: Path) -> list[str]:
     path = yaml_folder() / file
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    return [command, str(shown), *moved(read_yaml(path), HOME, work)]
+    return [command, str(shown), *moved(read_config(path), HOME, work)]
 
 
 def _commands() -> Iterator[tuple[str, str]]:
@@ -213,7 +215,7 @@ def _commands() -> Iterator[tuple[str, str]]:
 
 def _translated_share(places: Places) -> float:
     """Return how many of the systems are translated, from 0 to 1."""
-    systems = read_yaml(yaml_folder() / EVALUATION)["systems"]
+    systems = read_config(yaml_folder() / EVALUATION)["systems"]
     finished = list((places.evaluation / "hypotheses").glob(f"*/{data.DIRECTION}.txt"))
     return len(finished) / (len(systems) + 1)  # the last part is scoring
 

@@ -13,11 +13,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from llamafactory_sekd.data.files import write_atomic
 from llamafactory_sekd.demo.data import DIRECTION, near_duplicates
-from llamafactory_sekd.evaluation.files import read_hypotheses
+from llamafactory_sekd.evaluation.hypotheses import read_hypotheses
 from llamafactory_sekd.evaluation.scores import surface_metric
 from llamafactory_sekd.evaluation.significance import Paired, is_significant, paired_bootstrap
+from llamafactory_sekd.files import write_atomic
 
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.data.files import write_atomic
 from llamafactory_sekd.demo.progress import Progress
+from llamafactory_sekd.files import write_atomic
 
 
 @dataclass(frozen=True)

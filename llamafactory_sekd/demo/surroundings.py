@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 
 # With more threads than this, models of this size get slower.
 MAX_THREADS = 4
@@ -36,8 +34,3 @@ def moved(config: dict[str, Any], home: str, work: Path, prefix: str = "") -> li
         elif isinstance(value, str) and value.startswith(f"{home}/"):
             overrides.append(f"{prefix}{key}={work / value.removeprefix(home + '/')}")
     return overrides
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the content of a YAML file."""
-    return yaml.safe_load(path.read_text(encoding="utf-8"))

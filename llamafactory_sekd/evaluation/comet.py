@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.errors import EvaluationError
-from llamafactory_sekd.evaluation.files import read_json, write_json
+from llamafactory_sekd.errors import EvaluationError, one_line
 from llamafactory_sekd.evaluation.fingerprint import Digests
+from llamafactory_sekd.files import read_json, write_json
 
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def prepare_comet(name: str, digests: Digests) -> CometScorer:
             import comet
     except ImportError as error:
         raise EvaluationError(
-            f"The metric comet needs unbabel-comet (pip install 'llamafactory-sekd[comet]'): {error}. "
+            f"The metric comet needs unbabel-comet (pip install 'llamafactory-sekd[comet]'): {one_line(str(error))}. "
             "Write `comet?` to go on without it."
         ) from None
     checkpoint = _checkpoint(name, comet)
@@ -79,7 +79,9 @@ def prepare_comet(name: str, digests: Digests) -> CometScorer:
     except Exception as error:
         # The checkpoint is the user's, and its encoder's tokenizer may come from the hub: anything can be raised.
         reason = str(error).strip().split("\n")[0]
-        raise EvaluationError(f"The COMET checkpoint {checkpoint} cannot be loaded ({reason}).") from None
+        raise EvaluationError(
+            f"The COMET checkpoint {checkpoint} cannot be loaded ({one_line(str(reason))})."
+        ) from None
     kind = type(model).__name__
     version = importlib.metadata.version("unbabel-comet")
     signature = f"model:{name}|class:{kind}|sha256:{digests.of_file(checkpoint)[:16]}|version:{version}"

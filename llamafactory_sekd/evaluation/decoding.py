@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from llamafactory_sekd.errors import EvaluationError
+from llamafactory_sekd.errors import EvaluationError, one_line
 from llamafactory_sekd.evaluation.batching import plan_batches
-from llamafactory_sekd.evaluation.files import one_line
 from llamafactory_sekd.evaluation.greedy import can_share_cache, greedy_search
 from llamafactory_sekd.evaluation.settings import Decoding
 from llamafactory_sekd.evaluation.translator import BatchLimits, Translate, Translation

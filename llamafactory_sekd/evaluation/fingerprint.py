@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.errors import EvaluationError
-from llamafactory_sekd.evaluation.files import read_json, write_json
 from llamafactory_sekd.evaluation.settings import Decoding, System
 from llamafactory_sekd.evaluation.translator import Description, ModelSource
+from llamafactory_sekd.files import read_json, write_json
 
 
 # The files that loading reads. Optimizer states, logs and model cards lie beside them and change nothing.
@@ -96,7 +96,7 @@ def _hub_commit(source: ModelSource, system: str) -> str:
         # The hub's client raises dozens of types: no network, no such repository, no permission.
         reason = str(error).strip().split("\n")[0]
         raise EvaluationError(
-            f"`systems.{system}`: {source.location} is neither a directory nor to be had from the hub ({reason})."
+            f"`systems.{system}`: {source.location} is neither a directory nor available on the Hub ({reason})."
         ) from None
     return Path(config).parent.name
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from llamafactory_sekd.evaluation.ranks import Ranks
 from llamafactory_sekd.evaluation.settings import Settings
 from llamafactory_sekd.evaluation.store import Record, Store
 from llamafactory_sekd.evaluation.translator import BatchLimits, Translator
+from llamafactory_sekd.ranks import Ranks
 
 
 def translate_pending(

@@ -12,7 +12,6 @@ from llamafactory_sekd.data.testsets import TestSet, load_test_set
 from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.evaluation.comet import CometScorer, prepare_comet
 from llamafactory_sekd.evaluation.fingerprint import Digests, locate
-from llamafactory_sekd.evaluation.ranks import join_ranks
 from llamafactory_sekd.evaluation.report import write_report
 from llamafactory_sekd.evaluation.results import Evaluated, build_results
 from llamafactory_sekd.evaluation.scores import surface_metric
@@ -20,6 +19,7 @@ from llamafactory_sekd.evaluation.settings import Settings
 from llamafactory_sekd.evaluation.translate import collect_hypotheses, given_hypotheses
 from llamafactory_sekd.evaluation.translator import Host
 from llamafactory_sekd.evaluation.workspace import check_workspace, open_workspace
+from llamafactory_sekd.ranks import join_ranks
 
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from sacrebleu.metrics.base import Metric
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from llamafactory_sekd.errors import EvaluationError
+from llamafactory_sekd.errors import EvaluationError, one_line
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def surface_metric(name: str, target_language: str) -> Metric:
     try:
         return BLEU(trg_lang=target_language)
     except (RuntimeError, ImportError) as error:
-        raise EvaluationError(f"BLEU for the target language {target_language!r}: {error}") from None
+        raise EvaluationError(f"BLEU for the target language {target_language!r}: {one_line(str(error))}") from None
 
 
 def score_corpus(metric: Metric, hypotheses: Sequence[str], references: Sequence[str]) -> Score:

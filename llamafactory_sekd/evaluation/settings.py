@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.data.languages import Direction, parse_direction
-from llamafactory_sekd.errors import DataError, EvaluationError
+from llamafactory_sekd.errors import DataError, EvaluationError, one_line
 
 
 METRICS = ("bleu", "chrf", "comet")
@@ -150,7 +150,7 @@ def _directions(value: Any) -> tuple[Direction, ...]:
     try:
         return tuple(parse_direction(text) for text in _list(value, "directions", "[en-de, de-en]"))
     except DataError as error:
-        raise EvaluationError(f"`directions`: {error}") from None
+        raise EvaluationError(f"`directions`: {one_line(str(error))}") from None
 
 
 def _metrics(value: Any) -> tuple[tuple[str, ...], bool]:

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.evaluation.files import read_hypotheses, read_json, write_json, write_lines, write_text
+from llamafactory_sekd.evaluation.hypotheses import read_hypotheses
 from llamafactory_sekd.evaluation.translator import Translation
+from llamafactory_sekd.files import read_json, write_atomic, write_json, write_lines
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,12 @@ class Store:
         Afterwards one file holds all of it: a line that a kill tore is gone, and ranks may append files of their own.
         """
         records = self._records(fingerprint)
-        self._remove_partials()
+        merged = self.folder / f"{self._partial}.jsonl"
         if records:
+            # Written before its sources are removed: a full disk or a kill in between loses nothing.
             lines = [_header(fingerprint), *(_line(record) for record in records.values())]
-            write_text(self.folder / f"{self._partial}.jsonl", "".join(lines))
+            write_atomic(merged, "".join(lines))
+        self._remove_partials(keep=merged if records else None)
         return [index for index in range(self.size) if index not in records]
 
     def open_part(self, fingerprint: str, rank: int) -> Part:
@@ -116,9 +119,10 @@ class Store:
     def _partials(self) -> list[Path]:
         return sorted(self.folder.glob(f"{self._partial}*.jsonl"))
 
-    def _remove_partials(self) -> None:
+    def _remove_partials(self, keep: Path | None = None) -> None:
         for path in self._partials():
-            path.unlink()
+            if path != keep:
+                path.unlink()
 
     def _records(self, fingerprint: str) -> dict[int, Record]:
         records: dict[int, Record] = {}

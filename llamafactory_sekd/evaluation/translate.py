@@ -11,13 +11,14 @@ from pathlib import Path
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.parrot import user_message
 from llamafactory_sekd.data.testsets import TestSet
-from llamafactory_sekd.evaluation.files import read_hypotheses, write_lines
 from llamafactory_sekd.evaluation.fingerprint import Digests, lines_fingerprint, system_fingerprint
 from llamafactory_sekd.evaluation.generation import translate_pending
-from llamafactory_sekd.evaluation.ranks import Ranks
+from llamafactory_sekd.evaluation.hypotheses import read_hypotheses
 from llamafactory_sekd.evaluation.settings import Settings, System
 from llamafactory_sekd.evaluation.store import Hypotheses, Store
 from llamafactory_sekd.evaluation.translator import Host
+from llamafactory_sekd.files import write_lines
+from llamafactory_sekd.ranks import Ranks
 
 
 logger = logging.getLogger(__name__)

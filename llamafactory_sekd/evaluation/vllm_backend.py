@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llamafactory_sekd.evaluation.files import one_line
+from llamafactory_sekd.errors import one_line
 from llamafactory_sekd.evaluation.settings import Decoding
 from llamafactory_sekd.evaluation.translator import BatchLimits, Translate, Translation
 

@@ -8,10 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.data.files import locked
 from llamafactory_sekd.errors import EvaluationError
-from llamafactory_sekd.evaluation.files import read_json, write_json
 from llamafactory_sekd.evaluation.settings import Settings
+from llamafactory_sekd.files import locked, read_json, write_json
 
 
 _CONFIGURATION = "evaluation.json"
@@ -41,7 +40,8 @@ def check_workspace(settings: Settings, test_sets: Mapping[str, str]) -> None:
         raise EvaluationError(f"`save_dir` {folder} is a file, not a directory.")
     before = read_json(folder / _CONFIGURATION)
     if before is None:
-        if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
+        # Hidden files are ours: the lock, and what a killed run was writing.
+        if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise EvaluationError(f"`save_dir` {folder} holds something other than an evaluation: use another one.")
         return
     for key, value in _shared(settings).items():

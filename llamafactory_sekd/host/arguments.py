@@ -14,11 +14,11 @@ from llamafactory_sekd.arguments import (
     check_distillation_arguments,
     check_no_distillation_arguments,
 )
+from llamafactory_sekd.children import end_rank_with_launcher
 from llamafactory_sekd.errors import ArgumentError
-from llamafactory_sekd.host.launcher import end_rank_with_launcher
 from llamafactory_sekd.host.own_samples import check_own_samples, set_sampling_defaults
 from llamafactory_sekd.host.placement import check_devices, check_placement
-from llamafactory_sekd.host.resume import resume_from_whole_checkpoint
+from llamafactory_sekd.host.resume import choose_checkpoint
 
 
 def extend_finetuning_arguments(host_class: type) -> type:
@@ -111,7 +111,7 @@ def check_together(host_parse: Callable[..., tuple[Any, ...]]) -> Callable[..., 
             check_placement(model_args, training_args, finetuning_args)
             _check_quantization(finetuning_args)
             check_devices(finetuning_args)
-            resume_from_whole_checkpoint(training_args)
+            choose_checkpoint(training_args)
             end_rank_with_launcher()
 
         return parsed

@@ -39,7 +39,7 @@ def cache(
     if dtype is not None and dtype not in DTYPES:
         raise ArgumentError(f"`--dtype {dtype}` cannot be used: choose one of {', '.join(DTYPES)}.")
 
+    from llamafactory_sekd.config import read_config
     from llamafactory_sekd.host.cache import build_cache
-    from llamafactory_sekd.host.configuration import read_training_config
 
-    build_cache(read_training_config(config, overrides or []), out, Settings(kept, dtype, k), batch_size=batch_size)
+    build_cache(read_config(config, overrides or []), out, Settings(kept, dtype, k), batch_size=batch_size)

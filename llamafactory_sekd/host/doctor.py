@@ -46,7 +46,7 @@ def doctor(
     warnings.simplefilter("ignore")
     from rich.console import Console
 
-    from llamafactory_sekd.host.configuration import read_training_config
+    from llamafactory_sekd.config import read_config
     from llamafactory_sekd.host.plan import parse, run_of
     from llamafactory_sekd.planner import devices as machine
     from llamafactory_sekd.planner import estimate
@@ -54,7 +54,7 @@ def doctor(
     from llamafactory_sekd.planner.remedies import price
     from llamafactory_sekd.planner.report import fits, print_estimate, print_remedies
 
-    keys = read_training_config(config, overrides or [])
+    keys = read_config(config, overrides or [])
     parsed = parse(keys)
     given = machine.parse_memory(memory) if memory is not None else machine.device_memory()
     accelerator = given is not None and not parsed.training.use_cpu

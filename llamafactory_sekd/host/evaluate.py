@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import subprocess
@@ -10,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llamafactory_sekd.children import end_rank_with_launcher, end_with_parent
+from llamafactory_sekd.config import read_config
 from llamafactory_sekd.errors import EvaluationError, SekdError
 from llamafactory_sekd.evaluation.settings import Settings, System, parse_settings
 from llamafactory_sekd.evaluation.translator import Description, Host, ModelSource, Translator
@@ -30,8 +31,9 @@ def run_eval(argv: list[str]) -> None:
     # What was found and what is skipped should be seen whether or not something else set up a handler.
     logging.basicConfig(format="%(message)s")
     logging.getLogger("llamafactory_sekd").setLevel(logging.INFO)
+    end_rank_with_launcher()
     try:
-        settings = parse_settings(read_config(argv), argv[0])
+        settings = parse_settings(read_config(Path(argv[0]), argv[1:], error=EvaluationError), argv[0])
         if _wants_torchrun(settings):
             from llamafactory_sekd.evaluation.run import prepare
 
@@ -52,31 +54,6 @@ def evaluate_settings(settings: Settings) -> dict[str, Any] | None:
 
     transformers.set_seed(settings.seed)
     return evaluate(settings, build_host(settings))
-
-
-def read_config(argv: list[str]) -> dict[str, Any]:
-    """Return the keys of the file ``argv[0]`` with the overrides ``argv[1:]``, as the host reads its own."""
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    path = Path(argv[0])
-    if path.suffix not in (".yaml", ".yml", ".json"):
-        raise EvaluationError(f"{argv[0]} is not a YAML file. {USAGE}")
-    malformed = next((text for text in argv[1:] if "=" not in text), None)
-    if malformed is not None:
-        raise EvaluationError(f"{malformed!r} is not an override: write key=value.")
-    try:
-        loaded = OmegaConf.create(json.loads(path.read_text())) if path.suffix == ".json" else OmegaConf.load(path)
-        if not isinstance(loaded, DictConfig):
-            raise EvaluationError(f"{argv[0]} must hold keys and values.")
-        config = OmegaConf.to_container(OmegaConf.merge(loaded, OmegaConf.from_cli(argv[1:])), resolve=True)
-    except OSError as error:
-        raise EvaluationError(f"{argv[0]} cannot be read: {error.strerror}.") from None
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise EvaluationError(f"{argv[0]} cannot be parsed: {' '.join(str(error).split())}") from None
-    assert isinstance(config, dict)
-    return {str(key): value for key, value in config.items()}
 
 
 def _is_vllm(settings: Settings) -> bool:
@@ -106,7 +83,7 @@ def _torchrun(argv: list[str]) -> int:
         *("--master-port", os.getenv("MASTER_PORT", str(find_available_port()))),
         *("-m", "llamafactory_sekd", "eval", *argv),
     ]
-    return subprocess.run(command, check=False).returncode
+    return subprocess.run(command, check=False, preexec_fn=end_with_parent).returncode
 
 
 def build_host(settings: Settings) -> Host:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,15 +60,6 @@ def _torchrun_ends_with_us(host_launch: Any) -> Iterator[None]:
         yield
     finally:
         names["subprocess"] = original
-
-
-def end_rank_with_launcher() -> None:
-    """On a rank that torchrun or `accelerate launch` started: end with it, however it ends.
-
-    Without a launcher the parent is a user's shell, which a training started with `nohup` outlives.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent()
 
 
 def describe() -> str:

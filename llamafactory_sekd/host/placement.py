@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llamafactory_sekd.arguments import AUTO, SELF, DistillationArguments
-from llamafactory_sekd.errors import ArgumentError
+from llamafactory_sekd.errors import ArgumentError, one_line
 from llamafactory_sekd.host.model_arguments import own_device
 
 
@@ -111,7 +111,7 @@ def read_deepspeed_file(key: str, source: str | Mapping[str, Any]) -> dict[str, 
     except OSError as error:
         raise ArgumentError(f"`{key}: {source}` cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise ArgumentError(f"`{key}: {source}` is not JSON: {error}.") from error
+        raise ArgumentError(f"`{key}: {source}` is not JSON: {one_line(str(error))}.") from error
 
     if not isinstance(config, dict):
         raise ArgumentError(f"`{key}: {source}` is not a DeepSpeed configuration: it must hold a JSON object.")

@@ -1,4 +1,4 @@
-"""Starting again after a kill: from the last whole checkpoint, and with the teacher that it was trained with."""
+"""Starting again: from the last complete checkpoint, and with the teacher that it was trained with."""
 
 from __future__ import annotations
 
@@ -6,41 +6,79 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.arguments import DistillationArguments
-from llamafactory_sekd.errors import TeacherError
+from llamafactory_sekd.checkpoints import STATE_NAME, DistillationState, defect_of, find_checkpoints, has_optimizer
+from llamafactory_sekd.errors import ArgumentError, TeacherError
 from llamafactory_sekd.host.model_arguments import teacher_identity
 
 
-def resume_from_whole_checkpoint(training_args: Any) -> None:
-    """Choose the checkpoint to resume from, before the host would choose the last one, half-written or not.
+def choose_checkpoint(training_args: Any) -> None:
+    """Choose the checkpoint to resume from, by one rule for ``true``, a path, and a run that is started again.
 
-    Only where the host would resume by itself: `output_dir` exists, and neither `resume_from_checkpoint` nor
-    `overwrite_output_dir` is set.
+    Only complete checkpoints count (see ``checkpoints``). The chosen one is written to ``resume_from_checkpoint``, so
+    that everything after this, the check of the teacher included, sees the same one.
+
+    Raises:
+        ArgumentError: the user asks to resume and there is nothing complete to resume from.
     """
+    asked = training_args.resume_from_checkpoint
+    if isinstance(asked, str) and asked.lower() in ("true", "false") and not Path(asked).exists():
+        asked = asked.lower() == "true"  # the command line knows text alone
+    if asked is False:
+        asked = training_args.resume_from_checkpoint = None
     overwrites = getattr(training_args, "overwrite_output_dir", False)
-    if training_args.resume_from_checkpoint is not None or overwrites or not training_args.do_train:
+    if not training_args.do_train or not training_args.output_dir or (asked is None and overwrites):
         return
 
-    if not training_args.output_dir or not Path(training_args.output_dir).is_dir():
-        return
-
-    from llamafactory_sekd.trainer.checkpoints import find_checkpoints
-
-    whole, half_written = find_checkpoints(training_args.output_dir)
-    if not half_written:
-        return
-
-    names = ", ".join(path.name for path in half_written)
-    if whole is None:
-        training_args.overwrite_output_dir = True  # or the host would take the half-written one
-        remedy = "no whole one is there: the training starts from its beginning"
+    save_only_model = bool(getattr(training_args, "save_only_model", False))
+    if isinstance(asked, str):
+        chosen = _named(Path(asked), save_only_model)
     else:
-        training_args.resume_from_checkpoint = str(whole)
-        remedy = f"the training resumes from {whole.name}"
+        chosen = _last(training_args, save_only_model, is_asked=asked is True)
+    if chosen is None:
+        return
 
-    if training_args.process_index == 0:
-        print(
-            f"llamafactory_sekd: {names} in {training_args.output_dir} was interrupted while it was written; {remedy}."
+    training_args.resume_from_checkpoint = str(chosen)
+    if not has_optimizer(chosen):
+        _tell(
+            training_args,
+            f"{chosen} has no optimizer state (`save_only_model: true`): the training continues with its weights, and "
+            "an optimizer and a learning rate schedule that start again",
         )
+
+
+def _named(checkpoint: Path, save_only_model: bool) -> Path | None:
+    if not checkpoint.is_dir():
+        raise ArgumentError(f"`resume_from_checkpoint: {checkpoint}` is not a folder: name a checkpoint, or true.")
+    # A checkpoint that is named may be one of weights alone, whatever this run saves: that is told, not refused.
+    defect = defect_of(checkpoint, save_only_model or not has_optimizer(checkpoint))
+    if defect is not None:
+        complete, _ = find_checkpoints(checkpoint.parent, save_only_model)
+        remedy = f"use {complete}" if complete else "remove the key to start from the beginning"
+        raise ArgumentError(f"`resume_from_checkpoint: {checkpoint}` is incomplete ({defect}): {remedy}.")
+    return checkpoint
+
+
+def _last(training_args: Any, save_only_model: bool, is_asked: bool) -> Path | None:
+    complete, incomplete = find_checkpoints(training_args.output_dir, save_only_model)
+    if is_asked and complete is None:
+        raise ArgumentError(
+            f"`resume_from_checkpoint: true`: {training_args.output_dir} holds no complete checkpoint: remove the key "
+            "to start from the beginning."
+        )
+    if incomplete:
+        names = ", ".join(f"{path.name} ({defect})" for path, defect in incomplete.items())
+        if complete is None:
+            training_args.overwrite_output_dir = True  # or the host would take the incomplete one
+            remedy = "there is no complete one: the training starts from its beginning"
+        else:
+            remedy = f"the training resumes from {complete.name}"
+        _tell(training_args, f"{names} in {training_args.output_dir} was interrupted while it was written; {remedy}")
+    return complete
+
+
+def _tell(training_args: Any, text: str) -> None:
+    if training_args.process_index == 0:
+        print(f"llamafactory_sekd: {text}.")
 
 
 def teacher_fingerprint(model_args: Any, training_args: Any, finetuning_args: DistillationArguments) -> str | None:
@@ -65,14 +103,12 @@ def check_same_teacher(training_args: Any, finetuning_args: DistillationArgument
     if not isinstance(checkpoint, str) or not Path(checkpoint).is_dir():
         return
 
-    from llamafactory_sekd.trainer.checkpoints import STATE_NAME, DistillationState
-
     recorded = DistillationState.load(checkpoint).teacher
     if None not in (recorded, fingerprint) and recorded != fingerprint:
         raise TeacherError(
             f"`teacher_model: {finetuning_args.teacher_model}` is not the teacher that {checkpoint} was trained with: "
-            "its files, its adapters or its quantization have changed. Bring the old teacher back, start anew with "
-            f"another `output_dir`, or delete {STATE_NAME} there to go on with the new one."
+            "its files, its adapters or its quantization have changed. Use the old teacher, start again with "
+            f"another `output_dir`, or delete {STATE_NAME} there to continue with the new one."
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llamafactory_sekd.children import printable
-from llamafactory_sekd.data.files import write_atomic
+from llamafactory_sekd.files import write_atomic
 from llamafactory_sekd.study.engine import Inputs, Study
 from llamafactory_sekd.study.jobs import make_ready
 from llamafactory_sekd.study.preparation import cache_commands, prepare_commands

@@ -10,9 +10,10 @@ from typing import Any
 
 from llamafactory_sekd.data.languages import parse_direction
 from llamafactory_sekd.data.testsets import TestSet
-from llamafactory_sekd.evaluation.files import read_hypotheses, read_json
+from llamafactory_sekd.evaluation.hypotheses import read_hypotheses
 from llamafactory_sekd.evaluation.scores import mean
 from llamafactory_sekd.evaluation.similarity import similarity
+from llamafactory_sekd.files import read_json
 from llamafactory_sekd.study.evaluation import SYSTEM, VALIDATION, Evaluation
 from llamafactory_sekd.study.jobs import Job, changed, is_evaluated, is_trained, was_resumed
 from llamafactory_sekd.study.matrix import Cell

@@ -16,9 +16,8 @@ from typing import Any
 from rich.console import Console
 
 from llamafactory_sekd.children import ChildError, Stopped, printable, tail
-from llamafactory_sekd.data.files import locked
 from llamafactory_sekd.errors import SekdError, StudyError
-from llamafactory_sekd.evaluation.files import read_json
+from llamafactory_sekd.files import locked, read_json
 from llamafactory_sekd.study.collect import collect
 from llamafactory_sekd.study.devices import environments
 from llamafactory_sekd.study.evaluation import Evaluation, read_evaluation

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llamafactory_sekd.config import read_config
 from llamafactory_sekd.data.testsets import TestSet
 from llamafactory_sekd.errors import StudyError
 from llamafactory_sekd.evaluation.settings import Settings, parse_settings
-from llamafactory_sekd.study.files import read_yaml
 from llamafactory_sekd.study.matrix import Cell
 
 
@@ -34,7 +34,7 @@ class Evaluation:
 
 def read_evaluation(path: Path) -> dict[str, Any]:
     """Return the keys of an evaluation's YAML that a study keeps; :class:`EvaluationError` where one cannot work."""
-    config = {key: value for key, value in read_yaml(path).items() if key not in _REPLACED}
+    config = {key: value for key, value in read_config(path, error=StudyError).items() if key not in _REPLACED}
     settings(config, {"model_name_or_path": "-"}, Path("-"))
     return config
 

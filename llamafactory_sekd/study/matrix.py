@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.arguments import KD_LOSSES, KEYS, STAGE, DistillationArguments, check_distillation_arguments
+from llamafactory_sekd.config import read_config
 from llamafactory_sekd.errors import ArgumentError, StudyError
-from llamafactory_sekd.study.files import read_yaml
 from llamafactory_sekd.study.spec import Spec
 
 
@@ -72,7 +72,7 @@ def expand(spec: Spec) -> list[Cell]:
 def _points(spec: Spec, system: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Yield each point that differs for this system, and the configuration there."""
     own = {key: value for key, value in spec.systems[system].items() if key != "train"}
-    base = read_yaml(Path(spec.systems[system].get("train", spec.train)))
+    base = read_config(Path(spec.systems[system].get("train", spec.train)), error=StudyError)
     seen: list[dict[str, Any]] = []
     for values in itertools.product(*spec.matrix.values()):
         point = dict(zip(spec.matrix, values, strict=True))

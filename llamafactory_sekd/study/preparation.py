@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.children import run_child, tool
-from llamafactory_sekd.errors import StudyError
-from llamafactory_sekd.evaluation.files import read_json, write_json
+from llamafactory_sekd.config import write_yaml
+from llamafactory_sekd.errors import StudyError, one_line
 from llamafactory_sekd.evaluation.fingerprint import Digests
+from llamafactory_sekd.files import read_json, write_json
 from llamafactory_sekd.study import ingredients
 from llamafactory_sekd.study.devices import count
-from llamafactory_sekd.study.files import write_yaml
 from llamafactory_sekd.study.matrix import Cell
 from llamafactory_sekd.study.spec import Spec
 
@@ -58,7 +58,7 @@ def prepare_commands(spec: Spec) -> Iterator[tuple[str, list[str]]]:
         try:
             words = shlex.split(text)
         except ValueError as error:
-            raise StudyError(f"`prepare`: {text!r} cannot be read as a command ({error}).") from None
+            raise StudyError(f"`prepare`: {text!r} cannot be read as a command ({one_line(str(error))}).") from None
         if words[0] in ("python", "python3"):
             yield text, [sys.executable, *words[1:]]
         elif "/" in words[0]:

@@ -48,8 +48,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.data.files import write_atomic
 from llamafactory_sekd.evaluation.settings import METRICS
+from llamafactory_sekd.files import write_atomic
 
 
 SCHEMA_VERSION = 1

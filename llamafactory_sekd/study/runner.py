@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from llamafactory_sekd.children import host_command, last_checkpoint, printable, run_child, training_share
-from llamafactory_sekd.data.files import locked
+from llamafactory_sekd.checkpoints import find_checkpoints, share_of_training
+from llamafactory_sekd.children import host_command, printable, run_child
 from llamafactory_sekd.errors import StudyError
+from llamafactory_sekd.files import locked
 from llamafactory_sekd.study.jobs import Job, is_done, is_evaluated, is_trained, make_ready, mark_resumed
 from llamafactory_sekd.study.matrix import Cell
 
@@ -69,13 +70,13 @@ def _train(job: Job, environment: Mapping[str, str], report: Report, stop: threa
     assert job.cell is not None
     command = host_command("train", str(job.train_yaml))
     # Checkpoints without the optimizer's state would continue a training that is not the same one.
-    whole = None if job.cell.config.get("save_only_model") else last_checkpoint(job.model_folder)
-    if whole is None:
+    complete = None if job.cell.config.get("save_only_model") else find_checkpoints(job.model_folder)[0]
+    if complete is None:
         shutil.rmtree(job.model_folder, ignore_errors=True)
     else:
-        command.append(f"resume_from_checkpoint={whole}")
-    mark_resumed(job, whole is not None)
-    log, share_done = job.folder / "train.log", partial(training_share, job.model_folder)
+        command.append(f"resume_from_checkpoint={complete}")
+    mark_resumed(job, complete is not None)
+    log, share_done = job.folder / "train.log", partial(share_of_training, job.model_folder)
     environment = {**environment, **_launch_environment(job.cell)}
     run_child(command, log, share_done, report, environment=environment, stop=stop)
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llamafactory_sekd.config import read_config
 from llamafactory_sekd.errors import StudyError
 from llamafactory_sekd.evaluation.settings import METRICS
-from llamafactory_sekd.study.files import read_yaml
 
 
 KEYS = (
@@ -90,7 +90,7 @@ def read_spec(path: Path, overrides: Sequence[str] = ()) -> Spec:
 def _merged(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for file in _lineage(path, ()):
-        config = read_yaml(file, overrides if file == path else (), beneath=config)
+        config = read_config(file, overrides if file == path else (), beneath=config, error=StudyError)
     return {key: value for key, value in config.items() if key != BASE and value is not None}
 
 
@@ -98,7 +98,7 @@ def _lineage(path: Path, above: tuple[Path, ...]) -> list[Path]:
     """Return the bases of a study file, theirs first, and the file itself at the end."""
     if path in above:
         raise StudyError(f"{above[-1]}: `{BASE}: {path}` leads back to itself.")
-    bases = read_yaml(path).get(BASE)
+    bases = read_config(path, error=StudyError).get(BASE)
     names = [bases] if isinstance(bases, str) else bases or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise StudyError(f"{path}: `{BASE}` must be the path of a study file, or a list of them, not {bases!r}.")

@@ -24,8 +24,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.utils import logging
 
-from llamafactory_sekd.data.files import write_atomic
 from llamafactory_sekd.errors import ArgumentError, DataError
+from llamafactory_sekd.files import write_atomic
 from llamafactory_sekd.heads import IGNORE_INDEX
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from llamafactory_sekd.arguments import TOKEN_TABLE
-from llamafactory_sekd.data.files import write_atomic
+from llamafactory_sekd.files import write_atomic
 from llamafactory_sekd.objectives import TokenStatistics
 
 

@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Seq2SeqTrainer
+from transformers import Seq2SeqTrainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from llamafactory_sekd.arguments import DistillationArguments
+from llamafactory_sekd.checkpoints import DistillationState, forget_completion
 from llamafactory_sekd.errors import TeacherError
+from llamafactory_sekd.files import read_json
 from llamafactory_sekd.heads import (
     IGNORE_INDEX,
     hands_out_what_the_head_returns,
@@ -33,7 +36,6 @@ from llamafactory_sekd.objectives import (
 from llamafactory_sekd.objectives.schedules import linear
 from llamafactory_sekd.teacher import TeacherSource
 from llamafactory_sekd.trainer.adaptive import AdaptiveKeys, EndOfStep
-from llamafactory_sekd.trainer.checkpoints import DistillationState, forget_completion
 from llamafactory_sekd.trainer.metrics import NONFINITE, TokenMeans
 from llamafactory_sekd.trainer.on_policy import OWN, OwnSamples
 from llamafactory_sekd.trainer.order import hold_epoch
@@ -41,6 +43,20 @@ from llamafactory_sekd.trainer.tokens import TokenSums, WriteTokenTable, save_su
 
 
 logger = logging.get_logger(__name__)
+RESULTS = "train_results.json"  # as the host names it
+
+
+class Finished(Exception):
+    """The checkpoint that a run resumes from is that of its last step."""
+
+
+class StopWhenFinished(TrainerCallback):
+    """Ends a finished run before its first step: the training loop looks at the limit only after a step."""
+
+    def on_train_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        """Raise :class:`Finished` where no step is left."""
+        if 0 < state.max_steps <= state.global_step:
+            raise Finished
 
 
 class DistillationTrainer(Seq2SeqTrainer):
@@ -77,6 +93,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         self.teacher = make_teacher(self.accelerator)
         self.student_head: Any = self.accelerator.unwrap_model(self.model).get_output_embeddings()
         self.adaptive = AdaptiveKeys(distillation, self.accelerator.device)
+        self.add_callback(StopWhenFinished())
         self.add_callback(EndOfStep(self.adaptive, self.accelerator))
         self.token_sums = TokenSums(self.student_head.out_features, self.accelerator.device)
         self.add_callback(WriteTokenTable(self.token_sums, self.accelerator))
@@ -84,6 +101,20 @@ class DistillationTrainer(Seq2SeqTrainer):
         self.eval_means = TokenMeans()
         self.own_samples = make_own_samples(self.accelerator) if make_own_samples else None
         self._fused: bool | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the host does; a run that is finished already trains no further step and says so."""
+        try:
+            return super().train(*args, **kwargs)
+        except Finished:
+            self.callback_handler.on_train_end(self.args, self.state, self.control)
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                self._load_best_model()
+            logger.warning(
+                f"This run is finished: {self.state.global_step} of {self.state.max_steps} steps are done, and no "
+                "further step is trained. Raise `num_train_epochs` or `max_steps` to continue."
+            )
+            return TrainOutput(self.state.global_step, 0.0, read_json(Path(self.args.output_dir, RESULTS)) or {})
 
     def compute_loss(
         self,

@@ -247,7 +247,7 @@ def test_what_is_no_cache_is_refused(tiny_root, tmp_path):
 
 
 def test_two_writers_are_kept_apart(tiny_root, tmp_path, own_cache):
-    from llamafactory_sekd.data.files import locked
+    from llamafactory_sekd.files import locked
 
     with locked(own_cache / ".sekd.lock"), pytest.raises(TeacherError, match="Another run is writing to"):
         build(base_config(tiny_root, output_dir=str(tmp_path / "out")), own_cache)

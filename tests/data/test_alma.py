@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 from llamafactory_sekd.data.alma import make_plan, prepare_alma
 from llamafactory_sekd.data.commands import app
 from llamafactory_sekd.data.dataset_info import command_for, shipped_entries
-from llamafactory_sekd.data.files import locked
 from llamafactory_sekd.data.sources import DirectorySource, HubSource
 from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.errors import ArgumentError, DataError
+from llamafactory_sekd.files import locked
 
 
 # The paper's 52K and its test sets; the counts of ALMA's files.

@@ -17,11 +17,11 @@ import yaml
 from helpers.fake_wheel import save_wheel
 from helpers.runs import CLI, command
 
-from llamafactory_sekd.data.files import locked
+from llamafactory_sekd.config import read_config
 from llamafactory_sekd.demo import data, missing, plan, surroundings
 from llamafactory_sekd.errors import DataError
 from llamafactory_sekd.evaluation.settings import parse_settings
-from llamafactory_sekd.host.evaluate import read_config
+from llamafactory_sekd.files import locked
 
 
 YAMLS = Path(__file__).parents[2] / "examples" / "yamls"
@@ -124,7 +124,7 @@ def test_the_yaml_files_name_what_the_demo_makes():
 
 def test_the_evaluation_can_be_moved_to_another_folder():
     path = YAMLS / plan.EVALUATION
-    moved = read_config([str(path), *surroundings.moved(surroundings.read_yaml(path), plan.HOME, Path("/data/d"))])
+    moved = read_config(path, surroundings.moved(read_config(path), plan.HOME, Path("/data/d")))
     assert "demo/" not in json.dumps(moved)
     assert moved["systems"]["teacher"] == {"model_name_or_path": "/data/d/models/teacher"}
 

@@ -102,7 +102,7 @@ import sys
 from pathlib import Path
 from rich.console import Console
 from llamafactory_sekd.children import run_child
-from llamafactory_sekd.data.files import locked
+from llamafactory_sekd.files import locked
 from llamafactory_sekd.demo.progress import Progress
 from llamafactory_sekd.demo.steps import Step, run_steps
 folder = Path(sys.argv[1])

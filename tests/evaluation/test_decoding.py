@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Mis
 
 from llamafactory_sekd.data.languages import parse_direction
 from llamafactory_sekd.data.parrot import prompt
+from llamafactory_sekd.errors import one_line
 from llamafactory_sekd.evaluation.batching import plan_batches
 from llamafactory_sekd.evaluation.decoding import hf_translate
-from llamafactory_sekd.evaluation.files import one_line
 from llamafactory_sekd.evaluation.greedy import can_share_cache
 from llamafactory_sekd.evaluation.settings import Decoding
 from llamafactory_sekd.evaluation.translator import BatchLimits, Translation

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from llamafactory_sekd.errors import EvaluationError
-from llamafactory_sekd.evaluation.files import one_line, read_hypotheses, write_text
+from llamafactory_sekd.errors import EvaluationError, one_line
+from llamafactory_sekd.evaluation.hypotheses import read_hypotheses
 from llamafactory_sekd.evaluation.store import Record, Store
 from llamafactory_sekd.evaluation.translator import Translation
+from llamafactory_sekd.files import write_atomic
 
 
 def record(index: int, text: str | None = None, hit: bool = False) -> Record:
@@ -102,7 +103,7 @@ def test_wrong_hypotheses_are_named_with_their_file(tmp_path: Path) -> None:
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "report.md"
-    write_text(path, "old")
+    write_atomic(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        write_text(path, "new \ud800")
+        write_atomic(path, "new \ud800")
     assert path.read_text() == "old"

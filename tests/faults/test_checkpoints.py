@@ -13,8 +13,8 @@ from helpers.runs import base_config, train
 from llamafactory.hparams import get_train_args
 from safetensors.torch import save_file
 
+from llamafactory_sekd.checkpoints import find_checkpoints
 from llamafactory_sekd.errors import TeacherError
-from llamafactory_sekd.trainer.checkpoints import find_checkpoints
 
 
 def save_checkpoint(output_dir: Path, step: int) -> Path:

@@ -14,7 +14,7 @@ from llamafactory_sekd.host import launcher
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal on a parent's death is Linux's")
 BOUND = """
 import ctypes, os, subprocess, sys
-from llamafactory_sekd.host.launcher import end_rank_with_launcher
+from llamafactory_sekd.children import end_rank_with_launcher
 end_rank_with_launcher()
 signal = ctypes.c_int()
 ctypes.CDLL(None).prctl(2, ctypes.byref(signal))  # PR_GET_PDEATHSIG

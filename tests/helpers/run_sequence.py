@@ -19,8 +19,8 @@ import torch
 from llamafactory.train.tuner import run_exp
 from transformers import trainer_callback, trainer_utils
 
+from llamafactory_sekd.checkpoints import DistillationState
 from llamafactory_sekd.trainer import DistillationTrainer
-from llamafactory_sekd.trainer.checkpoints import DistillationState
 
 
 STEP = 4  # of the checkpoint whose writing is interrupted

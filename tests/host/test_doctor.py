@@ -14,8 +14,8 @@ from helpers import tiny
 from helpers.runs import base_config, command, write_yaml
 from transformers import AutoTokenizer
 
+from llamafactory_sekd.config import read_config
 from llamafactory_sekd.errors import ArgumentError, TeacherError
-from llamafactory_sekd.host.configuration import read_training_config
 from llamafactory_sekd.host.plan import missing_tokenizer, parse, run_of, vocabulary_line
 from llamafactory_sekd.planner import TeacherPlace, estimate
 from llamafactory_sekd.planner.rehearsal import rehearse
@@ -121,14 +121,14 @@ def test_what_cannot_be_planned_is_said_in_one_line(weightless, keys, message):
 
 def test_a_file_or_an_override_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(ArgumentError, match=r"none\.yaml cannot be read"):
-        read_training_config(tmp_path / "none.yaml", [])
+        read_config(tmp_path / "none.yaml", [])
     (tmp_path / "x.yaml").write_text("a: 1\nb: [")
     with pytest.raises(ArgumentError, match=r"x\.yaml cannot be parsed"):
-        read_training_config(tmp_path / "x.yaml", [])
+        read_config(tmp_path / "x.yaml", [])
     (tmp_path / "x.yaml").write_text("a: 1")
-    assert read_training_config(tmp_path / "x.yaml", ["a=2", "b=c"]) == {"a": 2, "b": "c"}
+    assert read_config(tmp_path / "x.yaml", ["a=2", "b=c"]) == {"a": 2, "b": "c"}
     with pytest.raises(ArgumentError, match="'--a' is not an override"):
-        read_training_config(tmp_path / "x.yaml", ["--a"])
+        read_config(tmp_path / "x.yaml", ["--a"])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llamafactory_sekd.host.configuration import read_training_config
+from llamafactory_sekd.config import read_config
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ def test_a_command_of_the_pages_parses_with_the_hosts_classes(command, monkeypat
 
     monkeypatch.chdir(REPOSITORY)
     yaml, *rest = shlex.split(command)
-    config = read_training_config(Path(yaml), [word for word in rest if "=" in word])
+    config = read_config(Path(yaml), [word for word in rest if "=" in word])
     for key in ("deepspeed", "bf16", "teacher_model_quantization_bit"):  # what they ask of the machine
         config.pop(key, None)
     model_args, *_ = parser._parse_train_args(config)

@@ -14,7 +14,7 @@ from helpers.study_results import DIRECTIONS, SEEDS, write_study
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from llamafactory_sekd.evaluation.files import read_hypotheses
+from llamafactory_sekd.evaluation.hypotheses import read_hypotheses
 from llamafactory_sekd.evaluation.scores import surface_metric
 from llamafactory_sekd.evaluation.significance import paired_bootstrap
 from llamafactory_sekd.study.report.cells import Group, Study, read_study

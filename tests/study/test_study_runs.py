@@ -249,7 +249,7 @@ def test_several_at_a_time_share_the_devices():
 
 
 def test_two_studies_in_one_folder_are_one_too_many():
-    from llamafactory_sekd.data.files import locked
+    from llamafactory_sekd.files import locked
 
     with (
         locked(Path("out/.lock")),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from llamafactory_sekd.evaluation.files import write_json, write_text
 from llamafactory_sekd.evaluation.report.html import render_html
 from llamafactory_sekd.evaluation.report.markdown import render_markdown
 from llamafactory_sekd.evaluation.report.terminal import print_report
 from llamafactory_sekd.evaluation.report.view import build_view
 from llamafactory_sekd.evaluation.results import Evaluated
+from llamafactory_sekd.files import write_atomic, write_json
 
 
 def write_report(data: Evaluated, results: dict[str, Any]) -> None:
@@ -17,6 +17,6 @@ def write_report(data: Evaluated, results: dict[str, Any]) -> None:
     folder = data.settings.save_dir
     write_json(folder / "results.json", results)
     view = build_view(data, results)
-    write_text(folder / "report.md", render_markdown(view))
-    write_text(folder / "report.html", render_html(view))
+    write_atomic(folder / "report.md", render_markdown(view))
+    write_atomic(folder / "report.html", render_html(view))
     print_report(view, folder)

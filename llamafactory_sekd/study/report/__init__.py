@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.data.files import write_atomic
+from llamafactory_sekd.files import write_atomic
 from llamafactory_sekd.study.report.build import build_document
 from llamafactory_sekd.study.report.cells import read_study
 from llamafactory_sekd.study.report.html import render_html

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.arguments import STAGE
-from llamafactory_sekd.evaluation.files import read_json
+from llamafactory_sekd.files import read_json
 from llamafactory_sekd.study.report.cells import Cell, Group, Summary, is_number, summarize
 from llamafactory_sekd.study.report.paired import paired_cells
 

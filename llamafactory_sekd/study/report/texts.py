@@ -10,8 +10,9 @@ from sacrebleu.metrics.base import Metric
 
 from llamafactory_sekd.data.testsets import TestSet, load_test_set
 from llamafactory_sekd.errors import EvaluationError
-from llamafactory_sekd.evaluation.files import read_hypotheses, read_json
+from llamafactory_sekd.evaluation.hypotheses import read_hypotheses
 from llamafactory_sekd.evaluation.scores import surface_metric
+from llamafactory_sekd.files import read_json
 from llamafactory_sekd.study.report.cells import Cell, Study
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llamafactory_sekd.ranks import on_any_rank
 from llamafactory_sekd.teacher.cache.build import Plan, collate, fill, first_missing, make_plan
 from llamafactory_sekd.teacher.cache.collator import CacheCollator
 from llamafactory_sekd.teacher.cache.formats import (
@@ -15,7 +16,6 @@ from llamafactory_sekd.teacher.cache.formats import (
 )
 from llamafactory_sekd.teacher.cache.manifest import Manifest
 from llamafactory_sekd.teacher.cache.opening import Fingerprints, Settings, open_for_reading
-from llamafactory_sekd.teacher.cache.ranks import on_any_rank
 from llamafactory_sekd.teacher.cache.session import Session
 from llamafactory_sekd.teacher.cache.store import ShardReader, ShardWriter
 from llamafactory_sekd.teacher.cache.teacher import CachedTeacher, FillingTeacher, missing_example

@@ -10,8 +10,8 @@ import torch
 import xxhash
 from safetensors.torch import save
 
-from llamafactory_sekd.data.files import write_atomic
 from llamafactory_sekd.errors import DataError, TeacherError
+from llamafactory_sekd.files import write_atomic
 
 
 _BLOCK = 8 * 2**20

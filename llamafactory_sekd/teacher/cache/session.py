@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from llamafactory_sekd.data.files import locked
 from llamafactory_sekd.errors import TeacherError
+from llamafactory_sekd.files import locked
+from llamafactory_sekd.ranks import position, wait_for_all
 from llamafactory_sekd.teacher.cache.manifest import MANIFEST, Manifest
 from llamafactory_sekd.teacher.cache.opening import Fingerprints, Settings, head_damage, open_for_writing
-from llamafactory_sekd.teacher.cache.ranks import position, wait_for_all
 from llamafactory_sekd.teacher.cache.records import write_tensors
 from llamafactory_sekd.teacher.cache.store import ShardReader, ShardWriter
 from llamafactory_sekd.teacher.cache.teacher import HEAD

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from llamafactory_sekd.errors import TeacherError
+from llamafactory_sekd.errors import TeacherError, one_line
 from llamafactory_sekd.teacher.cache.records import damage, read_json, write_json, write_tensors
 
 
@@ -163,7 +163,9 @@ class ShardReader:
             try:
                 self._handles[file] = safe_open(path, "pt")
             except Exception as error:  # the library's own exception, or the system's
-                raise TeacherError(f"{path} cannot be read ({error}): run `sekd cache` again.") from error
+                raise TeacherError(
+                    f"{path} cannot be read ({one_line(str(error))}): run `sekd cache` again."
+                ) from error
 
         return self._handles[file]
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.objectives import LogitsSource
+from llamafactory_sekd.ranks import on_any_rank
 from llamafactory_sekd.teacher.cache.collator import FOUND, PREFIX, SEGMENTS, TOKENS
 from llamafactory_sekd.teacher.cache.formats import Format, TopKFormat, TopKLogits
-from llamafactory_sekd.teacher.cache.ranks import on_any_rank
 from llamafactory_sekd.teacher.cache.store import Record, ShardReader, ShardWriter
 from llamafactory_sekd.teacher.model import Teacher
 from llamafactory_sekd.teacher.source import Answers, product

@@ -1,4 +1,4 @@
-"""One process, or several under torchrun: the little that they have to say to each other."""
+"""One process, or several under torchrun: the little that they have to tell each other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+
+if TYPE_CHECKING:
+    import torch
 
 
 T = TypeVar("T")
@@ -66,3 +70,30 @@ def join_ranks() -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), world)
     finally:
         dist.destroy_process_group()
+
+
+def position() -> tuple[int, int]:
+    """Return this process's rank in the group that a training has formed, and how many there are."""
+    import torch.distributed as dist
+
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def wait_for_all() -> None:
+    """Return when every rank of a training has arrived here."""
+    Ranks(*position()).wait()
+
+
+def on_any_rank(flag: torch.Tensor) -> bool:
+    """Return whether a flag is set on any rank: a sharded teacher computes on all of them or on none.
+
+    Args:
+        flag: 0-dimensional, on the device that the ranks communicate with.
+    """
+    if position()[1] > 1:
+        import torch
+        import torch.distributed as dist
+
+        flag = flag.to(torch.int32)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)

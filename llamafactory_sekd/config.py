@@ -1,0 +1,61 @@
+"""YAML files of users: read as the host reads its own, with overrides, and with errors of one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llamafactory_sekd.errors import ArgumentError, SekdError, one_line
+from llamafactory_sekd.files import write_atomic
+
+
+def read_config(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    beneath: dict[str, Any] | None = None,
+    error: type[SekdError] = ArgumentError,
+) -> dict[str, Any]:
+    """Return the keys of a YAML or JSON file over those of ``beneath``, with ``key=value`` overrides over both.
+
+    Mappings are merged key by key, everything else is replaced; ``${…}`` is resolved.
+
+    Raises:
+        SekdError: of the class ``error``: the file or an override cannot be read.
+    """
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    malformed = next((text for text in overrides if "=" not in text), None)
+    if malformed is not None:
+        raise error(f"{malformed!r} is not an override: write key=value.")
+    try:
+        is_json = path.suffix == ".json"
+        loaded = OmegaConf.create(json.loads(path.read_text("utf-8"))) if is_json else OmegaConf.load(path)
+        if not isinstance(loaded, DictConfig):
+            raise error(f"{path} must hold keys and values.")
+        merged = OmegaConf.merge(beneath or {}, loaded, OmegaConf.from_cli(list(overrides)))
+        config = OmegaConf.to_container(merged, resolve=True)
+    except OSError as failure:
+        raise error(f"{path} cannot be read: {failure.strerror} (paths are relative to {Path.cwd()}).") from None
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, json.JSONDecodeError) as failure:
+        raise error(f"{path} cannot be parsed: {one_line(str(failure))}") from None
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
+
+
+def write_yaml(path: Path, config: dict[str, Any], comment: str) -> None:
+    """Write a YAML file with a comment in its first line."""
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=119)
+    write_atomic(path, f"# {comment}\n{text}")
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return ``: did you mean X?`` where a known word is close to ``word``, else an empty string."""
+    close = get_close_matches(word, list(known), n=1)
+    return f": did you mean `{close[0]}`?" if close else ""
