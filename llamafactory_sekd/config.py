@@ -31,6 +31,8 @@ def read_config(
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        raise error(f"{path} is not a YAML file.")
     malformed = next((text for text in overrides if "=" not in text), None)
     if malformed is not None:
         raise error(f"{malformed!r} is not an override: write key=value.")
@@ -42,7 +44,7 @@ def read_config(
         merged = OmegaConf.merge(beneath or {}, loaded, OmegaConf.from_cli(list(overrides)))
         config = OmegaConf.to_container(merged, resolve=True)
     except OSError as failure:
-        raise error(f"{path} cannot be read: {failure.strerror} (paths are relative to {Path.cwd()}).") from None
+        raise error(f"{path} cannot be read: {failure.strerror}. Paths are relative to {Path.cwd()}.") from None
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, json.JSONDecodeError) as failure:
         raise error(f"{path} cannot be parsed: {one_line(str(failure))}") from None
     assert isinstance(config, dict)

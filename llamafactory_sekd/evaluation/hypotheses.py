@@ -8,7 +8,7 @@ from llamafactory_sekd.errors import EvaluationError, one_line
 
 
 def read_hypotheses(path: Path, expected: int) -> list[str]:
-    """Return the translations of ``path``, one per line, checked to be ``expected`` in number.
+    r"""Return the translations of ``path``, one per line, checked to be ``expected`` in number.
 
     Only ``\\n`` and ``\\r\\n`` end a line. Raises :class:`EvaluationError` for a missing file, a wrong number of lines
     or bytes that are not UTF-8.

@@ -66,13 +66,16 @@ def _last(training_args: Any, save_only_model: bool, is_asked: bool) -> Path | N
             "to start from the beginning."
         )
     if incomplete:
-        names = ", ".join(f"{path.name} ({defect})" for path, defect in incomplete.items())
+        names, defects = ", ".join(path.name for path in incomplete), ", ".join(dict.fromkeys(incomplete.values()))
         if complete is None:
             training_args.overwrite_output_dir = True  # or the host would take the incomplete one
             remedy = "there is no complete one: the training starts from its beginning"
         else:
             remedy = f"the training resumes from {complete.name}"
-        _tell(training_args, f"{names} in {training_args.output_dir} was interrupted while it was written; {remedy}")
+        _tell(
+            training_args,
+            f"{names} in {training_args.output_dir} was interrupted while it was written ({defects}); {remedy}",
+        )
     return complete
 
 

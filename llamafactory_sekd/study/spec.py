@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.config import read_config
-from llamafactory_sekd.errors import StudyError
+from llamafactory_sekd.errors import StudyError, one_line
 from llamafactory_sekd.evaluation.settings import METRICS
 
 
@@ -107,6 +107,13 @@ def _lineage(path: Path, above: tuple[Path, ...]) -> list[Path]:
 
 def parse_spec(config: Mapping[str, Any], path: Path) -> Spec:
     """Check the keys of a study and return them typed; ``path`` is named in messages."""
+    try:
+        return _parse_spec(config, path)
+    except StudyError as error:  # it quotes keys and values of the user's, line breaks and all
+        raise StudyError(one_line(str(error))) from None
+
+
+def _parse_spec(config: Mapping[str, Any], path: Path) -> Spec:
     for key in config:
         if key not in KEYS:
             close = difflib.get_close_matches(str(key), KEYS, n=1)

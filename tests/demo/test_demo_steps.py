@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from llamafactory_sekd import children
+from llamafactory_sekd import checkpoints, children
 from llamafactory_sekd.demo import surroundings
 from llamafactory_sekd.demo.progress import Progress, RemainingTime, show_seconds
 from llamafactory_sekd.demo.steps import Step, run_steps
@@ -165,7 +165,7 @@ def test_a_failing_child_shows_its_last_lines_and_its_log(tmp_path):
     message = str(caught.value)
     assert "line 29" in message
     assert "line 3\n" not in message
-    assert f"(status 3): its whole log is {tmp_path / 'logs' / 'x.log'}." in message
+    assert f"(status 3): its complete log is {tmp_path / 'logs' / 'x.log'}." in message
     log = (tmp_path / "logs" / "x.log").read_text()
     assert log.startswith("$ ")
     assert "line 3\n" in log
@@ -173,20 +173,11 @@ def test_a_failing_child_shows_its_last_lines_and_its_log(tmp_path):
 
 def test_a_training_says_how_far_it_is(tmp_path):
     log = tmp_path / "trainer_log.jsonl"
-    assert children.training_share(tmp_path) == 0
+    assert checkpoints.share_of_training(tmp_path) == 0
     log.write_text('{"current_steps": 10, "total_steps": 40}\n{"current_steps": 20, "total_steps": 40}\n')
-    assert children.training_share(tmp_path) == 0.5
+    assert checkpoints.share_of_training(tmp_path) == 0.5
     log.write_text('{"current_steps": 10, "total_steps": 40}\n{"current_st')  # caught while it is written
-    assert children.training_share(tmp_path) == 0
-
-
-def test_the_last_checkpoint_is_the_last_whole_one(tmp_path):
-    assert children.last_checkpoint(tmp_path) is None
-    for step, state in ((100, "{}"), (900, "{}"), (1000, '{"global_')):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    (tmp_path / "checkpoint-1100").mkdir()
-    assert children.last_checkpoint(tmp_path) == tmp_path / "checkpoint-900"
+    assert checkpoints.share_of_training(tmp_path) == 0
 
 
 def test_another_folder_moves_every_path_of_a_yaml_file_and_nothing_else():

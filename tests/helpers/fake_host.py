@@ -12,9 +12,21 @@ import json
 import os
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import yaml
+
+
+def save_checkpoint(checkpoint: Path, step: int) -> None:
+    """Save the files of a complete checkpoint, as small as they can be; `trainer_state.json` is the last."""
+    checkpoint.mkdir(exist_ok=True)
+    header = b"{}"
+    (checkpoint / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        with zipfile.ZipFile(checkpoint / name, "w") as archive:
+            archive.writestr("data.pkl", b"")
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
 
 
 def train(config: dict, overrides: list[str]) -> None:
@@ -28,9 +40,7 @@ def train(config: dict, overrides: list[str]) -> None:
     for step in range(done + 1, steps + 1):
         with open(out / "steps.txt", "a") as file:
             file.write(f"{step}\n")
-        (out / f"checkpoint-{step}").mkdir(exist_ok=True)
-        (out / f"checkpoint-{step}" / "optimizer.pt").write_text("large")
-        (out / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        save_checkpoint(out / f"checkpoint-{step}", step)
         (out / "trainer_log.jsonl").write_text(json.dumps({"current_steps": step, "total_steps": steps}) + "\n")
         time.sleep(0.01 if config.get("slow") else 0)
     entry = {"eval_loss": 2.0, "eval_kd/ce": 1 + abs(config["learning_rate"] - 0.002) * 100 + config["seed"] / 1000}

@@ -355,7 +355,7 @@ def test_killed_at_any_time_it_continues_and_does_no_step_twice(place, sent):
         study = subprocess.Popen([sys.executable, "-c", DRIVER], stdout=-3, stderr=-3)
         wait_for(lambda after=after: len(steps()) >= after)
         study.send_signal(sent)
-        study.wait(30)
+        study.wait(1200)
         children = [int(line.split()[3]) for line in Path("starts.txt").read_text().splitlines()]
         wait_for(lambda children=children: not any(map(is_alive, children)))
         assert len(steps()) < 240
@@ -367,12 +367,31 @@ def test_killed_at_any_time_it_continues_and_does_no_step_twice(place, sent):
     assert json.loads(Path("out/cells/a-seed=1/cell.json").read_text())["resumed"]
 
 
+def test_a_checkpoint_with_truncated_weights_is_passed_over_for_the_one_before(place):
+    write({**STUDY, "overrides": {"slow": 60}})
+    study = subprocess.Popen([sys.executable, "-c", DRIVER], stdout=-3, stderr=-3)
+    wait_for(lambda: len(steps()) >= 20)
+    study.kill()
+    study.wait(1200)
+    children = [int(line.split()[3]) for line in Path("starts.txt").read_text().splitlines()]
+    wait_for(lambda: not any(map(is_alive, children)))
+    model = next(path for path in Path("out/cells").glob("*/model") if len(list(path.glob("checkpoint-*"))) > 2)
+    newest, before = sorted((int(path.name[11:]) for path in model.glob("checkpoint-*")), reverse=True)[:2]
+    if not (model / f"checkpoint-{newest}" / "trainer_state.json").exists():  # the kill came in between
+        newest, before = before, before - 1
+    (model / f"checkpoint-{newest}" / "model.safetensors").write_bytes(b"half")
+    assert run()[0] == []
+    done = (model / "steps.txt").read_text().split()
+    assert done.count(str(newest)) == 2
+    assert done.count(str(before)) == 1
+
+
 def steps():
     return [line for path in Path("out/cells").glob("*/model/steps.txt") for line in path.read_text().split()]
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 1200
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -487,3 +506,17 @@ def test_the_slurm_script_is_bash_and_runs_one_task(place):
     environment = {**os.environ, "PATH": f"{place}/bin:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "3"}
     shown = subprocess.run(["bash", f"{place}/array.sh"], env=environment, cwd="/", capture_output=True, text=True)
     assert shown.stdout == f"{place}|study|a study.yaml|seeds=[1,2]|--only|3|"
+
+
+@pytest.mark.parametrize("text", ["seeds=[1]\ntouch stolen", "seeds=[1]\r#SBATCH --x", "name=a\u2028b"])
+def test_a_line_break_cannot_become_a_command_of_the_slurm_script(place, text):
+    with pytest.raises(StudyError, match="has a line break"):
+        write_slurm(Path("array.sh"), ["sekd", "study", "study.yaml", text], opened(), 5)
+    assert not Path("array.sh").exists()
+
+
+def test_a_study_file_with_spaces_in_its_name_is_one_word_for_slurm(place):
+    Path("study.yaml").rename("my study; rm -rf x.yaml")
+    study = open_study(read_spec(Path("my study; rm -rf x.yaml")))
+    write_slurm(Path("array.sh"), ["sekd", "study", "study.yaml"], study, 5)
+    assert "#SBATCH --job-name=my-study-rm--rf-x\n" in Path("array.sh").read_text()
