@@ -156,11 +156,11 @@ def timed(function: Callable[..., Any], spent: dict[str, float], name: str) -> C
 
 def reading(config: dict[str, Any], directory: Path, batch_size: int) -> dict[str, float]:
     """What reading adds to collating a batch, in seconds, and to this process, in bytes, after all has been read."""
-    from llamafactory_sekd.host.cache import tokenised
+    from llamafactory_sekd.host.cache import tokenized
     from llamafactory_sekd.teacher.cache import CacheCollator, Manifest, ShardReader
 
     with patch.dict(os.environ):
-        (dataset,) = tokenised(config).datasets
+        (dataset,) = tokenized(config).datasets
 
     examples = list(dataset)
     batches = [examples[start : start + batch_size] for start in range(0, len(examples), batch_size)]
@@ -193,7 +193,7 @@ def steps(folder: Path, config: dict[str, Any], arguments: argparse.Namespace) -
     ]
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for turn in range(arguments.warm_up + arguments.steps):
-        first = turn % len(contenders)  # nobody always follows the same neighbour
+        first = turn % len(contenders)  # nobody always follows the same neighbor
         for contender in contenders[first:] + contenders[:first]:
             seconds[contender.name].append(contender.step())
 

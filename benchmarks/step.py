@@ -75,7 +75,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     contenders.append(Contender("teacher", config, folder / "teacher.log", forward_only=True))
     seconds: dict[str, list[Any]] = {contender.name: [] for contender in contenders}
     for turn in range(turns):
-        first = turn % len(contenders)  # nobody always follows the same neighbour
+        first = turn % len(contenders)  # nobody always follows the same neighbor
         for contender in contenders[first:] + contenders[:first]:
             seconds[contender.name].append(contender.step())
 

@@ -63,7 +63,7 @@ def replaced_forward(head: nn.Module, forward: Callable[[torch.Tensor], torch.Te
 
 
 def is_plain_product(head: nn.Module) -> bool:
-    """Whether the head computes ``hidden @ weight.T + bias`` and nothing else (no adapter, no quantisation)."""
+    """Whether the head computes ``hidden @ weight.T + bias`` and nothing else (no adapter, no quantization)."""
     return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and "forward" not in head.__dict__
 
 

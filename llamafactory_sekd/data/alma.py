@@ -15,7 +15,7 @@ from llamafactory_sekd.data.languages import Direction, parse_direction
 from llamafactory_sekd.data.layout import text_files
 from llamafactory_sekd.data.manifest import Product, read_manifest, same_request, verify, write_product
 from llamafactory_sekd.data.parrot import record
-from llamafactory_sekd.data.sources import LICENCE, Source
+from llamafactory_sekd.data.sources import LICENSE, Source
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.files import locked
 
@@ -119,7 +119,7 @@ def build(source: Source, plan: Plan, step: Callable[[str], None]) -> Product:
     for direction, pairs in test.items():
         files[f"{dataset_info.wmt22_name(direction)}.json"] = alpaca_file({direction: pairs})
         files |= _plain_files("wmt22", direction, pairs)
-    return Product(files, findings, source.revision(), LICENCE)
+    return Product(files, findings, source.revision(), LICENSE)
 
 
 def alpaca_file(corpus: dict[Direction, list[Pair]]) -> tuple[bytes, int]:

@@ -15,8 +15,8 @@ from llamafactory_sekd.errors import DataError
 from llamafactory_sekd.files import sha256_of
 
 
-LICENCE = (
-    "Collected by ALMA (https://github.com/fe1ixxu/ALMA, MIT licence). The sentences come from the test sets of the "
+LICENSE = (
+    "Collected by ALMA (https://github.com/fe1ixxu/ALMA, MIT license). The sentences come from the test sets of the "
     "WMT shared tasks and from FLORES-200 (CC BY-SA 4.0), whose own terms apply to them."
 )
 

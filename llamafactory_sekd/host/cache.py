@@ -90,7 +90,7 @@ def build_cache(
         ArgumentError: the configuration is not one of the stage, or names no teacher.
         TeacherError: the cache is of something else, the disk is too small, the teacher does not fit.
     """
-    data = tokenised(config)
+    data = tokenized(config)
     session = Session(out, data.fingerprints, settings)
     try:
         with _bar(sum(map(len, data.datasets)), "Examples", "ex", session.rank) as bar:
@@ -110,7 +110,7 @@ def build_cache(
 
 
 @dataclass(frozen=True)
-class Tokenised:
+class Tokenized:
     """A training configuration's examples, as the host makes them, and what they were made with."""
 
     datasets: list[Any]
@@ -121,7 +121,7 @@ class Tokenised:
     finetuning_args: Any
 
 
-def tokenised(config: dict[str, Any]) -> Tokenised:
+def tokenized(config: dict[str, Any]) -> Tokenized:
     """Read the data sets of a configuration that names a teacher; see :func:`build_cache` for what it raises."""
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.extras.misc import infer_optim_dtype
@@ -139,7 +139,7 @@ def tokenised(config: dict[str, Any]) -> Tokenised:
     tokenizer = tokenizer_module["tokenizer"]
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
     module = get_dataset(template, model_args, data_args, training_args, stage="sft", **tokenizer_module)
-    return Tokenised(
+    return Tokenized(
         datasets=_datasets(module, skip_evaluation=training_args.predict_with_generate),
         tokenizer=tokenizer,
         fingerprints=fingerprints_of(tokenizer, template, model_args, data_args, finetuning_args),
@@ -149,7 +149,7 @@ def tokenised(config: dict[str, Any]) -> Tokenised:
     )
 
 
-def _compute(plan: Plan, session: Session, data: Tokenised, batch_size: int) -> None:
+def _compute(plan: Plan, session: Session, data: Tokenized, batch_size: int) -> None:
     from transformers import Trainer
 
     from llamafactory_sekd.host.placement import placement_of
@@ -229,7 +229,7 @@ def _weights_of(name: str) -> str:
     return f"{name}@{extract_commit_hash(config, None)}"
 
 
-def _announce(plan: Plan, session: Session, data: Tokenised, say: Callable[[str], None]) -> None:
+def _announce(plan: Plan, session: Session, data: Tokenized, say: Callable[[str], None]) -> None:
     """Say what is missing and how large it will be; refuse where the disk is too small."""
     if not plan.missing:
         return
@@ -252,7 +252,7 @@ def _announce(plan: Plan, session: Session, data: Tokenised, say: Callable[[str]
         )
 
 
-def _expected(settings: Settings, data: Tokenised) -> Manifest:
+def _expected(settings: Settings, data: Tokenized) -> Manifest:
     """Return the manifest of a cache that is not there yet, from the teacher's configuration alone."""
     from llamafactory.model import load_config
 

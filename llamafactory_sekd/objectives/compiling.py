@@ -55,7 +55,7 @@ def compiled(function: Callable[..., torch.Tensor]) -> Compiled:
 
 
 def may_look(device: torch.device) -> bool:
-    """Whether code may branch on values: free on the CPU, a synchronisation elsewhere, impossible in compiled code."""
+    """Whether code may branch on values: free on the CPU, a synchronization elsewhere, impossible in compiled code."""
     return device.type == "cpu" and not torch.compiler.is_compiling()
 
 

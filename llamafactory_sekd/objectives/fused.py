@@ -84,7 +84,7 @@ def fused_linear_distillation(
         teacher_head: `[vocab, teacher width]`.
         labels: class ids `[tokens]`, in `[0, vocab_size)`.
         num_items: the divisor, the number of response tokens of the global batch; a 0-dimensional tensor on an
-            accelerator is not synchronised with. Zero counts as one.
+            accelerator is not synchronized with. Zero counts as one.
         chunk_size: tokens whose logits exist at a time, see `default_chunk_size`.
         student_bias, teacher_bias: `[vocab]`.
         vocab_size: use the first entries of both heads only, the common vocabulary; the gradient of the others is

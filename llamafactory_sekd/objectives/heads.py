@@ -167,7 +167,7 @@ class HeadGradients:
 
 
 def _multiply(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """In place; on the CPU a factor of one costs no pass, elsewhere looking at it would cost a synchronisation."""
+    """In place; on the CPU a factor of one costs no pass, elsewhere looking at it would cost a synchronization."""
     if factor.device.type == "cpu" and factor.item() == 1.0:
         return tensor
     return tensor.mul_(factor)

@@ -107,7 +107,7 @@ class _Ledger:
         self.trained = self.student.trainable
         engine = run.engine_dtype
         self.gradient_size = engine.itemsize if engine else self.student.trainable_bytes // max(self.trained, 1)
-        # A quantised teacher stays whole on each device.
+        # A quantized teacher stays whole on each device.
         quantized = run.teacher is not None and run.teacher.quantization_bit is not None
         self.teachers = run.place.sharding or self.sharding
         self.teacher_is_sharded = self.teachers.shards_parameters and not quantized

@@ -53,7 +53,7 @@ class LiveMemory(TorchDispatchMode):
         self._known[key] = (label, size)
 
     @contextmanager
-    def labelled(self, label: str) -> Iterator[None]:
+    def labeled(self, label: str) -> Iterator[None]:
         """For the duration, what is made counts under a label."""
         before, self._label = self._label, label
         try:

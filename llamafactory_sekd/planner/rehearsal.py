@@ -164,7 +164,7 @@ class _Stage:
 
         def objective(hidden: torch.Tensor) -> torch.Tensor:
             rows = self._responses(hidden)
-            with self.live.labelled("objective"):
+            with self.live.labeled("objective"):
                 beyond = torch.empty(self._buffers_beyond_a_cpus(vocab_size, chunk_size))
                 output = fused_linear_distillation(
                     rows,
@@ -186,7 +186,7 @@ class _Stage:
 
     def _teacher_hidden(self, student_head: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the teacher's hidden states of all tokens, and its head (the student's size where cached)."""
-        with self.live.labelled("teacher"):
+        with self.live.labeled("teacher"):
             if self.teacher is None:
                 weight = student_head.weight.detach()
                 return torch.empty(self.tokens, weight.shape[1], dtype=weight.dtype), weight
@@ -206,10 +206,10 @@ class _Stage:
     def _plain_loss(self, keys: DistillationArguments) -> torch.Tensor:
         vocab_size = self._common_vocabulary()
         student_logits = self._row_logits(self.student)[:, :vocab_size]
-        with torch.no_grad(), self.live.labelled("teacher"):
+        with torch.no_grad(), self.live.labeled("teacher"):
             teacher = student_logits.detach() if self.teacher is None else self._row_logits(self.teacher)
 
-        with self.live.labelled("objective"):
+        with self.live.labeled("objective"):
             output = distillation_loss(
                 student_logits, teacher[:, :vocab_size], self.targets, **keys.objective_keywords()
             )

@@ -20,7 +20,7 @@ class Blueprint:
         build: returns the model as training has it: parameters in their types, frozen or trainable, gradient
             checkpointing set up. It is called on the device `meta`, so it may not read weights.
         quantization_bit: 4 or 8 where bitsandbytes keeps the linear layers (all but the head) in so many bits.
-        double_quantization: whether the scales of 4 bits are quantised themselves.
+        double_quantization: whether the scales of 4 bits are quantized themselves.
     """
 
     build: Callable[[], nn.Module]

@@ -10,7 +10,7 @@ from torch import nn
 from llamafactory_sekd.planner.run import Blueprint
 
 
-# bitsandbytes: one scale per block of 64 weights, in float32 or, quantised again, in 8 bits and a scale per 256.
+# bitsandbytes: one scale per block of 64 weights, in float32 or, quantized again, in 8 bits and a scale per 256.
 _SCALE_4_BIT = {False: 4 / 64, True: (1 + 4 / 256) / 64}
 
 

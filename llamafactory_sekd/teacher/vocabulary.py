@@ -7,7 +7,7 @@ from typing import Any
 from llamafactory_sekd.errors import TeacherError
 
 
-# Text in the scripts that machine translation meets: merges and normalisation differ where vocabularies agree.
+# Text in the scripts that machine translation meets: merges and normalization differ where vocabularies agree.
 SAMPLES: tuple[str, ...] = (
     "Translate the following sentences from English to German.",
     "### Instruction:\n\n### Input:\n\n### Response:",

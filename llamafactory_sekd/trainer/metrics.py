@@ -25,7 +25,7 @@ NONFINITE = "kd/teacher_nonfinite"
 
 
 class TokenMeans:
-    """Sums of token statistics since the last reading; adding costs no synchronisation with the host."""
+    """Sums of token statistics since the last reading; adding costs no synchronization with the host."""
 
     def __init__(self) -> None:
         self.sums: torch.Tensor | None = None

@@ -257,11 +257,11 @@ class OwnSamples:
             zip(batch["input_ids"].tolist(), batch["attention_mask"].tolist(), batch["labels"].tolist(), strict=True)
         ):
             length = sum(mask)
-            labelled = [place for place in range(length) if labels[place] != IGNORE_INDEX]
-            if not labelled:  # repeated to fill up the epoch's last batch, or cut away by `cutoff_len`
+            labeled = [place for place in range(length) if labels[place] != IGNORE_INDEX]
+            if not labeled:  # repeated to fill up the epoch's last batch, or cut away by `cutoff_len`
                 continue
-            first, last = labelled[0], labelled[-1]
-            if first == 0 or len(labelled) != last - first + 1:
+            first, last = labeled[0], labeled[-1]
+            if first == 0 or len(labeled) != last - first + 1:
                 raise DataError(
                     "`kd_on_policy` needs one response behind one prompt, and this example has several, or none "
                     f"without a label: {self.decode(ids[:length])[:200]!r}. Set `mask_history: true` and "

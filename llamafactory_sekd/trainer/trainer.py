@@ -174,7 +174,7 @@ class DistillationTrainer(Seq2SeqTrainer):
             else:
                 who = "teacher" if student_fits else "student"
                 logger.warning_once(
-                    f"The {who}'s logits are more than a product of its LM head (adapter, quantisation, soft-capping, "
+                    f"The {who}'s logits are more than a product of its LM head (adapter, quantization, soft-capping, "
                     "scaling or FSDP1): the objective is computed on the logits of all response tokens at once."
                 )
 

@@ -133,7 +133,7 @@ def fsdp_config(directory: Path, version: int) -> str:
             "fsdp_version": version,
             "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
             "fsdp_state_dict_type": "FULL_STATE_DICT",
-            # FSDP1 synchronises such weights over an accelerator only, and says so.
+            # FSDP1 synchronizes such weights over an accelerator only, and says so.
             "fsdp_cpu_ram_efficient_loading": version == 2,
             "fsdp_sync_module_states": version == 2,
         },

@@ -28,7 +28,7 @@ _VERBS = ("öffnet", "sucht", "findet", "verkauft", "repariert", "zeigt")
 _OBJECTS = ("das Fenster", "einen Schlüssel", "die Zeitung", "den Brief", "ein Fahrrad")
 _PLACES = ("am Bahnhof", "im Garten hinter dem Haus", "auf dem Markt", "vor der Schule", "in Hamburg")
 _ENGLISH = {
-    "Der Nachbar": "The neighbour", "Die Lehrerin": "The teacher", "Ein alter Freund": "An old friend",
+    "Der Nachbar": "The neighbor", "Die Lehrerin": "The teacher", "Ein alter Freund": "An old friend",
     "Das Kind": "The child", "Unsere Kollegin": "Our colleague", "Der Fahrer": "The driver",
     "öffnet": "opens", "sucht": "looks for", "findet": "finds", "verkauft": "sells", "repariert": "repairs",
     "zeigt": "shows", "das Fenster": "the window", "einen Schlüssel": "a key", "die Zeitung": "the newspaper",

@@ -49,7 +49,7 @@ RUN = Run(blueprint(), blueprint(), distillation(), batch_size=2, length=64, acc
 def test_the_peak_is_that_of_the_tensors_alive_together():
     with FakeTensorMode(), LiveMemory() as live:
         first = torch.zeros(1000)
-        with live.labelled("objective"):
+        with live.labeled("objective"):
             second = torch.zeros(500)
             view = second[:10]  # views take nothing
         del second

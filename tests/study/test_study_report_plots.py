@@ -42,9 +42,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return figures
 
 
-def lines(axes: Any, colour: str) -> list[tuple[list[float], list[float]]]:
-    """The x and y of the lines of one colour."""
-    return [(list(one.get_xdata()), list(one.get_ydata())) for one in axes.get_lines() if one.get_color() == colour]
+def lines(axes: Any, color: str) -> list[tuple[list[float], list[float]]]:
+    """The x and y of the lines of one color."""
+    return [(list(one.get_xdata()), list(one.get_ydata())) for one in axes.get_lines() if one.get_color() == color]
 
 
 def mean_of(results: dict[str, Any], system: str, rate: float, value: Callable[[dict[str, Any]], float]) -> float:
@@ -71,10 +71,10 @@ def test_scores_over_a_key_are_the_means_and_what_has_no_number_is_level(
             return cell["scores"]["average"][metric]
 
         for system in ("SFT", "Self-Evolution KD"):
-            ((xs, ys),) = lines(axes, views.looks[system].colour)
+            ((xs, ys),) = lines(axes, views.looks[system].color)
             assert tuple(xs) == RATES
             assert ys == pytest.approx([mean_of(results, system, rate, average) for rate in RATES])
-        ((_, level),) = lines(axes, views.looks["Forward KD"].colour)
+        ((_, level),) = lines(axes, views.looks["Forward KD"].color)
         assert level == pytest.approx([mean_of(changed, "Forward KD", RATES[0], average)] * 2)
         assert {text.get_text() for text in axes.texts} == set(SYSTEMS)
 
@@ -83,7 +83,7 @@ def test_the_rings_are_at_the_best_values(results: dict[str, Any], folder: Path,
     views = Views(read_study(results, folder))
     assert keys.selection_plot(views.study, views.chosen, views.looks) is not None
     for row in results["selection"]:
-        curve, ring = lines(drawn[0].axes[0], views.looks[row["system"]].colour)
+        curve, ring = lines(drawn[0].axes[0], views.looks[row["system"]].color)
         assert curve == (list(RATES), [one["mean"] for one in row["by_value"]])
         assert ring == ([row["value"]], [min(curve[1])])
 
@@ -109,7 +109,7 @@ def test_differences_are_drawn_with_their_intervals_and_seeds(
     for place, group in enumerate(views.groups[1:]):
         expected = views.at_own_best(group, "average", "bleu")
         assert expected is not None
-        interval, seeds, point = lines(axes, views.looks[group.system].colour)
+        interval, seeds, point = lines(axes, views.looks[group.system].color)
         assert interval == ([expected.low, expected.high], [place, place])
         assert seeds[0] == list(expected.seeds)
         assert point == ([expected.value], [place])
@@ -125,11 +125,11 @@ def test_learning_curves_are_logged_values_and_differences_to_the_baseline(
     runs = training.Runs(names, baselines, looks, views.histories)
     assert training.learning_plot("", runs) == "learning"
     panels = {axes.get_title(loc="left"): axes for axes in drawn[0].axes}
-    colour = views.looks["Forward KD"].colour
-    steps, nll = lines(panels["NLL, validation"], colour)[0]
+    color = views.looks["Forward KD"].color
+    steps, nll = lines(panels["NLL, validation"], color)[0]
     _, base = lines(panels["NLL, validation"], BASELINE)[0]
     assert steps == [100, 200, 300]
-    assert lines(panels["NLL, validation, to the baseline"], colour)[0][1] == pytest.approx(
+    assert lines(panels["NLL, validation, to the baseline"], color)[0][1] == pytest.approx(
         [own - other for own, other in zip(nll, base, strict=True)]
     )
     assert nll[-1] == pytest.approx(mean_of(results, "Forward KD", 0.0005, lambda cell: cell["validation"]["nll"]))
@@ -137,7 +137,7 @@ def test_learning_curves_are_logged_values_and_differences_to_the_baseline(
     assert training.gate_plot("", runs) == "gate"
     hard = next(axes for axes in drawn[1].axes if axes.get_title(loc="left") == "hard tokens (%)")
     assert len(hard.get_lines()) == 2, "the host's SFT has no difficulty"
-    assert lines(hard, views.looks["Self-Evolution KD"].colour)[0][1][-1] == pytest.approx(30)
+    assert lines(hard, views.looks["Self-Evolution KD"].color)[0][1][-1] == pytest.approx(30)
 
 
 def test_word_recall_is_drawn_against_the_baseline(results: dict[str, Any], folder: Path, drawn: list[Any]) -> None:
@@ -150,7 +150,7 @@ def test_word_recall_is_drawn_against_the_baseline(results: dict[str, Any], fold
     expected = [
         100 * (own.mean - base.mean) for own, base in zip(shares[evolved], shares[sft], strict=True) if own and base
     ]
-    assert lines(drawn[0].axes[0], views.looks[evolved.system].colour)[0][1] == pytest.approx(expected)
+    assert lines(drawn[0].axes[0], views.looks[evolved.system].color)[0][1] == pytest.approx(expected)
     assert words.frequency_plot(dict.fromkeys(baselines), recall.words, shares, views.looks) is None
 
 
@@ -158,5 +158,5 @@ def test_every_system_looks_different_and_the_same_in_every_plot(results: dict[s
     many = copy.deepcopy(results)
     many["spec"]["systems"] = {f"system {number}": {} for number in range(20)} | {"SFT": {}}
     given = Views(read_study(many, folder)).looks
-    assert len({(look.colour, look.line) for look in given.values()}) == len(given)
-    assert given["SFT"].colour == BASELINE
+    assert len({(look.color, look.line) for look in given.values()}) == len(given)
+    assert given["SFT"].color == BASELINE

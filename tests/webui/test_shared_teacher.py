@@ -1,4 +1,4 @@
-"""On the page, a teacher called `self` is the student's base with the student's own quantisation."""
+"""On the page, a teacher called `self` is the student's base with the student's own quantization."""
 
 from __future__ import annotations
 

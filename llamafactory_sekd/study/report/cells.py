@@ -63,11 +63,11 @@ class Group:
         return dict(self.point).get(key)
 
     def scores(self, column: str, metric: str) -> Summary | None:
-        """Summarise a score over the seeds; ``column`` is a direction or ``average``."""
+        """Summarize a score over the seeds; ``column`` is a direction or ``average``."""
         return summarize(cell["scores"].get(column, {}).get(metric) for cell in self.cells.values())
 
     def similarity(self, column: str) -> Summary | None:
-        """Summarise BLEU against the teacher's translations over the seeds."""
+        """Summarize BLEU against the teacher's translations over the seeds."""
         return summarize((cell["similarity"] or {}).get(column) for cell in self.cells.values())
 
     def name(self, without: Sequence[str] = ()) -> str:

@@ -1,4 +1,4 @@
-"""BLEU of hard and of easy sentences, split by something that favours none of the systems.
+"""BLEU of hard and of easy sentences, split by something that favors none of the systems.
 
 A system must not be judged on sentences that were picked because it failed on them: it is bound to look bad there by
 chance alone. So the split is the teacher's where it was evaluated, and else that of all systems together, each with
@@ -18,7 +18,7 @@ from llamafactory_sekd.study.report.texts import Texts
 
 @dataclass(frozen=True)
 class Halves:
-    """BLEU (0 to 100) on both halves of every direction, averaged over directions, summarised over seeds."""
+    """BLEU (0 to 100) on both halves of every direction, averaged over directions, summarized over seeds."""
 
     hard: Summary | None
     easy: Summary | None

@@ -44,7 +44,7 @@ def make_plan(
     """Go through the data sets and find out what is missing; the same on every rank.
 
     Args:
-        datasets: of tokenised examples, with length and indices.
+        datasets: of tokenized examples, with length and indices.
         known: the keys of the cache.
         progress: called with 1 after every example.
     """

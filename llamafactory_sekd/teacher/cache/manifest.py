@@ -27,7 +27,7 @@ class Manifest:
         k: probabilities per token (``topk``).
         head: file, size and checksum of the teacher's head (``hidden``).
         data: what decides the token ids of an example: tokenizer, template, cut-off, masking. Checked by every run.
-        teacher: what decides the teacher's answers: weights, adapters, quantisation, type. Checked where it is known.
+        teacher: what decides the teacher's answers: weights, adapters, quantization, type. Checked where it is known.
         software: versions that the records were computed with. Checked before records are added.
         version: of this layout.
     """

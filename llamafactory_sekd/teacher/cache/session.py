@@ -74,7 +74,7 @@ class Session:
         is_exact = teacher.can_hand_out_hidden_states(probe)
         if kind == "hidden" and not is_exact:
             raise TeacherError(
-                "the teacher's logits are more than a product of its LM head (adapter, quantisation, soft-capping or "
+                "the teacher's logits are more than a product of its LM head (adapter, quantization, soft-capping or "
                 "scaling), so hidden states do not keep them: build the cache with `sekd cache … --format topk`."
             )
 

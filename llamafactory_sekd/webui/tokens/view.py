@@ -1,4 +1,4 @@
-"""The comparison as HTML: three columns of coloured tokens. Every text is escaped."""
+"""The comparison as HTML: three columns of colored tokens. Every text is escaped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from html import escape
 from llamafactory_sekd.webui.tokens.compare import Column, Comparison, Token
 
 
-# Two hues that colour-blind readers tell apart; hard tokens have a line below as well.
+# Two hues that color-blind readers tell apart; hard tokens have a line below as well.
 _HARD, _EASY = "217, 95, 2", "31, 119, 180"
 _STYLE = """<style>
 .sekd-view {color: var(--body-text-color); font-size: 14px}

@@ -69,10 +69,10 @@ def _bars(
     short = short_names(list(values))
     names = [short[group] + (f"\n{notes[group]}" if notes else "") for group in values]
     for place, (group, seeds) in enumerate(values.items()):
-        summary, colour = summarize(seeds), looks[group.system].colour
+        summary, color = summarize(seeds), looks[group.system].color
         if summary is None:
             continue
-        axes.barh(place, summary.mean, color=colour, alpha=0.75, height=0.62)
+        axes.barh(place, summary.mean, color=color, alpha=0.75, height=0.62)
         axes.errorbar(summary.mean, place, xerr=summary.sd or 0.0, color=INK, capsize=3, linewidth=1.1)
         if len(seeds) > 1:
             axes.plot(seeds, [place] * len(seeds), "o", markersize=3.5, color="white", markeredgecolor=INK)

@@ -32,7 +32,7 @@ def differences_plot(
             for place, group in enumerate(compared):
                 difference = found[metric][group]
                 if difference is not None:
-                    _draw(axes, place, difference, METRIC_SCALES[metric], looks[group.system].colour)
+                    _draw(axes, place, difference, METRIC_SCALES[metric], looks[group.system].color)
             axes.axvline(0, color=BASELINE, linewidth=1.2)
             axes.set_yticks(range(len(compared)), [names[group] for group in compared], color=INK)
             axes.set_ylim(len(compared) - 0.4, -0.6)
@@ -47,9 +47,9 @@ def differences_plot(
         return finish(figure, "differences", caption)
 
 
-def _draw(axes: Any, place: int, difference: Difference, scale: float, colour: str) -> None:
-    axes.plot([scale * difference.low, scale * difference.high], [place, place], color=colour, linewidth=2.2)
+def _draw(axes: Any, place: int, difference: Difference, scale: float, color: str) -> None:
+    axes.plot([scale * difference.low, scale * difference.high], [place, place], color=color, linewidth=2.2)
     seeds = [scale * value for value in difference.seeds]
-    axes.plot(seeds, [place + 0.24] * len(seeds), "o", markersize=3, color=colour, alpha=0.6)
-    fill = colour if difference.better else "white"
-    axes.plot([scale * difference.value], [place], "o", markersize=7, color=colour, markerfacecolor=fill)
+    axes.plot(seeds, [place + 0.24] * len(seeds), "o", markersize=3, color=color, alpha=0.6)
+    fill = color if difference.better else "white"
+    axes.plot([scale * difference.value], [place], "o", markersize=7, color=color, markerfacecolor=fill)

@@ -57,18 +57,18 @@ def _curve(
     xs = [x for x, _ in known]
     means = [scale * summary.mean for _, summary in known]
     spread = [scale * (summary.sd or 0.0) for _, summary in known]
-    axes.plot(xs, means, color=look.colour, marker=look.marker, linestyle=look.line)
+    axes.plot(xs, means, color=look.color, marker=look.marker, linestyle=look.line)
     low, high = zip(*((mean - sd, mean + sd) for mean, sd in zip(means, spread, strict=True)), strict=True)
-    axes.fill_between(xs, low, high, color=look.colour, alpha=0.13, linewidth=0)
-    return [(name, means[-1], look.colour)]
+    axes.fill_between(xs, low, high, color=look.color, alpha=0.13, linewidth=0)
+    return [(name, means[-1], look.color)]
 
 
 def _level(axes: Any, group: Group, summary: Summary | None, scale: float, look: Look) -> list[tuple[str, float, str]]:
     if summary is None:
         return []
     value = scale * summary.mean
-    axes.axhline(value, color=look.colour, linestyle=(0, (4, 2.5)), linewidth=1.3)
-    return [(group.name(), value, look.colour)]
+    axes.axhline(value, color=look.color, linestyle=(0, (4, 2.5)), linewidth=1.3)
+    return [(group.name(), value, look.color)]
 
 
 def selection_plot(study: Study, chosen: Sequence[Choice], looks: Mapping[str, Look]) -> Plot | None:
@@ -83,10 +83,10 @@ def selection_plot(study: Study, chosen: Sequence[Choice], looks: Mapping[str, L
         ends = []
         for choice in numbers:
             look, tried = looks[choice.group.system], sorted(choice.tried)
-            axes.plot(*zip(*tried, strict=True), color=look.colour, marker=look.marker, linestyle=look.line)
+            axes.plot(*zip(*tried, strict=True), color=look.color, marker=look.marker, linestyle=look.line)
             best = dict(tried)[choice.value]
-            axes.plot([choice.value], [best], "o", markersize=12, markerfacecolor="none", color=look.colour)
-            ends.append((choice.group.name(without=[key]), tried[-1][1], look.colour))
+            axes.plot([choice.value], [best], "o", markersize=12, markerfacecolor="none", color=look.color)
+            ends.append((choice.group.name(without=[key]), tried[-1][1], look.color))
         axes.set(xlabel=axis_name(key), ylabel=f"{metric} (validation)")
         place_values(axes, sorted({value for choice in numbers for value, _ in choice.tried}))
         name_lines(axes, ends)

@@ -1,4 +1,4 @@
-"""How all plots look: colours that the colour-blind can tell apart, names at the lines, files that never change."""
+"""How all plots look: colors that the color-blind can tell apart, names at the lines, files that never change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamafactory_sekd.study.report.cells import Group, Study
 from llamafactory_sekd.study.report.document import Plot
 
 
-# Okabe and Ito's colours without the yellow, which is pale on white, and two dark ones; each has its own mark. When
+# Okabe and Ito's colors without the yellow, which is pale on white, and two dark ones; each has its own mark. When
 # they are used up they come again, dashed.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5B3A8C", "#7A4A1E")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<")
@@ -49,13 +49,13 @@ _SETTINGS: Any = {
 class Look:
     """How a system looks in every plot of a study."""
 
-    colour: str
+    color: str
     marker: str
     line: Any
 
 
 def looks(study: Study) -> dict[str, Look]:
-    """Give each system its look: the baseline black, the others colours in the study's order."""
+    """Give each system its look: the baseline black, the others colors in the study's order."""
     given = itertools.product(_LINES, zip(_COLOURS, _MARKS, strict=True))
     found: dict[str, Look] = {}
     for system in dict.fromkeys([*study.spec["systems"], *study.systems]):
@@ -64,8 +64,8 @@ def looks(study: Study) -> dict[str, Look]:
         elif system == study.teacher:
             found[system] = Look(SOFT, "", ":")
         else:
-            line, (colour, marker) = next(given)
-            found[system] = Look(colour, marker, line)
+            line, (color, marker) = next(given)
+            found[system] = Look(color, marker, line)
     return found
 
 
@@ -92,9 +92,9 @@ def finish(figure: Any, name: str, caption: str) -> Plot:
 
 
 def name_lines(axes: Any, ends: Sequence[tuple[str, float, str]]) -> None:
-    """Write each line's name at its right end, beside the axes, in its colour, and apart from its neighbours.
+    """Write each line's name at its right end, beside the axes, in its color, and apart from its neighbors.
 
-    ``ends`` holds (name, y at the end, colour). Limits and size of the axes must be final.
+    ``ends`` holds (name, y at the end, color). Limits and size of the axes must be final.
     """
     axes.figure.draw_without_rendering()
     bottom, top = axes.bbox.y0, axes.bbox.y1
@@ -102,12 +102,12 @@ def name_lines(axes: Any, ends: Sequence[tuple[str, float, str]]) -> None:
     order = sorted(range(len(ends)), key=lambda index: ends[index][1])
     wanted = [float(axes.transData.transform((0, ends[index][1]))[1]) for index in order]
     for index, y in zip(order, _apart(wanted, gap, bottom, top), strict=True):
-        name, _, colour = ends[index]
+        name, _, color = ends[index]
         axes.annotate(
             name,
             (1.015, (y - bottom) / (top - bottom)),
             xycoords="axes fraction",
-            color=colour,
+            color=color,
             va="center",
             fontsize=9.5,
             annotation_clip=False,
@@ -119,7 +119,7 @@ def name_below(figure: Any, names: Mapping[Group, str], looks: Mapping[Group, Lo
     from matplotlib.lines import Line2D
 
     lines = [
-        Line2D([], [], color=look.colour, linestyle=look.line, marker=look.marker, markersize=4)
+        Line2D([], [], color=look.color, linestyle=look.line, marker=look.marker, markersize=4)
         for look in looks.values()
     ]
     # matplotlib takes a leading underscore for "leave it out".
@@ -133,7 +133,7 @@ def name_below(figure: Any, names: Mapping[Group, str], looks: Mapping[Group, Lo
 def _apart(wanted: Sequence[float], gap: float, bottom: float, top: float) -> list[float]:
     """Return ascending positions at least ``gap`` apart, as near to the ascending ``wanted`` ones as that allows.
 
-    Neighbours that would overlap form a block, which stands where its members wanted to be on average. All of it is
+    Neighbors that would overlap form a block, which stands where its members wanted to be on average. All of it is
     moved into ``bottom`` to ``top`` where there is room.
     """
     blocks: list[tuple[float, int]] = []  # sum of the first position that each member wants, members

@@ -30,7 +30,7 @@ def token_plot(
             for group, by_metric in means.items():
                 values = [scale * one.mean if one is not None else float("nan") for one in by_metric[metric]]
                 look = looks[group]
-                axes.plot(values, color=look.colour, marker=look.marker, linestyle=look.line)
+                axes.plot(values, color=look.color, marker=look.marker, linestyle=look.line)
             axes.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
             axes.set(xlabel="different tokens in each fifth of the text", ylabel=label)
         name_below(figure, names, looks)

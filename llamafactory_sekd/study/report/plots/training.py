@@ -98,20 +98,20 @@ def _draw(axes: Any, curve: Curve, factor: float, look: Look, lines: int) -> Non
     means = [factor * summary.mean for summary in curve.summaries]
     spread = [factor * (summary.sd or 0.0) for summary in curve.summaries]
     dots = look.marker if len(means) < 12 else ""
-    axes.plot(curve.steps, means, color=look.colour, linestyle=look.line, marker=dots, markersize=4, linewidth=1.5)
+    axes.plot(curve.steps, means, color=look.color, linestyle=look.line, marker=dots, markersize=4, linewidth=1.5)
     low = [mean - sd for mean, sd in zip(means, spread, strict=True)]
     high = [mean + sd for mean, sd in zip(means, spread, strict=True)]
-    axes.fill_between(curve.steps, low, high, color=look.colour, alpha=0.13 if lines < 5 else 0.06, linewidth=0)
+    axes.fill_between(curve.steps, low, high, color=look.color, alpha=0.13 if lines < 5 else 0.06, linewidth=0)
 
 
 def point_looks(groups: Sequence[Group]) -> dict[Group, Look]:
-    """Colour the points of one system from dark to light, in the matrix's order."""
+    """Color the points of one system from dark to light, in the matrix's order."""
     from matplotlib import colormaps
 
     shades = colormaps["viridis"]
     last = max(1, len(groups) - 1)
-    colours = [tuple(round(255 * part) for part in shades(0.88 * index / last)[:3]) for index in range(len(groups))]
+    colors = [tuple(round(255 * part) for part in shades(0.88 * index / last)[:3]) for index in range(len(groups))]
     return {
-        group: Look("#{:02x}{:02x}{:02x}".format(*colour), "o", "-")
-        for group, colour in zip(groups, colours, strict=True)
+        group: Look("#{:02x}{:02x}{:02x}".format(*color), "o", "-")
+        for group, color in zip(groups, colors, strict=True)
     }

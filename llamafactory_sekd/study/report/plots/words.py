@@ -36,8 +36,8 @@ def frequency_plot(
                 if (own := shares[group][bucket]) is not None and (base := shares[baseline][bucket]) is not None
             ]
             look = looks[group.system]
-            axes.plot(gains, color=look.colour, marker=look.marker, linestyle=look.line)
-            ends.append((group.system, gains[-1], look.colour))
+            axes.plot(gains, color=look.color, marker=look.marker, linestyle=look.line)
+            ends.append((group.system, gains[-1], look.color))
         if not ends:
             return None
         axes.axhline(0, color="#000000", linewidth=1.2)
