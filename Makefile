@@ -5,14 +5,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 export OMP_NUM_THREADS ?= 1
 # Text that is free of the words in .github/retired_words.txt.
-PROSE := CONTRIBUTING.md SECURITY.md docs/recipes.md docs/reliability.md docs/replication.md examples
+PROSE := CONTRIBUTING.md SECURITY.md Makefile mkdocs.yml noxfile.py examples docs/site \
+	$(filter-out docs/architecture.md,$(wildcard docs/*.md))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-matrix lint bench docs package
 
 help:
-	@echo "make demo   install, then distil a tiny translator and report its scores (under 15 minutes on two cores)"
-	@echo "make test   install with the test extras, then run the whole suite"
+	@echo "make demo   install, then distill a tiny translator and report its scores (under 15 minutes on two cores)"
+	@echo "make test   install with the test extras, then run the complete suite"
 	@echo "make test-matrix  the smoke tests on every supported host version, each installed from nothing (about an hour)"
 	@echo "make lint   ruff, mypy, import-linter and codespell, and the documentation built strictly"
 	@echo "make docs   the documentation as a site that opens offline: site/index.html"

@@ -1,4 +1,4 @@
-"""What MkDocs cannot take from `docs/` as it stands: pages of the top folder, made pages, and links between them.
+"""What MkDocs cannot take from `docs/` as it is: pages of the top folder, made pages, and links between them.
 
 The pages are written for the repository's own web page; this gives the same files to the site without a second copy.
 """
@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).parents[2]
 TOP_PAGES = {"index.md": "README.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
 _LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(?=[)#])")
 _FILE_AS_TEXT = re.compile(r"\[(?:docs/)?(\w+)\.md\]\(")
-_KINDS = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+_KINDS = {int: "integer", float: "number", str: "text", bool: "true or false"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -82,7 +82,7 @@ def keys_page() -> str:
         "",
         "## The objectives",
         "",
-        "| `kd_loss` | loss of a token | keys that it reads beside the common ones |",
+        "| `kd_loss` | loss of a token | keys that it reads in addition to the common ones |",
         "|---|---|---|",
         *(f"| `{name}` | {loss} | {_names(sorted(keys))} |" for name, (loss, keys) in KD_LOSSES.items()),
         "",
