@@ -12,7 +12,6 @@ torch's mechanism off, and ``python -m llamafactory_sekd`` then applies the same
 import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ TARGETS: tuple[str, ...] = (
     "llamafactory.data.loader",
     "llamafactory.train.callbacks",
     "llamafactory.train.sft",
+    "llamafactory.train.sft.trainer",
     "llamafactory.extras.ploting",
     "llamafactory.webui.locales",
     "llamafactory.webui.control",
@@ -41,31 +41,46 @@ TARGETS: tuple[str, ...] = (
 
 
 class PostImportFinder(importlib.abc.MetaPathFinder):
-    """Finds the target modules as usual and calls ``callback(module)`` once each has been executed."""
+    """Finds the target modules as usual and calls ``callback(module)`` each time one has been executed."""
 
     def __init__(self, targets: Sequence[str], callback: Callable[[ModuleType], None]) -> None:
-        self.pending = set(targets)
+        self.targets = frozenset(targets)
         self.callback = callback
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Return the module's own spec with a loader that runs the callback, or None for every other module."""
-        if fullname not in self.pending:
+        """Return the module's own spec with a loader that runs the callback, or None for every other module.
+
+        A look-up alone (``importlib.util.find_spec``) uses nothing up: whoever executes the module later still gets
+        the callback. The other finders are asked directly, with the ``path`` that was passed in:
+        ``importlib.util.find_spec`` would import the parent while the import lock of the child is held, and two
+        threads that import would wait for each other.
+        """
+        if fullname not in self.targets:
             return None
 
-        self.pending.discard(fullname)  # first, so that the look-up below does not come back here
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _CallbackLoader(spec.loader, self.callback)
-
-        return spec
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None and not isinstance(spec.loader, _CallbackLoader):
+                    spec.loader = _CallbackLoader(spec.loader, self.callback)
+                return spec
+        return None
 
 
 class _CallbackLoader(importlib.abc.Loader):
     def __init__(self, loader: importlib.abc.Loader, callback: Callable[[ModuleType], None]) -> None:
         self.loader = loader
         self.callback = callback
+
+    def __getattr__(self, name: str) -> object:
+        # Whoever only looks a module up reads its source, its path or its resources through the loader.
+        if name == "loader":  # not set yet, in a copy
+            raise AttributeError(name)
+        return getattr(self.loader, name)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)

@@ -16,9 +16,16 @@ from llamafactory_sekd.arguments import (
 )
 from llamafactory_sekd.children import end_rank_with_launcher
 from llamafactory_sekd.errors import ArgumentError
+from llamafactory_sekd.host.ledger import check_in_effect
 from llamafactory_sekd.host.own_samples import check_own_samples, set_sampling_defaults
+from llamafactory_sekd.host.patches import STAGE_LABEL
 from llamafactory_sekd.host.placement import check_devices, check_placement
 from llamafactory_sekd.host.resume import choose_checkpoint
+
+
+def with_our_stage(stages: dict[str, str]) -> dict[str, str]:
+    """Return the host's stages, label to name, and ours."""
+    return {**stages, STAGE_LABEL: STAGE}
 
 
 def extend_finetuning_arguments(host_class: type) -> type:
@@ -102,6 +109,7 @@ def check_together(host_parse: Callable[..., tuple[Any, ...]]) -> Callable[..., 
         parsed = host_parse(args)
         model_args, data_args, training_args, finetuning_args, generating_args = parsed
         if finetuning_args.use_sekd:
+            check_in_effect()
             if finetuning_args.kd_on_policy:
                 set_sampling_defaults(args, generating_args)
                 check_own_samples(data_args, training_args, generating_args)

@@ -14,6 +14,7 @@ from llamafactory_sekd.arguments import STAGE
 from llamafactory_sekd.children import end_with_parent
 from llamafactory_sekd.errors import HostError
 from llamafactory_sekd.host import ledger, versions
+from llamafactory_sekd.host.patches import PATCHES
 
 
 # What torchrun starts on each rank under `python -m llamafactory_sekd train`; not for users.
@@ -64,8 +65,6 @@ def _torchrun_ends_with_us(host_launch: Any) -> Iterator[None]:
 
 def describe() -> str:
     """Return the plug-in's part of ``llamafactory-cli env``: its version and its patches."""
-    from llamafactory_sekd.host.patches import PATCHES
-
     lines = [f"- `llamafactory_sekd` version: {__version__} (supports LLaMA-Factory {versions.SUPPORTED})"]
     applied = set(ledger.applied())
     for patch in PATCHES:

@@ -6,45 +6,37 @@ could bind the attribute. So every patch is one record: module, attribute, a fun
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from llamafactory_sekd import __version__
+from llamafactory_sekd.arguments import STAGE
 from llamafactory_sekd.errors import HostError, SekdError
 from llamafactory_sekd.host import versions
+from llamafactory_sekd.host.patches import PATCHES, Patch
 
 
 @dataclass(frozen=True)
-class Patch:
-    """One change to the host.
+class _Applied:
+    """A patch in this process: where it is, the host's value and ours."""
 
-    Attributes:
-        module: the host's module.
-        attribute: the name that is replaced in it.
-        replace: from the host's value to ours; called once, right after the module's import.
-        what: what the replacement does.
-        why: why it cannot be done without a patch.
-        remove_when: what has to happen in the host for the patch to go.
-    """
-
-    module: str
+    module: ModuleType
     attribute: str
-    replace: Callable[[Any], Any]
-    what: str
-    why: str
-    remove_when: str
+    original: Any
+    replacement: Any
 
-    @property
-    def name(self) -> str:
-        """The dotted name of what is replaced."""
-        return f"{self.module}.{self.attribute}"
+    def is_in_effect(self) -> bool:
+        """Return whether the module, as it is imported now, still has our value."""
+        module = sys.modules.get(self.module.__name__, self.module)
+        return getattr(module, self.attribute, None) is self.replacement
 
 
-_originals: dict[str, tuple[ModuleType, str, Any]] = {}
+_applied: dict[str, _Applied] = {}
 
 
 def apply(module: ModuleType, too_late: Sequence[str] = ()) -> None:
@@ -66,8 +58,6 @@ def apply(module: ModuleType, too_late: Sequence[str] = ()) -> None:
         _stay_off(obstacle)
         return
 
-    from llamafactory_sekd.host.patches import PATCHES
-
     for patch in PATCHES:
         if patch.module == module.__name__:
             _apply_one(patch, module)
@@ -80,7 +70,9 @@ def refuse_if_late(too_late: Sequence[str]) -> None:
 
 
 def _apply_one(patch: Patch, module: ModuleType) -> None:
-    if patch.name in _originals:
+    before = _applied.get(patch.name)
+    # A module that was executed again (`importlib.reload`) has the host's value, and gets ours again.
+    if before is not None and getattr(module, patch.attribute, None) is before.replacement:
         raise HostError(f"{patch.name} is patched already: patches are applied once per process, by the import hooks.")
 
     if not hasattr(module, patch.attribute):
@@ -90,21 +82,50 @@ def _apply_one(patch: Patch, module: ModuleType) -> None:
             "LLAMAFACTORY_SEKD=0."
         )
 
-    original = getattr(module, patch.attribute)
-    setattr(module, patch.attribute, patch.replace(original))
-    _originals[patch.name] = (module, patch.attribute, original)
+    value = getattr(module, patch.attribute)
+    place, _, function = patch.replace.partition(":")
+    replacement = getattr(importlib.import_module(place), function)(value)
+    setattr(module, patch.attribute, replacement)
+    _applied[patch.name] = _Applied(module, patch.attribute, value, replacement)
 
 
 def applied() -> list[str]:
     """Return the dotted names that are patched in this process, in the order of application."""
-    return list(_originals)
+    return list(_applied)
+
+
+def original(name: str) -> Any:
+    """Return the host's value of a dotted name that is patched in this process."""
+    return _applied[name].original
+
+
+def check_in_effect() -> None:
+    """Check that every patch of a module that is imported is in effect: at the start of each run of our stage.
+
+    Raises:
+        HostError: one is not, so that the host's own code would run in its place.
+    """
+    for patch in PATCHES:
+        record = _applied.get(patch.name)
+        if patch.module in sys.modules and (record is None or not record.is_in_effect()):
+            raise HostError(
+                f"{patch.name} is not patched in this process, so `stage: {STAGE}` would not be what runs: start with "
+                "`llamafactory-cli` or `python -m llamafactory_sekd`, and import torch before LLaMA-Factory."
+            )
+
+    tuner, sft = sys.modules.get("llamafactory.train.tuner"), sys.modules.get("llamafactory.train.sft")
+    if tuner is not None and sft is not None and getattr(tuner, "run_sft", None) is not sft.run_sft:
+        raise HostError(
+            "llamafactory.train.tuner has a `run_sft` of its own, so the host's trainer would run in place of ours: "
+            "something has replaced or reloaded it in this process; start a new one."
+        )
 
 
 def undo() -> None:
     """Put every original back (names that other modules bound meanwhile keep what they have)."""
-    while _originals:
-        _, (module, attribute, original) = _originals.popitem()
-        setattr(module, attribute, original)
+    while _applied:
+        _, record = _applied.popitem()
+        setattr(record.module, record.attribute, record.original)
 
 
 def _too_late_message(too_late: Sequence[str]) -> str:

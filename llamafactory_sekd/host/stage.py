@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from llamafactory_sekd.arguments import SELF, DistillationArguments
+from llamafactory_sekd.arguments import SELF, STAGE, DistillationArguments
 from llamafactory_sekd.demo.missing import check_prepared
-from llamafactory_sekd.errors import DataError, TeacherError
+from llamafactory_sekd.errors import DataError, HostError, TeacherError
 from llamafactory_sekd.host.model_arguments import teacher_identity, teacher_model_arguments
 from llamafactory_sekd.host.own_samples import own_samples_of
 from llamafactory_sekd.host.placement import placement_of, teachers_deepspeed
@@ -43,6 +43,30 @@ def dispatch(host_run_sft: Callable[..., None]) -> Callable[..., None]:
             host_run_sft(*arguments)
 
     return run_sft
+
+
+def refuse_our_stage(host_trainer: type) -> type:
+    """Return the host's SFT trainer, which no run of our stage can be trained by.
+
+    Whatever has kept our own trainer from being built, the run ends here and does not become plain fine-tuning.
+    """
+
+    class CustomSeq2SeqTrainer(host_trainer):
+        __doc__ = host_trainer.__doc__
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            is_ours = getattr(kwargs.get("finetuning_args"), "use_sekd", False)
+            does_work = any(getattr(kwargs.get("args"), key, False) for key in ("do_train", "do_eval"))
+            if is_ours and does_work and not hasattr(self, "distillation_stage"):
+                raise HostError(
+                    f"`stage: {STAGE}` has reached the host's own trainer, which knows no teacher: start with "
+                    "`llamafactory-cli` or `python -m llamafactory_sekd`."
+                )
+            super().__init__(*args, **kwargs)
+
+    CustomSeq2SeqTrainer.__module__ = host_trainer.__module__
+    CustomSeq2SeqTrainer.__qualname__ = host_trainer.__qualname__
+    return CustomSeq2SeqTrainer
 
 
 def _run_sekd(
@@ -144,7 +168,7 @@ def _our_trainer(
     host_trainer = workflow.CustomSeq2SeqTrainer
 
     class SekdTrainer(DistillationTrainer, host_trainer):  # type: ignore[misc, valid-type]
-        pass
+        distillation_stage = STAGE
 
     def build(**kwargs: Any) -> Any:
         cache = None

@@ -10,7 +10,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from helpers.runs import command
+from helpers.runs import base_config, command, write_yaml
 
 from llamafactory_sekd import autoload
 from llamafactory_sekd.host.patches import PATCHES
@@ -73,6 +73,75 @@ def test_the_hooks_are_registered_for_exactly_the_modules_of_the_ledger():
 )
 def test_every_order_of_import_patch_and_undo(code, env, expected):
     assert python(code, env).stdout.strip().splitlines()[-1] == expected
+
+
+def test_a_look_up_of_a_module_uses_no_patch_up():
+    code = (
+        "import torch, importlib.util as u; from llamafactory_sekd import autoload\n"
+        "for name in autoload.TARGETS:\n"
+        "    spec = u.find_spec(name); assert spec.loader.get_source(name) is not None, name\n"
+        "from llamafactory.train import sft; print(sft.run_sft.__wrapped__ is not None)\n"
+        "from llamafactory_sekd.host import ledger; import llamafactory.train.tuner; ledger.check_in_effect()"
+    )
+    result = python(code)
+    assert result.stdout.strip().splitlines()[-1] == "True", result.stderr
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_module_that_is_reloaded_is_patched_again():
+    code = (
+        "import torch, importlib; from llamafactory.train import sft; importlib.reload(sft)\n"
+        "print(hasattr(sft.run_sft, '__wrapped__'), sft.__loader__.__class__.__name__)"
+    )
+    assert python(code).stdout.strip().splitlines()[-1] == "True SourceFileLoader"
+
+
+def test_threads_that_import_the_host_at_once_do_not_wait_for_each_other_forever():
+    code = (
+        "import torch, threading, importlib; from llamafactory_sekd import autoload\n"
+        "names = [n for n in autoload.TARGETS if 'webui' not in n and 'v1' not in n]\n"
+        "start = threading.Barrier(8)\n"
+        "def work(i):\n"
+        "    start.wait()\n"
+        "    for k in range(len(names)): importlib.import_module(names[(i + k) % len(names)])\n"
+        "threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(8)]\n"
+        "[t.start() for t in threads]; [t.join(1200) for t in threads]\n"
+        "print(any(t.is_alive() for t in threads))"
+    )
+    result = command([sys.executable, "-c", code], timeout=1800)
+    assert result.stdout.strip().splitlines()[-1] == "False", result.stderr
+
+
+def test_a_run_of_our_stage_ends_where_a_patch_is_not_in_effect(tiny_root, tmp_path):
+    config = base_config(tiny_root, output_dir=str(tmp_path / "out"))
+    path = write_yaml(tmp_path / "run.yaml", config)
+    code = (
+        "import torch, sys, yaml; from llamafactory.train import sft, tuner; from llamafactory_sekd.host import ledger\n"
+        "{damage}\n"
+        f"tuner.run_exp(yaml.safe_load(open({str(path)!r})))"
+    )
+    for damage in (
+        "sft.run_sft = ledger.original('llamafactory.train.sft.run_sft')",
+        "tuner.run_sft = ledger.original('llamafactory.train.sft.run_sft')",
+        "import importlib; autoload = sys.meta_path.pop(0); importlib.reload(sft)",
+    ):
+        result = python(code.format(damage=damage))
+        assert result.returncode != 0
+        assert "llamafactory_sekd: error: llamafactory.train." in result.stderr, result.stderr
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_the_hosts_own_trainer_refuses_a_run_of_our_stage(tiny_root, tmp_path):
+    config = base_config(tiny_root, output_dir=str(tmp_path / "out"))
+    path = write_yaml(tmp_path / "run.yaml", config)
+    code = (
+        "import torch, yaml; from llamafactory.hparams import get_train_args as g\n"
+        "from llamafactory.train.sft.workflow import run_sft\n"
+        f"m, d, t, f, n = g(yaml.safe_load(open({str(path)!r}))); run_sft(m, d, t, f, n)"
+    )
+    result = python(code)
+    assert "`stage: sekd` has reached the host's own trainer" in result.stderr
+    assert result.returncode != 0
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_labels_do_not_shadow_the_hosts():
 
     from llamafactory_sekd.host import ledger
 
-    original = ledger._originals["llamafactory.webui.locales.LOCALES"][2]
+    original = ledger.original("llamafactory.webui.locales.LOCALES")
     assert not set(original) & set(element_labels())
     assert set(locales.LOCALES) == set(original) | set(element_labels())
     assert {language for entry in original.values() for language in entry} == set(LANGUAGES)
