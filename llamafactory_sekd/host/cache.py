@@ -12,7 +12,7 @@ import torch
 
 from llamafactory_sekd.arguments import STAGE
 from llamafactory_sekd.errors import ArgumentError, TeacherError
-from llamafactory_sekd.host.model_arguments import teacher_identity, teacher_model_arguments
+from llamafactory_sekd.host.teacher import teacher_identity, teacher_model_arguments
 from llamafactory_sekd.teacher import Teacher
 from llamafactory_sekd.teacher.cache import (
     Fingerprints,
@@ -128,10 +128,10 @@ def tokenized(config: dict[str, Any]) -> Tokenized:
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_config, load_tokenizer
 
-    from llamafactory_sekd.host.stage import check_fit
+    from llamafactory_sekd.host.teacher import check_fit
 
     model_args, data_args, training_args, finetuning_args, _ = get_train_args(_for_building(config))
-    check_fit(model_args, finetuning_args)
+    check_fit(model_args, data_args, finetuning_args)
     if model_args.compute_dtype is None:  # in training the student, loaded first, decides
         model_args.compute_dtype = infer_optim_dtype(getattr(load_config(model_args), "torch_dtype", None))
 
@@ -152,8 +152,7 @@ def tokenized(config: dict[str, Any]) -> Tokenized:
 def _compute(plan: Plan, session: Session, data: Tokenized, batch_size: int) -> None:
     from transformers import Trainer
 
-    from llamafactory_sekd.host.placement import placement_of
-    from llamafactory_sekd.host.stage import load_teacher
+    from llamafactory_sekd.host.teacher import load_teacher, placement_of
 
     # The trainer's accelerator, so that the teacher is placed and sharded as it is in training.
     accelerator = Trainer(model=torch.nn.Identity(), args=data.training_args).accelerator

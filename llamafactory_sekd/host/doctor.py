@@ -90,13 +90,13 @@ def _check_teacher(console: Console, parsed: Parsed) -> None:
         return
 
     from llamafactory_sekd.host.plan import missing_tokenizer, vocabulary_line
-    from llamafactory_sekd.host.stage import check_fit
+    from llamafactory_sekd.host.teacher import check_fit
 
     missing = missing_tokenizer(parsed)
     if missing:
         console.print(f"Teacher: not checked, {missing}.", highlight=False, markup=False, soft_wrap=True)
         return
 
-    check_fit(parsed.model, parsed.finetuning)
+    check_fit(parsed.model, parsed.data, parsed.finetuning)
     line = vocabulary_line(parsed) or "its tokenizer is the student's, and so is the size of its head."
     console.print(f"Teacher: {line}", highlight=False, markup=False, soft_wrap=True)

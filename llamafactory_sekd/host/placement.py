@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,42 +12,16 @@ import torch
 
 from llamafactory_sekd.arguments import AUTO, SELF, DistillationArguments
 from llamafactory_sekd.errors import ArgumentError, one_line
-from llamafactory_sekd.host.model_arguments import own_device
 
 
 if TYPE_CHECKING:
-    from llamafactory_sekd.teacher import Placement
+    pass
 
 
-def placement_of(finetuning_args: DistillationArguments) -> Placement:
-    """Where the teacher of a parsed run stands."""
-    from llamafactory_sekd.teacher import Placement
-
-    own = finetuning_args.teacher_deepspeed
-    engine = None if own is None else read_deepspeed_file("teacher_deepspeed", own)
-    return Placement(own_device(finetuning_args), finetuning_args.teacher_offload, engine)
-
-
-@contextmanager
-def teachers_deepspeed(training_args: Any, finetuning_args: DistillationArguments) -> Iterator[None]:
-    """For the duration, transformers loads weights as the teacher's engine shards them, not the student's."""
-    plugin = getattr(training_args, "deepspeed_plugin", None)
-    if plugin is None:
-        yield
-        return
-
-    from transformers.integrations import HfDeepSpeedConfig, deepspeed
-
-    from llamafactory_sekd.teacher import engine_config
-
-    placement, students = placement_of(finetuning_args), deepspeed._hf_deepspeed_config_weak_ref
-    # It is the current one from here on, as long as it exists.
-    teachers = HfDeepSpeedConfig(engine_config(plugin.deepspeed_config, placement.engine, placement.offload))
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = students
-        del teachers
+def own_device(finetuning_args: DistillationArguments) -> torch.device | None:
+    """Return the teacher's own device, None where it shares the student's."""
+    name = finetuning_args.teacher_model_device
+    return None if name == AUTO else torch.device(name)
 
 
 def check_placement(model_args: Any, training_args: Any, finetuning_args: Any) -> None:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from llamafactory_sekd.arguments import SELF, STAGE, DistillationArguments
-from llamafactory_sekd.demo.missing import check_prepared
-from llamafactory_sekd.errors import DataError, HostError, TeacherError
-from llamafactory_sekd.host.model_arguments import teacher_identity, teacher_model_arguments
+from llamafactory_sekd.arguments import STAGE, DistillationArguments
+from llamafactory_sekd.errors import DataError, HostError
 from llamafactory_sekd.host.own_samples import own_samples_of
-from llamafactory_sekd.host.placement import placement_of, teachers_deepspeed
 from llamafactory_sekd.host.resume import check_same_teacher, teacher_fingerprint
+from llamafactory_sekd.host.teacher import check_fit, head_rows, online_teacher
 
 
 if TYPE_CHECKING:
-    from llamafactory_sekd.teacher import Teacher
+    pass
 
 
 def dispatch(host_run_sft: Callable[..., None]) -> Callable[..., None]:
@@ -35,8 +32,6 @@ def dispatch(host_run_sft: Callable[..., None]) -> Callable[..., None]:
         callbacks: Any = None,
     ) -> None:
         arguments = (model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
-        teacher_model = getattr(finetuning_args, "teacher_model", None)
-        check_prepared([model_args.model_name_or_path, teacher_model, data_args.dataset_dir])
         if getattr(finetuning_args, "use_sekd", False):
             _run_sekd(host_run_sft, *arguments)
         else:
@@ -84,7 +79,7 @@ def _run_sekd(
         return
 
     if finetuning_args.teacher_model:
-        check_fit(model_args, finetuning_args)
+        check_fit(model_args, data_args, finetuning_args)
 
     fingerprint = teacher_fingerprint(model_args, training_args, finetuning_args)
     check_same_teacher(training_args, finetuning_args, fingerprint)
@@ -98,54 +93,6 @@ def _run_sekd(
         figure = plot_distillation(training_args.output_dir)
         if figure is not None:
             print("Figure saved at:", figure)
-
-
-def check_fit(model_args: Any, finetuning_args: DistillationArguments) -> None:
-    """Check, before any weight is read, that the teacher exists, is a causal LM and has the student's tokenizer.
-
-    Raises:
-        TeacherError: it does not fit.
-    """
-    from llamafactory.model import load_config, load_tokenizer
-
-    from llamafactory_sekd.teacher.files import check_adapter_files, check_is_causal, check_teacher_files
-    from llamafactory_sekd.teacher.vocabulary import check_tokenizers
-
-    name, adapters, _ = teacher_identity(model_args, finetuning_args)
-    check_teacher_files(name)
-    if adapters:
-        check_adapter_files(adapters)
-
-    teacher_args = teacher_model_arguments(model_args, finetuning_args)
-    try:
-        config = load_config(teacher_args)
-        teacher_tokenizer = load_tokenizer(teacher_args)["tokenizer"]
-    except OSError as error:
-        cause = error.__cause__ or error
-        raise TeacherError(
-            f"`teacher_model: {name}` cannot be loaded ({_first_line(cause)}): check the path or hub id."
-        ) from error
-
-    check_is_causal(name, config)
-    check_tokenizers(load_tokenizer(model_args)["tokenizer"], teacher_tokenizer)
-
-
-def load_teacher(model_args: Any, training_args: Any, finetuning_args: DistillationArguments) -> Any:
-    """Load the teacher as the host loads a reference model: adapters merged, quantized, frozen, in eval mode."""
-    from llamafactory.hparams import FinetuningArguments
-    from llamafactory.model import load_model, load_tokenizer
-    from safetensors import SafetensorError
-
-    teacher_args = teacher_model_arguments(model_args, finetuning_args)
-    tokenizer = load_tokenizer(teacher_args)["tokenizer"]
-    try:
-        with _whole_weights_on_every_rank(), teachers_deepspeed(training_args, finetuning_args):
-            return load_model(tokenizer, teacher_args, FinetuningArguments(), is_trainable=False)
-    except (OSError, SafetensorError) as error:
-        raise TeacherError(
-            f"the weights of `teacher_model: {teacher_args.model_name_or_path}` cannot be loaded "
-            f"({_first_line(error)}): are its files all there and whole?"
-        ) from error
 
 
 @contextmanager
@@ -177,11 +124,11 @@ def _our_trainer(
                 CacheOfRun(model_args, data_args, training_args, finetuning_args, kwargs)
             )
 
-        student_rows = _head_rows(kwargs["model"])
+        student_rows = head_rows(kwargs["model"])
         make_online: Any = None
         rows: Any = None
         if cache is None or cache.needs_model:
-            make_online, rows = _online(model_args, training_args, finetuning_args, kwargs["model"])
+            make_online, rows = online_teacher(model_args, training_args, finetuning_args, kwargs["model"])
 
         teacher_rows = (cache.vocab_size if cache is not None else None) or rows
         vocab_size, explanation = common_vocabulary(kwargs["tokenizer"], student_rows, teacher_rows)
@@ -215,33 +162,6 @@ def _our_trainer(
         workflow.CustomSeq2SeqTrainer = host_trainer
 
 
-def _online(
-    model_args: Any, training_args: Any, finetuning_args: DistillationArguments, student: Any
-) -> tuple[Callable[[Any], Teacher], int]:
-    """Load a teacher that computes; return what makes it from the trainer's accelerator, and the rows of its head."""
-    from llamafactory_sekd.teacher import SharedTeacher, Teacher, add_teacher_adapters
-
-    if finetuning_args.teacher_model == SELF:
-        adapters = finetuning_args.teacher_model_adapters
-        hub = {
-            "cache_dir": model_args.cache_dir,
-            "revision": model_args.model_revision,
-            "token": model_args.hf_hub_token,
-        }
-        rows = _head_rows(student)
-        names = add_teacher_adapters(student, adapters.split(",") if adapters else [], **hub)
-        return lambda _: SharedTeacher(student, names), rows
-
-    model = load_teacher(model_args, training_args, finetuning_args)
-    placement = placement_of(finetuning_args)
-    return lambda accelerator: Teacher(model, accelerator, placement), _head_rows(model)
-
-
-def _head_rows(model: Any) -> int:
-    weight = model.get_output_embeddings().weight
-    return int(getattr(weight, "ds_shape", weight.shape)[0])
-
-
 @contextmanager
 def _empty_dataset_explained(data_args: Any) -> Iterator[None]:
     """`datasets` says of a file without records that an instruction "corresponds to no data"."""
@@ -256,22 +176,3 @@ def _empty_dataset_explained(data_args: Any) -> Iterator[None]:
             f"one of the data sets {names} holds no record: look at its file in "
             f"`dataset_dir: {data_args.dataset_dir}`."
         ) from error
-
-
-@contextmanager
-def _whole_weights_on_every_rank() -> Iterator[None]:
-    """FSDP's RAM-efficient loading leaves a second model empty on every rank but the first: off for the duration."""
-    key = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-    before = os.environ.get(key)
-    if before is not None:
-        os.environ[key] = "false"
-
-    try:
-        yield
-    finally:
-        if before is not None:
-            os.environ[key] = before
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import signal
 import subprocess
@@ -18,8 +17,7 @@ from helpers.fake_wheel import save_wheel
 from helpers.runs import CLI, command
 
 from llamafactory_sekd.config import read_config
-from llamafactory_sekd.demo import data, missing, plan, surroundings
-from llamafactory_sekd.errors import DataError
+from llamafactory_sekd.demo import data, plan, surroundings
 from llamafactory_sekd.evaluation.settings import parse_settings
 from llamafactory_sekd.files import locked
 
@@ -104,14 +102,15 @@ def test_the_three_students_are_trained_alike_but_for_their_objective():
 
 
 def test_the_yaml_files_name_what_the_demo_makes():
+    prepared = [f"demo/models/{name}" for name in ("teacher_init", "teacher", "student_init")]
     places = plan.Places(Path(plan.HOME))
     for name, config in TRAININGS.items():
         assert config["output_dir"] == str(places.model(name))
         assert config["overwrite_output_dir"] is False  # the same command continues an interrupted run
         assert config["dataset_dir"] == str(places.data)
         assert (config["dataset"], config["eval_dataset"]) == (data.TRAIN, data.VALID)
-        assert config["model_name_or_path"] in missing.PREPARED
-        assert config.get("teacher_model", str(places.model("teacher"))) in missing.PREPARED
+        assert config["model_name_or_path"] in prepared
+        assert config.get("teacher_model", str(places.model("teacher"))) in prepared
         assert config["plot_loss"]
     settings = parse_settings(yaml.safe_load((YAMLS / plan.EVALUATION).read_text()), plan.EVALUATION)
     models = {system.name: system.model["model_name_or_path"] for system in settings.systems}
@@ -127,26 +126,3 @@ def test_the_evaluation_can_be_moved_to_another_folder():
     moved = read_config(path, surroundings.moved(read_config(path), plan.HOME, Path("/data/d")))
     assert "demo/" not in json.dumps(moved)
     assert moved["systems"]["teacher"] == {"model_name_or_path": "/data/d/models/teacher"}
-
-
-def test_a_training_of_the_demo_without_its_data_says_which_command_makes_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    missing.check_prepared(["demo/models/of_mine", "gpt2", None, ["demo/data"]])
-    with pytest.raises(DataError, match=r"^demo/data is not there yet: run `sekd demo --prepare` \(or `make demo`\)"):
-        missing.check_prepared(["gpt2", "demo/data"])
-    Path("demo/data").mkdir(parents=True)
-    missing.check_prepared(["gpt2", "demo/data"])
-
-
-def test_the_host_asks_for_the_preparation_before_it_looks_on_the_hub(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "llamafactory_sekd", "train", str(YAMLS / "demo_sft_student.yaml")],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode != 0
-    assert "Traceback" not in done.stderr
-    assert "demo/models/student_init is not there yet: run `sekd demo --prepare` (or `make demo`)" in done.stderr

@@ -192,7 +192,7 @@ def test_an_error_is_one_line_and_status_2(weightless, tmp_path):
 
 
 def test_a_teacher_of_another_tokenizer_is_refused_and_a_missing_one_only_noted(weightless, tmp_path):
-    from llamafactory_sekd.host.stage import check_fit
+    from llamafactory_sekd.host.teacher import check_fit
 
     other = tmp_path / "other"
     shutil.copytree(weightless / "teacher", other)
@@ -200,7 +200,7 @@ def test_a_teacher_of_another_tokenizer_is_refused_and_a_missing_one_only_noted(
     parsed = parse(base_config(weightless, teacher_model=str(other)))
     assert missing_tokenizer(parsed) == ""
     with pytest.raises(TeacherError):
-        check_fit(parsed.model, parsed.finetuning)
+        check_fit(parsed.model, parsed.data, parsed.finetuning)
     for path in other.glob("*token*"):
         path.unlink()
     assert f"the teacher's tokenizer cannot be read from {other}" in missing_tokenizer(parsed)

@@ -116,7 +116,8 @@ def test_a_run_of_our_stage_ends_where_a_patch_is_not_in_effect(tiny_root, tmp_p
     config = base_config(tiny_root, output_dir=str(tmp_path / "out"))
     path = write_yaml(tmp_path / "run.yaml", config)
     code = (
-        "import torch, sys, yaml; from llamafactory.train import sft, tuner; from llamafactory_sekd.host import ledger\n"
+        "import torch, sys, yaml; from llamafactory.train import sft, tuner\n"
+        "from llamafactory_sekd.host import ledger\n"
         "{damage}\n"
         f"tuner.run_exp(yaml.safe_load(open({str(path)!r})))"
     )
