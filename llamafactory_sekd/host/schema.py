@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, Union
 import typer
 
 from llamafactory_sekd.arguments import KD_LOSSES
-from llamafactory_sekd.data.files import write_atomic
 from llamafactory_sekd.evaluation.settings import BACKENDS, METRICS, Decoding, Settings
+from llamafactory_sekd.files import write_atomic
 
 
 app = typer.Typer(help="Write JSON schemas of the YAML files, for editors.", add_completion=False)
