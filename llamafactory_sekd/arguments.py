@@ -20,6 +20,7 @@ STAGE = "sekd"
 AUTO = "auto"
 SELF = "self"  # as `teacher_model`
 GAMMA = 0.4  # the paper's
+TEMPERATURES = (0.01, 1000.0)  # beyond them the distributions are one-hot or uniform, and nothing can be learned
 TOKEN_TABLE = "token_difficulty.csv"  # written into `output_dir`
 HARD_SCALES: tuple[str, ...] = ("none", "balanced")
 
@@ -189,7 +190,7 @@ class DistillationArguments:
         metadata={
             "help": (
                 "Whether torch.compile takes the objective between the logits and their gradient, which costs seconds "
-                "at the start and makes each step faster. Default: on accelerators, unless β moves."
+                "at the start and makes each step faster. Default: false."
             )
         },
     )
@@ -198,11 +199,6 @@ class DistillationArguments:
         if isinstance(self.kd_gamma, str):  # as the command line and a field of the web UI hold it
             with suppress(ValueError):
                 self.kd_gamma = float(self.kd_gamma)
-
-    def compiles_on(self, device_type: str) -> bool:
-        """Whether the objective is compiled on ``cpu``, ``cuda``, …: as `kd_compile` says, or its default there."""
-        default = device_type != "cpu" and self.kd_beta_end is None
-        return default if self.kd_compile is None else self.kd_compile
 
     def objective_keywords(self) -> dict[str, Any]:
         """Return the keyword arguments of ``objectives.distillation_loss``, those that move as at the start."""
@@ -256,6 +252,11 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
         _check_range(args, "kd_beta_end", 0, 1)
         _check_read(args, "kd_beta_end", "kd_beta", "has no β")
 
+    if args.kd_beta == 0 and args.kd_beta_end in (None, 0) and _is_set(args, "kd_beta"):
+        _refuse(
+            args, "kd_beta", "β is the student's share of the proxy, and without it no loss depends on the student"
+        )
+
     if args.kd_gamma == AUTO:
         _check_read(args, "kd_gamma", "kd_gamma", "has no Γ")
     elif not _is_number(args.kd_gamma) or math.isnan(args.kd_gamma):
@@ -277,8 +278,9 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
             args, "kd_on_policy", "own samples are new text, which no `teacher_cache` holds; set `teacher_model` alone"
         )
 
-    if not _is_number(args.kd_temperature) or not 0 < args.kd_temperature < math.inf:
-        _refuse(args, "kd_temperature", "use a number above 0; the paper uses 1.0")
+    low, high = TEMPERATURES
+    if not _is_number(args.kd_temperature) or not low <= args.kd_temperature <= high:
+        _refuse(args, "kd_temperature", f"use a number above 0, from {low} to {high:g}; the paper uses 1.0")
 
     size = args.kd_chunk_size
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from llamafactory_sekd.errors import EvaluationError, one_line
 from llamafactory_sekd.evaluation.batching import plan_batches
-from llamafactory_sekd.evaluation.greedy import can_share_cache, greedy_search
+from llamafactory_sekd.evaluation.greedy import agrees_with_plain_forward, can_share_cache, greedy_search
 from llamafactory_sekd.evaluation.settings import Decoding
 from llamafactory_sekd.evaluation.translator import BatchLimits, Translate, Translation
 
@@ -43,6 +43,9 @@ def hf_translate(
     fast = decoding.num_beams == 1 and decoding.repetition_penalty == 1.0 and can_share_cache(model)
 
     def translate(prompts: Sequence[list[int]], limits: BatchLimits) -> Iterator[list[tuple[int, Translation]]]:
+        nonlocal fast
+        # Once per model: it stays what it is.
+        fast = fast and bool(prompts) and agrees_with_plain_forward(model, prompts, pad_id)
         if fast:
             groups = greedy_search(model, prompts, stop_ids, pad_id, decoding.max_new_tokens, limits)
         else:

@@ -9,6 +9,7 @@ token.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any
@@ -17,9 +18,12 @@ import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
+from llamafactory_sekd.errors import one_line
 from llamafactory_sekd.evaluation.batching import batch_size
 from llamafactory_sekd.evaluation.translator import BatchLimits
 
+
+logger = logging.getLogger(__name__)
 
 # The batch is repacked when this share of its sentences has ended. Repacking costs about as much as two steps.
 _ENDED_SHARE = 0.25
@@ -41,6 +45,58 @@ def can_share_cache(model: Any) -> bool:
     except (TypeError, AttributeError):
         return False
     return all(type(layer).__name__ == "DynamicLayer" for layer in layers)
+
+
+def agrees_with_plain_forward(model: Any, prompts: Sequence[list[int]], pad_id: int) -> bool:
+    """Ask the model itself whether :func:`greedy_search` may be used with it.
+
+    Padding anywhere, positions counted from a mask, and a cache that rows join and leave are assumptions about the
+    architecture that nothing in a configuration states: models with ALiBi, for one, count positions their own way and
+    would translate wrongly without an error. So two rows of different lengths take every kind of step once, and their
+    logits are compared with those of each row alone, without padding, mask or cache.
+    """
+    first = prompts[0][0]
+    rows = [[first, *prompt[-length:]] for prompt, length in zip((prompts[0], prompts[-1]), (9, 4), strict=True)]
+    rows[1] += [rows[1][-1]] * max(0, 3 - len(rows[1]))
+    try:
+        with torch.inference_mode():
+            found, expected = _probe(model, rows, pad_id), _plain(model, rows)
+    except Exception as error:  # code of any architecture, which may stumble over any of these assumptions
+        logger.info(f"{type(model).__name__} is decoded by `generate`: {one_line(str(error))}")
+        return False
+
+    # Rounding in half precision moves logits by about a hundredth of their spread; a wrong position by all of it.
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
+    distance = float((found - expected).abs().amax() / expected.std().clamp(min=1e-6))
+    if not distance <= tolerance:
+        logger.info(
+            f"{type(model).__name__} is decoded by `generate`: with padding and a shared cache its logits are not "
+            f"those of each prompt alone (off by {distance:.2g} of their spread)."
+        )
+        return False
+    return True
+
+
+def _probe(model: Any, rows: list[list[int]], pad_id: int) -> torch.Tensor:
+    """Return the logits ``[2 * rows, vocab]`` after the prompts and after one more token, the way a batch makes them.
+
+    The last token of each row is the one that is decoded.
+    """
+    batch = _Batch(model, [row[:-1] for row in rows], 1, (), pad_id, 2)
+    forward = _Forward(model)
+    tokens, mask = batch._pad_rest([row[:-1] for row in rows])
+    cache = deepcopy(batch._prefix_cache)
+    cache.batch_repeat_interleave(len(rows))
+    prompt = forward.logits(tokens, mask, cache)
+    last = torch.tensor([row[-1] for row in rows], device=model.device)
+    step = forward.logits(last[:, None], pad(mask, (0, 1), value=True), cache)
+    return torch.cat([prompt, step])
+
+
+def _plain(model: Any, rows: list[list[int]]) -> torch.Tensor:
+    """Return the same logits from each row alone."""
+    both = [model(input_ids=torch.tensor([row], device=model.device)).logits[0, -2:].float() for row in rows]
+    return torch.stack([logits[place] for place in (0, 1) for logits in both])
 
 
 def greedy_search(
@@ -197,6 +253,10 @@ class _Forward:
 
         ``mask`` (bool ``[rows, cached + new]``) says which columns hold a token of the row.
         """
+        return self.logits(tokens, mask, cache).argmax(dim=-1).to(tokens.device)
+
+    def logits(self, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """Append ``tokens`` to ``cache`` and return the last position's logits, float32 ``[rows, vocab]``."""
         positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         output = self._model(
             input_ids=tokens,
@@ -206,7 +266,7 @@ class _Forward:
             use_cache=True,
             **self._keys,
         )
-        return output.logits[:, -1].float().argmax(dim=-1).to(tokens.device)
+        return output.logits[:, -1].float()
 
     def _attention_mask(self, mask: torch.Tensor, new: int) -> torch.Tensor:
         """Return what the model's attention takes: ``[rows, 1, new, columns]``, bool or added to the scores.

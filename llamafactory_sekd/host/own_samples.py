@@ -79,7 +79,8 @@ def own_samples_of(
     if not finetuning_args.kd_on_policy:
         return None
 
-    from llamafactory_sekd.trainer.on_policy import OwnSamples, Sampling
+    from llamafactory_sekd.trainer.on_policy import OwnSamples
+    from llamafactory_sekd.trainer.sampling import Sampling
 
     sampling = Sampling(
         do_sample=generating_args.do_sample,

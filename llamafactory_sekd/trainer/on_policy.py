@@ -13,20 +13,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import GenerationConfig, LogitsProcessorList
 from transformers.utils import logging
 
 from llamafactory_sekd.errors import ArgumentError, DataError
 from llamafactory_sekd.files import write_atomic
 from llamafactory_sekd.heads import IGNORE_INDEX
+from llamafactory_sekd.objectives import TokenStatistics
+from llamafactory_sekd.trainer.sampling import InverseTransform, Sampling, as_generator, uniforms_of
 
 
 logger = logging.get_logger(__name__)
@@ -37,78 +37,6 @@ _SHOWN = 8  # samples of a step that are written down
 _ROUND_TO = 8  # the host pads training batches to a multiple of 8
 # Prompt and new tokens that are decoded at a time; bounds the key-value cache, as `batch_tokens` does in evaluation.
 _TOKENS_AT_A_TIME = 16384
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the student samples.
-
-    Temperature 1 over the complete vocabulary draws from the distribution that the loss is an expectation over;
-    anything else trains on prefixes that are more likely than the student itself finds them.
-
-    Attributes:
-        do_sample: False takes the most likely token.
-        temperature, top_p, top_k: as in the host's generating arguments; ``top_k`` 0 keeps all tokens.
-        max_new_tokens: longest sample.
-        stop_ids: tokens that end a sample: the template's and the tokenizer's.
-        pad_id: padding.
-    """
-
-    do_sample: bool
-    temperature: float
-    top_p: float
-    top_k: int
-    max_new_tokens: int
-    stop_ids: tuple[int, ...]
-    pad_id: int
-
-    def warpers(self) -> LogitsProcessorList:
-        """Return what turns logits into those that are sampled from."""
-        processors = LogitsProcessorList()
-        if self.temperature != 1.0:
-            processors.append(TemperatureLogitsWarper(self.temperature))
-        if self.top_k > 0:
-            processors.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1.0:
-            processors.append(TopPLogitsWarper(self.top_p))
-        return processors
-
-
-class InverseTransform(LogitsProcessor):
-    """Draws a token by one uniform number, which the row brings along.
-
-    A generator that all rows share would tie a row's sample to the rows next to it. One number per row and token,
-    drawn from a generator of the row's own, gives the same sample on any number of ranks, in any batch, and after a
-    restart.
-
-    Args:
-        uniforms: ``[rows, new tokens]`` float64 in [0, 1).
-        prompt_width: columns of ``input_ids`` that are not new.
-    """
-
-    def __init__(self, uniforms: torch.Tensor, prompt_width: int) -> None:
-        self._uniforms = uniforms
-        self._prompt_width = prompt_width
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Return scores ``[rows, vocab]`` that are 0 at the drawn token and -inf elsewhere."""
-        drawn = draw(scores, self._uniforms[:, input_ids.shape[1] - self._prompt_width])
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn.unsqueeze(1), 0.0)  # type: ignore[return-value]
-
-
-def draw(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Return tokens, int64 ``[rows]``, distributed as ``softmax(scores)``.
-
-    Args:
-        scores: ``[rows, vocab]``, -inf allowed.
-        uniforms: ``[rows]`` in [0, 1).
-    """
-    # float64: over 128k entries the rounding of a float32 sum exceeds the probability of most tokens.
-    total = scores.double().softmax(-1).cumsum(-1)
-    aim = uniforms.to(total).unsqueeze(1) * total[:, -1:]
-    found = torch.searchsorted(total, aim, right=True).squeeze(1)
-    last = (total < total[:, -1:]).sum(-1)  # rounding may lead behind the last token that has any probability
-    return torch.minimum(found, last)
 
 
 @dataclass
@@ -289,7 +217,7 @@ class OwnSamples:
         samples: list[list[int]] = [[] for _ in examples]
         sharded = self._is_sharded()
         rounds = self._most_of_all_ranks(len(batches)) if sharded else len(batches)
-        with _as_generator(model):
+        with as_generator(model):
             for number in range(rounds):
                 # Sharded weights are gathered by all ranks together, so a rank without rows computes along.
                 batch = batches[number] if number < len(batches) else []
@@ -314,7 +242,7 @@ class OwnSamples:
 
         processors = LogitsProcessorList()
         if sampling.do_sample:
-            uniforms = torch.stack([_uniforms(seed, new_tokens) for seed in seeds])
+            uniforms = torch.stack([uniforms_of(seed, new_tokens) for seed in seeds])
             processors = sampling.warpers()
             processors.append(InverseTransform(uniforms.to(device), width))
 
@@ -390,27 +318,30 @@ class OwnSamples:
         )
 
 
-def _uniforms(seed: int, count: int) -> torch.Tensor:
-    return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+@dataclass(frozen=True)
+class TokenGroup:
+    """Response tokens with an objective of their own: their numbers (None: all) and what differs in its keywords."""
+
+    numbers: torch.Tensor | None
+    keywords: dict[str, float]
 
 
-@contextmanager
-def _as_generator(model: Any) -> Iterator[None]:
-    """Set the model up for generation and restore everything afterwards, also after an exception.
+def groups_of_tokens(own: torch.Tensor | None, rows: torch.Tensor) -> list[TokenGroup]:
+    """Part the response tokens into references and own samples, which are no ground truth: λ is 1 there."""
+    if own is None or not bool((own >= 0).any()):
+        return [TokenGroup(None, {})]
 
-    In evaluation mode there is neither dropout nor gradient checkpointing. Modes are restored module by module,
-    because frozen parts may have been in evaluation mode before.
-    """
-    modes = {module: module.training for module in model.modules()}
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = inner.generation_config
-    # A checkpoint's own defaults fill whatever looks unset in a configuration that is passed along with the call.
-    inner.generation_config = GenerationConfig()
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        inner.generation_config = config
-        for module, mode in modes.items():
-            module.training = mode
+    is_own = (own >= 0).unsqueeze(-1).expand_as(rows)[rows]
+    if bool(is_own.all()):
+        return [TokenGroup(None, {"kd_lambda": 1.0})]
+    return [
+        TokenGroup((~is_own).nonzero().squeeze(-1), {}),
+        TokenGroup(is_own.nonzero().squeeze(-1), {"kd_lambda": 1.0}),
+    ]
+
+
+def joined_statistics(parts: list[TokenStatistics], groups: list[TokenGroup]) -> TokenStatistics:
+    """Put the statistics of the groups back into the order of the tokens."""
+    if len(parts) == 1:
+        return parts[0]
+    return TokenStatistics.joined(parts, [group.numbers for group in groups if group.numbers is not None])

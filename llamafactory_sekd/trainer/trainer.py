@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Seq2SeqTrainer, TrainerCallback
+from transformers import Seq2SeqTrainer
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
@@ -36,27 +36,16 @@ from llamafactory_sekd.objectives import (
 from llamafactory_sekd.objectives.schedules import linear
 from llamafactory_sekd.teacher import TeacherSource
 from llamafactory_sekd.trainer.adaptive import AdaptiveKeys, EndOfStep
+from llamafactory_sekd.trainer.health import Finished, StopWhenFinished, WarnOfIdleRun
 from llamafactory_sekd.trainer.metrics import NONFINITE, TokenMeans
-from llamafactory_sekd.trainer.on_policy import OWN, OwnSamples
+from llamafactory_sekd.trainer.on_policy import OWN, OwnSamples, TokenGroup, groups_of_tokens, joined_statistics
 from llamafactory_sekd.trainer.order import hold_epoch
+from llamafactory_sekd.trainer.router import RouterLoss
 from llamafactory_sekd.trainer.tokens import TokenSums, WriteTokenTable, save_sums
 
 
 logger = logging.get_logger(__name__)
 RESULTS = "train_results.json"  # as the host names it
-
-
-class Finished(Exception):
-    """The checkpoint that a run resumes from is that of its last step."""
-
-
-class StopWhenFinished(TrainerCallback):
-    """Ends a finished run before its first step: the training loop looks at the limit only after a step."""
-
-    def on_train_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
-        """Raise :class:`Finished` where no step is left."""
-        if 0 < state.max_steps <= state.global_step:
-            raise Finished
 
 
 class DistillationTrainer(Seq2SeqTrainer):
@@ -97,6 +86,8 @@ class DistillationTrainer(Seq2SeqTrainer):
         self.add_callback(EndOfStep(self.adaptive, self.accelerator))
         self.token_sums = TokenSums(self.student_head.out_features, self.accelerator.device)
         self.add_callback(WriteTokenTable(self.token_sums, self.accelerator))
+        self.router_loss = RouterLoss(self.accelerator.unwrap_model(self.model))
+        self.add_callback(WarnOfIdleRun(distillation))
         self.train_means = TokenMeans()
         self.eval_means = TokenMeans()
         self.own_samples = make_own_samples(self.accelerator) if make_own_samples else None
@@ -127,26 +118,29 @@ class DistillationTrainer(Seq2SeqTrainer):
         rows, targets = response_positions(inputs["labels"])
         numbers = inputs.get(OWN)
         batch = {name: value for name, value in inputs.items() if name not in ("labels", OWN)}
-        groups = _groups_of_tokens(numbers, rows)
+        groups = groups_of_tokens(numbers, rows)
         inputs = self._without_the_teachers(batch)
         num_items = targets.numel() if num_items_in_batch is None else num_items_in_batch
         num_items = torch.as_tensor(num_items, device=targets.device).clamp(min=1)
 
         outputs: dict[str, torch.Tensor] = {}
         if return_outputs and self.compute_metrics is not None:
-            logits = model(**inputs).logits  # the host's accuracy reads logits of every position
-            outputs["logits"] = logits
+            answer = model(**inputs)  # the host's accuracy reads logits of every position
+            outputs["logits"] = answer.logits
             loss, statistics = self._loss_of_logits(
-                logits[rows], self.teacher.logits(batch, rows), targets, num_items, groups
+                answer.logits[rows], self.teacher.logits(batch, rows), targets, num_items, groups
             )
         elif self._use_fused_path(model, inputs):
-            loss, statistics = self._fused_loss(model, batch, rows, targets, num_items, groups)
+            answer, loss, statistics = self._fused_loss(model, batch, rows, targets, num_items, groups)
         else:
             with selected_rows(self.student_head, rows):
-                student_logits = model(**inputs, use_cache=False).logits[0]
+                answer = model(**inputs, use_cache=False)
             loss, statistics = self._loss_of_logits(
-                student_logits, self.teacher.logits(batch, rows), targets, num_items, groups
+                answer.logits[0], self.teacher.logits(batch, rows), targets, num_items, groups
             )
+
+        # As in the host's SFT: once per micro-batch, whatever their number.
+        loss = loss + self.router_loss.of(answer, trains=model.training)
 
         if model.training:
             self.adaptive.add(statistics)
@@ -187,8 +181,8 @@ class DistillationTrainer(Seq2SeqTrainer):
         rows: torch.Tensor,
         targets: torch.Tensor,
         num_items: torch.Tensor,
-        groups: list[_Group],
-    ) -> tuple[torch.Tensor, TokenStatistics]:
+        groups: list[TokenGroup],
+    ) -> tuple[Any, torch.Tensor, TokenStatistics]:
         """Compute the objective inside of the student's head, where every wrapper has its weight whole."""
         answers = self.teacher.answers(batch, rows)
         caught: list[TokenStatistics] = []
@@ -206,18 +200,18 @@ class DistillationTrainer(Seq2SeqTrainer):
                         student_bias=bias,
                         num_items=num_items,
                         chunk_size=self._chunk_size(weight.shape[0]),
-                        compile=self.distillation.compiles_on(hidden.device.type),
+                        compile=bool(self.distillation.kd_compile),
                         **{**self._objective_keywords(), **group.keywords},
                     )
                     for group in groups
                 ]
-            caught.append(_joined([output.statistics for output in outputs], groups))
+            caught.append(joined_statistics([output.statistics for output in outputs], groups))
             return sum(output.loss for output in outputs).reshape(1, 1, 1)  # type: ignore[union-attr]
 
         with replaced_forward(self.student_head, objective):
-            loss = model(**self._without_the_teachers(batch), use_cache=False).logits
+            answer = model(**self._without_the_teachers(batch), use_cache=False)
 
-        return loss.reshape(()), caught[0]
+        return answer, answer.logits.reshape(()), caught[0]
 
     def _loss_of_logits(
         self,
@@ -225,7 +219,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         teacher_logits: torch.Tensor,
         targets: torch.Tensor,
         num_items: torch.Tensor,
-        groups: list[_Group],
+        groups: list[TokenGroup],
     ) -> tuple[torch.Tensor, TokenStatistics]:
         """Compute the same on logits ``[tokens, vocab]``; tokens with a broken teacher are left out as well."""
         student_logits = student_logits[:, : self.vocab_size]
@@ -242,7 +236,7 @@ class DistillationTrainer(Seq2SeqTrainer):
             )
             for group in groups
         ]
-        joined = _joined([output.statistics for output in outputs], groups)
+        joined = joined_statistics([output.statistics for output in outputs], groups)
         statistics = replace(joined, teacher_ce=joined.teacher_ce.masked_fill(broken, math.nan))
         losses = [
             output.loss.masked_fill(broken if group.numbers is None else broken[group.numbers], 0.0).sum()
@@ -310,7 +304,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         if "loss" in logs:
             _, metrics = self.train_means.read(self.accelerator)
             self._refuse_a_broken_teacher(metrics)
-            metrics |= self.adaptive.logs()
+            metrics |= self.adaptive.logs() | self.router_loss.logs(self.accelerator)
             if self.own_samples is not None:
                 metrics |= self.own_samples.logs()
                 self.own_samples.write(self.state.global_step)
@@ -373,31 +367,3 @@ class DistillationTrainer(Seq2SeqTrainer):
         self.token_sums.restore(checkpoint if first else None)
         self.train_means.restore(state.window, self.accelerator.device)
         self.adaptive.restore(state.adaptive, self.accelerator)
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Response tokens with an objective of their own: their numbers (None: all) and what differs in its keywords."""
-
-    numbers: torch.Tensor | None
-    keywords: dict[str, float]
-
-
-def _groups_of_tokens(own: torch.Tensor | None, rows: torch.Tensor) -> list[_Group]:
-    """Part the response tokens into references and own samples, which are no ground truth: λ is 1 there."""
-    if own is None or not bool((own >= 0).any()):
-        return [_Group(None, {})]
-
-    is_own = (own >= 0).unsqueeze(-1).expand_as(rows)[rows]
-    if bool(is_own.all()):
-        return [_Group(None, {"kd_lambda": 1.0})]
-    return [
-        _Group((~is_own).nonzero().squeeze(-1), {}),
-        _Group(is_own.nonzero().squeeze(-1), {"kd_lambda": 1.0}),
-    ]
-
-
-def _joined(parts: list[TokenStatistics], groups: list[_Group]) -> TokenStatistics:
-    if len(parts) == 1:
-        return parts[0]
-    return TokenStatistics.joined(parts, [group.numbers for group in groups if group.numbers is not None])

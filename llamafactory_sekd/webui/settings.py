@@ -14,6 +14,8 @@ NO_QUANTIZATION = "none"
 COMPILE = {AUTO: None, "true": True, "false": False}
 _KEYS_OF_SOME_OBJECTIVE = frozenset().union(*(keys for _, keys in KD_LOSSES.values()))
 
+_ON_POLICY = ("kd_on_policy", "kd_on_policy_truncated")
+
 
 def unused_keys(kd_loss: str) -> frozenset[str]:
     """Return the keys that have no effect with this objective."""
@@ -30,6 +32,8 @@ def distillation_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     unused = unused_keys(values["kd_loss"])
     keys = {key: _plain(key, value) for key, value in values.items() if key not in unused}
+    if not keys.get("kd_on_policy"):  # references alone, as without these keys
+        keys = {key: value for key, value in keys.items() if key not in _ON_POLICY}
     return {key: value for key, value in keys.items() if value not in (None, "")}
 
 

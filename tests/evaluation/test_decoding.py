@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers.sentences import ENGLISH
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Mis
 from llamafactory_sekd.data.languages import parse_direction
 from llamafactory_sekd.data.parrot import prompt
 from llamafactory_sekd.errors import one_line
+from llamafactory_sekd.evaluation import decoding
 from llamafactory_sekd.evaluation.batching import plan_batches
 from llamafactory_sekd.evaluation.decoding import hf_translate
-from llamafactory_sekd.evaluation.greedy import can_share_cache
+from llamafactory_sekd.evaluation.greedy import agrees_with_plain_forward, can_share_cache
 from llamafactory_sekd.evaluation.settings import Decoding
 from llamafactory_sekd.evaluation.translator import BatchLimits, Translation
 
@@ -173,3 +175,71 @@ def test_batches_hold_every_sentence_once_within_the_limits(
         assert sentences is None or len(batch) <= sentences
     firsts = [lengths[batch[0]] for batch in batches]
     assert firsts == sorted(firsts, reverse=True)
+
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def build(name: str, size: int) -> Any:
+    """A random model of an architecture that counts positions, or remembers the past, in its own way."""
+    torch.manual_seed(0)
+    if name == "mpt":
+        config = transformers.MptConfig(vocab_size=size, d_model=32, n_layers=2, n_heads=4, max_seq_len=512)
+        model = transformers.MptForCausalLM(config)
+    elif name == "bloom":
+        model = transformers.BloomForCausalLM(
+            transformers.BloomConfig(vocab_size=size, hidden_size=32, n_layer=2, n_head=4)
+        )
+    elif name == "falcon_alibi":
+        model = transformers.FalconForCausalLM(transformers.FalconConfig(vocab_size=size, alibi=True, **SHAPE))
+    elif name == "mamba":
+        model = transformers.MambaForCausalLM(
+            transformers.MambaConfig(vocab_size=size, hidden_size=32, num_hidden_layers=2, state_size=8)
+        )
+    else:
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(vocab_size=size, intermediate_size=64, num_key_value_heads=2, **SHAPE)
+        )
+    for parameter in model.parameters():  # far enough from uniform that no two tokens tie
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["mpt", "bloom", "falcon_alibi", "mamba"])
+def test_architectures_with_positions_or_states_of_their_own_translate_as_each_prompt_alone(
+    tokenizer: Any, prompts: list[list[int]], name: str
+) -> None:
+    model = build(name, len(tokenizer))
+    expected = alone(model, tokenizer, prompts)
+    assert len({translation.text for translation in expected}) > 1
+    assert translate(model, tokenizer, prompts, BatchLimits(1 << 20, 1)) == expected
+    found = translate(model, tokenizer, prompts, BatchLimits(1 << 20, 4))
+    same = sum(one == two for one, two in zip(found, expected, strict=True))
+    padded = sum(one == two for one, two in zip(generated(model, tokenizer, prompts), expected, strict=True))
+    assert same >= padded  # what `generate` itself loses by padding, and no more
+
+
+def generated(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[Translation]:
+    """What `generate` makes of batches of four."""
+
+    def decode(rows: list[list[int]]) -> list[str]:
+        return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "can_share_cache", lambda model: False)
+        groups = list(
+            hf_translate(model, decode, [EOS], PAD, Decoding(max_new_tokens=LIMIT))(prompts, BatchLimits(1 << 20, 4))
+        )
+    found = {index: translation for group in groups for index, translation in group}
+    return [found[index] for index in range(len(prompts))]
+
+
+def test_the_probe_lets_plain_models_pass_and_stops_those_with_positions_of_their_own(
+    model: Any, tokenizer: Any, prompts: list[list[int]]
+) -> None:
+    assert agrees_with_plain_forward(model, prompts, PAD)
+    assert agrees_with_plain_forward(model.to(torch.bfloat16), prompts, PAD)
+    assert agrees_with_plain_forward(build("llama", len(tokenizer)), prompts, PAD)
+    for name in ("mpt", "bloom", "falcon_alibi"):
+        assert not agrees_with_plain_forward(build(name, len(tokenizer)), prompts, PAD), name

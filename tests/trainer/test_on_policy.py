@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llamafactory_sekd.data.languages import parse_direction
 from llamafactory_sekd.data.parrot import prompt
 from llamafactory_sekd.errors import ArgumentError
-from llamafactory_sekd.trainer.on_policy import OwnSamples, draw
+from llamafactory_sekd.trainer.on_policy import OwnSamples
+from llamafactory_sekd.trainer.sampling import as_generator, draw
 
 
 def run(root: Path, out: Path, **keys: Any) -> Path:
@@ -141,14 +142,12 @@ def test_the_largest_uniform_number_draws_a_possible_token():
 
 
 def test_an_exception_inside_generation_leaves_the_model_as_it_was(tiny_root):
-    from llamafactory_sekd.trainer.on_policy import _as_generator
-
     model = AutoModelForCausalLM.from_pretrained(tiny_root / "student").train()
     model.model.layers[0].eval()  # frozen
     config, state = model.generation_config, torch.get_rng_state()
 
     def generate() -> None:
-        with _as_generator(model):
+        with as_generator(model):
             assert not model.training
             raise RuntimeError("broken")
 
