@@ -14,7 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from llamafactory_sekd.errors import ArgumentError
-from llamafactory_sekd.objectives.heads import Head, HeadGradients, LogitsSource
+from llamafactory_sekd.objectives.linear_head import Head, HeadGradients, LogitsSource
 from llamafactory_sekd.objectives.losses import OBJECTIVES, check_objective
 from llamafactory_sekd.objectives.products import product_type
 from llamafactory_sekd.objectives.settings import Settings, check_same_vocabulary, check_tokens

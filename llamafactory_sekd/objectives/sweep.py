@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from llamafactory_sekd.objectives.blocks import BlockProcessor
-from llamafactory_sekd.objectives.heads import Head, HeadGradients, LogitsSource
+from llamafactory_sekd.objectives.linear_head import Head, HeadGradients, LogitsSource
 from llamafactory_sekd.objectives.losses.closed_forms import Block
 from llamafactory_sekd.objectives.selection import select_hard, share_threshold
 from llamafactory_sekd.objectives.settings import Settings

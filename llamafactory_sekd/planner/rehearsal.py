@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llamafactory_sekd.arguments import DistillationArguments
-from llamafactory_sekd.heads import is_plain_product, replaced_forward
+from llamafactory_sekd.lm_head import is_plain_product, replaced_forward
 from llamafactory_sekd.objectives import default_chunk_size, distillation_loss, fused_linear_distillation
 from llamafactory_sekd.objectives.blocks import ACCELERATOR_BUFFER, BUFFERS, CPU_BUFFER
 from llamafactory_sekd.objectives.products import as_on_an_accelerator

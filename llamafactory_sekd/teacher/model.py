@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from llamafactory_sekd.heads import (
+from llamafactory_sekd.lm_head import (
     hands_out_what_the_head_returns,
     is_plain_product,
     replaced_forward,
@@ -55,7 +55,7 @@ class Teacher:
 
         Args:
             inputs: the batch as the student sees it (ids, attention mask, position ids), without labels.
-            rows: ``[batch, length]`` bool, from :func:`llamafactory_sekd.heads.response_positions`.
+            rows: ``[batch, length]`` bool, from :func:`llamafactory_sekd.lm_head.response_positions`.
         """
         with self._speaking(), selected_rows(self.head, rows):
             return self.model(**self._there(inputs), use_cache=False).logits[0].to(rows.device)

@@ -121,7 +121,7 @@ def _shard_by_fsdp(model: nn.Module, accelerator: Any) -> nn.Module:
 def _rest_in_main_memory(module: nn.Module, head: nn.Module, device: torch.device) -> None:
     """Let accelerate fetch the weights of each layer for its forward pass; the head alone stays on the device.
 
-    Hooks on the head would get in the way of :func:`llamafactory_sekd.heads.replaced_forward`.
+    Hooks on the head would get in the way of :func:`llamafactory_sekd.lm_head.replaced_forward`.
     """
     for child in module.children():
         if child is head:

@@ -46,7 +46,7 @@ class WarnOfIdleRun(TrainerCallback):
         elif norm == 0.0 or (norm is None and loss == 0.0):
             logger.warning_once(
                 f"The gradient of the last {args.logging_steps} steps is exactly zero: the student learns nothing. "
-                "Look at `kd_beta` (near 0 the proxy is the target), `cutoff_len` (is a response left?) and the teacher."
+                "Look at `kd_beta` (near 0 the proxy is the target) and `cutoff_len` (is a response left?)."
             )
         if self._watches_share and "kd/hard_ratio" in logs:
             self._shares.append(logs["kd/hard_ratio"])

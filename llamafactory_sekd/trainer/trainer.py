@@ -18,7 +18,7 @@ from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.checkpoints import DistillationState, forget_completion
 from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.files import read_json
-from llamafactory_sekd.heads import (
+from llamafactory_sekd.lm_head import (
     IGNORE_INDEX,
     hands_out_what_the_head_returns,
     is_plain_product,

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamafactory_sekd.arguments import KD_LOSSES
-from llamafactory_sekd.heads import IGNORE_INDEX, response_positions
+from llamafactory_sekd.lm_head import IGNORE_INDEX, response_positions
 from llamafactory_sekd.objectives import distillation_loss, fused_linear_distillation
 
 
