@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,12 @@ from transformers import GenerationConfig
 
 from llamafactory_sekd.errors import EvaluationError, one_line
 from llamafactory_sekd.evaluation.batching import plan_batches
-from llamafactory_sekd.evaluation.greedy import agrees_with_plain_forward, can_share_cache, greedy_search
+from llamafactory_sekd.evaluation.greedy import (
+    agrees_when_padded,
+    agrees_with_plain_forward,
+    can_share_cache,
+    greedy_search,
+)
 from llamafactory_sekd.evaluation.settings import Decoding
 from llamafactory_sekd.evaluation.translator import BatchLimits, Translate, Translation
 
@@ -41,11 +47,16 @@ def hf_translate(
     # Beam search reorders its cache, and a penalty on repetition looks at the padding too: transformers does these
     # alone.
     fast = decoding.num_beams == 1 and decoding.repetition_penalty == 1.0 and can_share_cache(model)
+    padded: bool | None = None  # not asked yet
 
     def translate(prompts: Sequence[list[int]], limits: BatchLimits) -> Iterator[list[tuple[int, Translation]]]:
-        nonlocal fast
-        # Once per model: it stays what it is.
-        fast = fast and bool(prompts) and agrees_with_plain_forward(model, prompts, pad_id)
+        nonlocal fast, padded
+        if prompts:  # asked once: a model stays what it is
+            fast = fast and agrees_with_plain_forward(model, prompts, pad_id)
+            if not fast and padded is None:
+                padded = agrees_when_padded(model, prompts, pad_id)
+        if padded is False:
+            limits = replace(limits, sentences=1)
         if fast:
             groups = greedy_search(model, prompts, stop_ids, pad_id, decoding.max_new_tokens, limits)
         else:

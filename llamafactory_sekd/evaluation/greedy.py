@@ -52,17 +52,25 @@ def agrees_with_plain_forward(model: Any, prompts: Sequence[list[int]], pad_id: 
 
     Padding anywhere, positions counted from a mask, and a cache that rows join and leave are assumptions about the
     architecture that nothing in a configuration states: models with ALiBi, for one, count positions their own way and
-    would translate wrongly without an error. So two rows of different lengths take every kind of step once, and their
-    logits are compared with those of each row alone, without padding, mask or cache.
+    would translate wrongly without an error. So two rows of different lengths take the prompt's and one further step,
+    and their logits are compared with those of each row alone, without padding, mask or cache.
     """
-    first = prompts[0][0]
-    rows = [[first, *prompt[-length:]] for prompt, length in zip((prompts[0], prompts[-1]), (9, 4), strict=True)]
-    rows[1] += [rows[1][-1]] * max(0, 3 - len(rows[1]))
+    return _agrees(model, prompts, _probe, pad_id, "decoded by `generate`")
+
+
+def agrees_when_padded(model: Any, prompts: Sequence[list[int]], pad_id: int) -> bool:
+    """Ask the model whether ``generate`` may decode prompts of different lengths together, see above."""
+    return _agrees(model, prompts, _probe_generate, pad_id, "decoded one sentence at a time")
+
+
+def _agrees(model: Any, prompts: Sequence[list[int]], probe: Any, pad_id: int, otherwise: str) -> bool:
+    name = type(model).__name__
     try:
+        rows = [[prompts[0][0], *prompt[-length:]] for prompt, length in ((prompts[0], 9), (prompts[-1], 4))]
         with torch.inference_mode():
-            found, expected = _probe(model, rows, pad_id), _plain(model, rows)
+            found, expected = probe(model, rows, pad_id), _plain(model, rows)
     except Exception as error:  # code of any architecture, which may stumble over any of these assumptions
-        logger.info(f"{type(model).__name__} is decoded by `generate`: {one_line(str(error))}")
+        logger.info(f"{name} is {otherwise}: {one_line(str(error))}")
         return False
 
     # Rounding in half precision moves logits by about a hundredth of their spread; a wrong position by all of it.
@@ -70,11 +78,33 @@ def agrees_with_plain_forward(model: Any, prompts: Sequence[list[int]], pad_id: 
     distance = float((found - expected).abs().amax() / expected.std().clamp(min=1e-6))
     if not distance <= tolerance:
         logger.info(
-            f"{type(model).__name__} is decoded by `generate`: with padding and a shared cache its logits are not "
-            f"those of each prompt alone (off by {distance:.2g} of their spread)."
+            f"{name} is {otherwise}: with padding its logits are not those of each prompt alone (off by "
+            f"{distance:.2g} of their spread)."
         )
         return False
     return True
+
+
+def _probe_generate(model: Any, rows: list[list[int]], pad_id: int) -> torch.Tensor:
+    """Return what ``generate`` sees after the prompts, and after one more token: logits ``[2 * rows, vocab]``."""
+    found = []
+    for length in (-1, None):
+        prompts = [row[:length] for row in rows]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask.to(model.device),
+            max_new_tokens=1,
+            num_beams=1,
+            do_sample=False,
+            repetition_penalty=1.0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        found.append(output.logits[0].float())
+    return torch.cat(found)
 
 
 def _probe(model: Any, rows: list[list[int]], pad_id: int) -> torch.Tensor:
