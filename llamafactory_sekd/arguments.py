@@ -213,6 +213,14 @@ class DistillationArguments:
         }
 
 
+def keys_read_by(kd_loss: str) -> frozenset[str]:
+    """Return the keys of the stage that say anything to an objective, those that every objective reads included."""
+    read = KD_LOSSES[kd_loss][1]
+    of_some = frozenset().union(*(keys for _, keys in KD_LOSSES.values()))
+    moves_beta = frozenset({"kd_beta_end"})  # follows `kd_beta`, so the table need not name it
+    return (frozenset(KEYS) - of_some - moves_beta) | read | (moves_beta if "kd_beta" in read else frozenset())
+
+
 _PLACING = ("teacher_model_device", "teacher_offload", "teacher_deepspeed")
 KEYS: tuple[str, ...] = tuple(item.name for item in fields(DistillationArguments))
 
@@ -250,15 +258,16 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
     _check_range(args, "kd_beta", 0, 1)
     if args.kd_beta_end is not None:
         _check_range(args, "kd_beta_end", 0, 1)
-        _check_read(args, "kd_beta_end", "kd_beta", "has no β")
+        _check_read(args, "kd_beta_end", "has no β")
 
-    if args.kd_beta == 0 and args.kd_beta_end in (None, 0) and _is_set(args, "kd_beta"):
+    reads_beta = "kd_beta" in keys_read_by(args.kd_loss)
+    if reads_beta and args.kd_beta == 0 and args.kd_beta_end in (None, 0):
         _refuse(
             args, "kd_beta", "β is the student's share of the proxy, and without it no loss depends on the student"
         )
 
     if args.kd_gamma == AUTO:
-        _check_read(args, "kd_gamma", "kd_gamma", "has no Γ")
+        _check_read(args, "kd_gamma", "has no Γ")
     elif not _is_number(args.kd_gamma) or math.isnan(args.kd_gamma):
         _refuse(args, "kd_gamma", f"use a number, for example {GAMMA}, or {AUTO}")
 
@@ -266,7 +275,7 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
         _refuse(args, "kd_hard_scale", f"choose one of {', '.join(HARD_SCALES)}")
 
     if args.kd_hard_scale != "none":
-        _check_read(args, "kd_hard_scale", "kd_hard_scale", "does not tell hard tokens from easy ones")
+        _check_read(args, "kd_hard_scale", "does not tell hard tokens from easy ones")
 
     _check_topk(args)
     _check_range(args, "kd_on_policy", 0, 1)
@@ -360,10 +369,10 @@ def _check_topk(args: DistillationArguments) -> None:
         _refuse(args, "kd_topk", "use a share above 0 and up to 1, for example 0.5 for half of the tokens")
 
 
-def _check_read(args: DistillationArguments, key: str, reads: str, lack: str) -> None:
-    """Refuse a key where the objective does not read what it is about."""
-    if reads not in KD_LOSSES[args.kd_loss][1]:
-        others = ", ".join(name for name, (_, keys) in KD_LOSSES.items() if reads in keys)
+def _check_read(args: DistillationArguments, key: str, lack: str) -> None:
+    """Refuse a key that the objective does not read."""
+    if key not in keys_read_by(args.kd_loss):
+        others = ", ".join(name for name in KD_LOSSES if key in keys_read_by(name))
         _refuse(args, key, f"`kd_loss: {args.kd_loss}` {lack}; leave it out or use one of {others}")
 
 

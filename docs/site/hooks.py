@@ -15,8 +15,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from llamafactory_sekd.arguments import KD_LOSSES, DistillationArguments
-from llamafactory_sekd.webui.settings import unused_keys
+from llamafactory_sekd.arguments import KD_LOSSES, DistillationArguments, keys_read_by
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -116,7 +115,7 @@ def _default(item: Field[Any]) -> str:
 def _readers(key: str) -> str:
     if not key.startswith("kd_"):
         return "every run"
-    readers = [name for name in KD_LOSSES if key not in unused_keys(name)]
+    readers = [name for name in KD_LOSSES if key in keys_read_by(name)]
     return "every objective" if len(readers) == len(KD_LOSSES) else _names(readers)
 
 

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.arguments import KD_LOSSES, KEYS, STAGE, DistillationArguments, check_distillation_arguments
+from llamafactory_sekd.arguments import (
+    KD_LOSSES,
+    KEYS,
+    STAGE,
+    DistillationArguments,
+    check_distillation_arguments,
+    keys_read_by,
+)
 from llamafactory_sekd.config import read_config
 from llamafactory_sekd.errors import ArgumentError, StudyError
 from llamafactory_sekd.study.spec import Spec
@@ -20,7 +27,6 @@ from llamafactory_sekd.study.spec import Spec
 _LOADED_TEACHER = frozenset(
     key for key in KEYS if key.startswith("teacher_") and key not in ("teacher_cache", "teacher_max_nonfinite")
 )
-_READ_BY_SOME = frozenset().union(*(keys for _, keys in KD_LOSSES.values()))
 # Below the 255 bytes that file systems allow, with room for what tools append.
 _LONGEST_ID = 180
 
@@ -98,10 +104,7 @@ def has_effect(key: str, config: Mapping[str, Any]) -> bool:
     loss = config.get("kd_loss") or DistillationArguments.kd_loss
     if loss not in KD_LOSSES:  # refused later, with the names of the objectives
         return True
-    reads = KD_LOSSES[loss][1]
-    if key == "kd_beta_end":
-        return "kd_beta" in reads
-    return key not in _READ_BY_SOME or key in reads
+    return key in keys_read_by(loss)
 
 
 def _is_ours(config: Mapping[str, Any]) -> bool:

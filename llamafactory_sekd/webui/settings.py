@@ -6,22 +6,18 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
-from llamafactory_sekd.arguments import AUTO, KD_LOSSES, DistillationArguments, check_distillation_arguments
+from llamafactory_sekd.arguments import AUTO, KEYS, DistillationArguments, check_distillation_arguments, keys_read_by
 from llamafactory_sekd.errors import ArgumentError
 
 
 NO_QUANTIZATION = "none"
 COMPILE = {AUTO: None, "true": True, "false": False}
-_KEYS_OF_SOME_OBJECTIVE = frozenset().union(*(keys for _, keys in KD_LOSSES.values()))
-
 _ON_POLICY = ("kd_on_policy", "kd_on_policy_truncated")
 
 
 def unused_keys(kd_loss: str) -> frozenset[str]:
     """Return the keys that have no effect with this objective."""
-    used = KD_LOSSES[kd_loss][1]
-    follows_beta = frozenset() if "kd_beta" in used else frozenset({"kd_beta_end"})
-    return (_KEYS_OF_SOME_OBJECTIVE - used) | follows_beta
+    return frozenset(KEYS) - keys_read_by(kd_loss)
 
 
 def distillation_keys(values: Mapping[str, Any]) -> dict[str, Any]:
