@@ -106,9 +106,9 @@ def check_entries(path: Path, entries: Mapping[str, Mapping[str, str]], overwrit
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"Cannot read {path} ({one_line(str(error))}): mend it, or choose another --out.") from error
+        raise DataError(f"Cannot read {path} ({one_line(str(error))}): fix it, or choose another --out.") from error
     if not isinstance(info, dict):
-        raise DataError(f"{path} holds no JSON object: mend it, or choose another --out.")
+        raise DataError(f"{path} holds no JSON object: fix it, or choose another --out.")
     for name, entry in entries.items():
         if name in info and info[name] != dict(entry) and not overwrite:
             raise DataError(

@@ -47,14 +47,14 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"Cannot read the manifest {path} ({one_line(str(error))}): delete it to write the data anew."
+            f"Cannot read the manifest {path} ({one_line(str(error))}): delete it to write the data again."
         ) from error
     if (
         not isinstance(manifest, dict)
         or manifest.get("format") != FORMAT
         or not isinstance(manifest.get("files"), dict)
     ):
-        raise DataError(f"{path} is not a manifest of this version: delete it to write the data anew.")
+        raise DataError(f"{path} is not a manifest of this version: delete it to write the data again.")
     return manifest
 
 

@@ -201,7 +201,7 @@ def head_rows(model: Any) -> int:
 
 
 def placement_of(finetuning_args: DistillationArguments) -> Placement:
-    """Where the teacher of a parsed run stands."""
+    """Return where the teacher of a parsed run is placed."""
     from llamafactory_sekd.teacher import Placement
 
     own = finetuning_args.teacher_deepspeed
