@@ -49,6 +49,8 @@ def main() -> None:
     except SekdError as error:
         print(f"sekd {name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        _exit_without_host(f"sekd {name}", error)
 
 
 def root() -> typer.Typer:
@@ -102,7 +104,23 @@ def host_main() -> None:
     apply_plugin()
     from llamafactory_sekd.host.launcher import launch_explicitly
 
-    launch_explicitly()
+    try:
+        launch_explicitly()
+    except ModuleNotFoundError as error:
+        _exit_without_host("llamafactory_sekd", error)
+
+
+def _exit_without_host(name: str, error: ModuleNotFoundError) -> None:
+    """End in one line where LLaMA-Factory is not installed; any other missing module is a bug and keeps its trace."""
+    if (error.name or "").partition(".")[0] != "llamafactory":
+        raise error
+
+    print(
+        f"{name}: error: LLaMA-Factory is not installed in this environment ({sys.executable}): "
+        'pip install "llamafactory>=0.9.4,<0.10"',
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 
 if __name__ == "__main__":  # what torchrun starts on each rank: -m llamafactory_sekd.cli

@@ -1,7 +1,10 @@
 """The host's argument classes with our keys, and the checks that need more than one of them."""
 
+import ast
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Literal, get_args
@@ -9,12 +12,14 @@ from typing import Any, Literal, get_args
 import torch
 
 from llamafactory_sekd.arguments import (
+    KEYS,
     STAGE,
     DistillationArguments,
     check_distillation_arguments,
     check_no_distillation_arguments,
 )
 from llamafactory_sekd.children import end_rank_with_launcher
+from llamafactory_sekd.config import suggestion
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.host.ledger import check_in_effect
 from llamafactory_sekd.host.own_samples import check_own_samples, set_sampling_defaults
@@ -52,6 +57,9 @@ def extend_finetuning_arguments(host_class: type) -> type:
 
         def __post_init__(self) -> None:
             DistillationArguments.__post_init__(self)
+            if self.stage not in (*host_stages, STAGE):  # a YAML file's value is checked by nobody
+                meant = suggestion(str(self.stage).lower(), [STAGE, *host_stages]) or "."
+                raise ArgumentError(f"`stage: {self.stage}` does not exist{meant}")
             self.use_sekd: bool = self.stage == STAGE
             if self.use_sekd:
                 check_distillation_arguments(self)
@@ -106,7 +114,8 @@ def check_together(host_parse: Callable[..., tuple[Any, ...]]) -> Callable[..., 
 
     @wraps(host_parse)
     def parse(args: Any = None) -> tuple[Any, ...]:
-        parsed = host_parse(args)
+        with _unknown_keys_explained():
+            parsed = host_parse(args)
         model_args, data_args, training_args, finetuning_args, generating_args = parsed
         if finetuning_args.use_sekd:
             check_in_effect()
@@ -125,6 +134,23 @@ def check_together(host_parse: Callable[..., tuple[Any, ...]]) -> Callable[..., 
         return parsed
 
     return parse
+
+
+@contextmanager
+def _unknown_keys_explained() -> Iterator[None]:
+    """Name a mistyped key of ours and the one that was meant; mistakes in other keys stay the host's to report."""
+    try:
+        yield
+    except ValueError as error:
+        found = re.search(r"not used by the HfArgumentParser: (\[.*\])", str(error), re.DOTALL)
+        if found is None:
+            raise
+        names = [str(word).lstrip("-").split("=")[0] for word in ast.literal_eval(found[1])]
+        for name in names:
+            if name.startswith(("kd_", "teacher_")) or suggestion(name, KEYS):
+                meant = suggestion(name, KEYS) or "."
+                raise ArgumentError(f"`{name}` is not a key of `stage: {STAGE}`{meant}") from None
+        raise
 
 
 def check_run(args: Any, *, machine: bool = True) -> None:
@@ -157,6 +183,13 @@ def _check_model_arguments(model_args: Any) -> None:
 
 
 def _check_training_arguments(training_args: Any) -> None:
+    past_index = getattr(training_args, "past_index", None)
+    if past_index is not None and int(past_index) >= 0:
+        raise ArgumentError(
+            f"`past_index: {past_index}` cannot be used with `stage: {STAGE}`, whose models keep no "
+            "state from one batch to the next: remove it."
+        )
+
     if getattr(training_args, "label_smoothing_factor", 0):
         raise ArgumentError(
             f"`label_smoothing_factor: {training_args.label_smoothing_factor}` has no effect with `stage: {STAGE}`, "

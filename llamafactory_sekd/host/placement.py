@@ -6,16 +6,12 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from llamafactory_sekd.arguments import AUTO, SELF, DistillationArguments
 from llamafactory_sekd.errors import ArgumentError, one_line
-
-
-if TYPE_CHECKING:
-    pass
 
 
 def own_device(finetuning_args: DistillationArguments) -> torch.device | None:

@@ -6,17 +6,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llamafactory_sekd.arguments import STAGE, DistillationArguments
 from llamafactory_sekd.errors import DataError, HostError
+from llamafactory_sekd.host.opening import print_opening
 from llamafactory_sekd.host.own_samples import own_samples_of
 from llamafactory_sekd.host.resume import check_same_teacher, teacher_fingerprint
 from llamafactory_sekd.host.teacher import check_fit, head_rows, online_teacher
-
-
-if TYPE_CHECKING:
-    pass
 
 
 def dispatch(host_run_sft: Callable[..., None]) -> Callable[..., None]:
@@ -152,6 +149,7 @@ def _our_trainer(
         if cache is not None:
             cache.attach(trainer)
 
+        print_opening(model_args, finetuning_args, trainer)
         return trainer
 
     workflow.CustomSeq2SeqTrainer = build

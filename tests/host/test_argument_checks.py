@@ -109,6 +109,32 @@ def test_a_bad_key_is_refused_with_key_value_and_remedy_before_any_model_is_read
         assert word in message
 
 
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ({"kd_lamda": 0.5}, "`kd_lamda` is not a key of `stage: sekd`: did you mean `kd_lambda`?"),
+        ({"teacher_modell": "x"}, "`teacher_modell` is not a key of `stage: sekd`: did you mean `teacher_model`?"),
+        ({"kd_zzzzz": 1}, "`kd_zzzzz` is not a key of `stage: sekd`."),
+        ({"stage": "sekdd"}, "`stage: sekdd` does not exist: did you mean `sekd`?"),
+        ({"stage": "SEKD"}, "`stage: SEKD` does not exist: did you mean `sekd`?"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_mistyped_key_or_stage_is_answered_with_the_one_that_was_meant(tmp_path, wrong, meant):
+    with pytest.raises(ArgumentError) as caught:
+        get_train_args(base_config(tmp_path, output_dir=str(tmp_path / "out"), **wrong))
+    assert str(caught.value) == meant
+
+
+def test_a_mistyped_flag_of_ours_is_answered_as_well_and_others_stay_the_hosts(tmp_path):
+    flags = ["--model_name_or_path", "x", "--stage", "sekd", "--teacher_model", "y", "--output_dir", str(tmp_path)]
+    with pytest.raises(ArgumentError, match="did you mean `kd_gamma`"):
+        get_train_args([*flags, "--kd_gama", "1"])
+    with pytest.raises(ValueError, match="not used by the HfArgumentParser") as caught:
+        get_train_args(base_config(tmp_path, output_dir=str(tmp_path / "out"), zzzzzz=1))
+    assert not isinstance(caught.value, ArgumentError)
+
+
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("stage", ["sft", "dpo", "pt"])
 def test_every_key_of_ours_is_refused_in_another_stage_even_at_its_default(tmp_path, key, stage):

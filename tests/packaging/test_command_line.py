@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
+import pytest
 from helpers.runs import command
 
 from llamafactory_sekd import __version__
@@ -50,3 +52,23 @@ def test_completion_is_installed_and_completes_the_commands(tmp_path):
     assert (tmp_path / ".bash_completions" / "sekd.sh").is_file()
     asked = {"_SEKD_COMPLETE": "complete_bash", "COMP_WORDS": "sekd d", "COMP_CWORD": "1"}
     assert command(sekd, env={**env, **asked}).stdout.split() == [name for name in COMMANDS if name.startswith("d")]
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [("main", "sekd doctor"), ("main", "sekd cache"), ("host_main", "llamafactory_sekd train")],
+)
+def test_without_the_host_a_command_ends_in_one_line_with_the_remedy(entry, words):
+    name, verb = words.split()
+    yaml = str(Path(__file__).parents[2] / "examples" / "yamls" / "sekd_llama7b.yaml")
+    code = (
+        "import sys; sys.modules['llamafactory'] = None\n"
+        f"sys.argv = [{name!r}, {verb!r}, {yaml!r}]\n"
+        f"from llamafactory_sekd.cli import {entry}; {entry}()"
+    )
+    result = command([sys.executable, "-c", code])
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert "LLaMA-Factory is not installed" in last
+    assert "pip install" in last
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,81 @@
+"""The block at the start of a run that says what is trained, on what objective, by which teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llamafactory_sekd.arguments import KD_LOSSES, SELF, STAGE, DistillationArguments
+from llamafactory_sekd.host.teacher import head_rows, teacher_identity
+from llamafactory_sekd.objectives import default_chunk_size
+
+
+_SIGNS = {"kd_lambda": "λ", "kd_beta": "β", "kd_gamma": "Γ", "kd_topk": "hard share", "kd_hard_scale": "hard scale"}
+
+
+def print_opening(model_args: Any, finetuning_args: DistillationArguments, trainer: Any) -> None:
+    """Print the block on the first rank, whatever the log level: a run that does something else is seen at once."""
+    if trainer.args.process_index == 0:
+        print("\n".join(opening_lines(model_args, finetuning_args, trainer)), flush=True)
+
+
+def opening_lines(model_args: Any, finetuning_args: DistillationArguments, trainer: Any) -> list[str]:
+    """Return the lines: objective and its equation, its keys, teacher, student, chunk size.
+
+    Args:
+        model_args: the host's model arguments, which name the student.
+        finetuning_args: the keys of the stage.
+        trainer: the distillation trainer, with both models placed.
+    """
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    trained, everything = _sizes(student)
+    size = finetuning_args.kd_chunk_size or default_chunk_size(head_rows(student))
+    rows = {
+        "objective": f"{finetuning_args.kd_loss}: {KD_LOSSES[finetuning_args.kd_loss][0]}",
+        "keys": _keys(finetuning_args),
+        "teacher": _teacher(model_args, finetuning_args, trainer.teacher),
+        "student": (
+            f"{model_args.model_name_or_path}, trains {trained:,} of {everything:,} parameters "
+            f"({trained / max(everything, 1):.2%})"
+        ),
+        "chunks": f"{size:,} response tokens at a time in the LM head, where the head allows it (`kd_chunk_size`)",
+    }
+    return [f"Knowledge distillation (`stage: {STAGE}`)", *(f"  {name:<11}{text}" for name, text in rows.items())]
+
+
+def _keys(keys: DistillationArguments) -> str:
+    read = KD_LOSSES[keys.kd_loss][1]
+    shown = {sign: getattr(keys, key) for key, sign in _SIGNS.items() if key in read}
+    if "β" in shown and keys.kd_beta_end is not None:
+        shown["β"] = f"{keys.kd_beta} to {keys.kd_beta_end}"
+    if keys.kd_topk is not None:
+        shown["hard share"] = keys.kd_topk
+    return ", ".join(f"{sign} {value}" for sign, value in {**shown, "T": keys.kd_temperature}.items())
+
+
+def _teacher(model_args: Any, keys: DistillationArguments, source: Any) -> str:
+    parts = []
+    if keys.teacher_cache:
+        parts.append(f"answers of {keys.teacher_cache}")
+    if keys.teacher_model:
+        name, adapters, bits = teacher_identity(model_args, keys)
+        parts.append(name + (f" with {adapters}" if adapters else "") + (f" in {bits} bits" if bits else ""))
+
+    teacher = getattr(source, "online", source)
+    model = getattr(teacher, "model", None)
+    if keys.teacher_model == SELF:
+        parts.append("the student's own base, loaded once")
+    elif model is not None:
+        parts.append(f"{_sizes(model)[1]:,} parameters")
+        parts.append(f"on {teacher.device}" if teacher.device is not None else "placed as the student is")
+        if keys.teacher_offload:
+            parts.append("its weights in main memory between passes")
+    elif keys.teacher_model:
+        parts.append("not loaded, since nothing is missing in the cache")
+    return ", ".join(parts)
+
+
+def _sizes(model: Any) -> tuple[int, int]:
+    from llamafactory.extras.misc import count_parameters
+
+    trained, everything = count_parameters(model)
+    return int(trained), int(everything)

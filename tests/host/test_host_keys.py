@@ -1,0 +1,265 @@
+"""Every key of the host acts in a run of our stage as it does in SFT, or is refused by its name."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.runs import base_config, logged, train, weights
+from llamafactory.hparams import get_train_args, parser
+
+from llamafactory_sekd.arguments import KEYS
+from llamafactory_sekd.errors import SekdError
+
+
+# Each run sets keys that do not get in each other's way; the run with a teacher at λ = 0 must be the run of SFT.
+RUNS: dict[str, dict[str, Any]] = {
+    "optimizer": {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 2e-3,
+        "weight_decay": 0.1,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.9,
+        "adam_epsilon": 1e-6,
+        "max_grad_norm": 0.5,
+        "lr_scheduler_type": "polynomial",
+        "lr_scheduler_kwargs": {"lr_end": 1e-4},
+        "warmup_steps": 1,
+        "optim": "adamw_torch",
+        "seed": 3,
+        "data_seed": 4,
+        "average_tokens_across_devices": False,
+        "include_num_input_tokens_seen": True,
+        "include_tokens_per_second": True,
+        "include_effective_tokens_per_second": True,
+        "neftune_noise_alpha": 5.0,
+        "upcast_layernorm": True,
+        "upcast_lmhead_output": True,
+    },
+    "other optimizer": {
+        "use_muon": True,
+        "warmup_ratio": 0.5,
+        "num_train_epochs": 1.0,
+        "max_steps": 2,
+        "dataloader_drop_last": True,
+        "group_by_length": True,
+        "use_reentrant_gc": False,
+        "flash_attn": "disabled",
+        "rope_scaling": "linear",
+        "torch_empty_cache_steps": 1,
+        "auto_find_batch_size": True,
+        "full_determinism": False,
+    },
+    "evaluation": {
+        "do_eval": True,
+        "eval_dataset": "tiny_valid",
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "eval_on_start": True,
+        "eval_delay": 0,
+        "per_device_eval_batch_size": 16,  # in several batches of unequal length ours is the mean over tokens
+        "eval_accumulation_steps": 1,
+        "compute_accuracy": True,
+        "include_for_metrics": ["loss"],
+        "disable_shuffling": True,
+        "optim": "adafactor",
+        "train_from_scratch": True,
+    },
+    "data": {
+        "dataset": "tiny,tiny_valid",
+        "mix_strategy": "interleave_under",
+        "interleave_probs": "0.5,0.5",
+        "max_samples": 12,
+        "cutoff_len": 40,
+        "val_size": 0.25,
+        "do_eval": True,
+        "mask_history": True,
+        "ignore_pad_token_for_loss": False,
+        "default_system": "Translate.",
+        "template": "qwen",
+        "disable_gradient_checkpointing": True,
+        "dataloader_num_workers": 1,
+        "dataloader_prefetch_factor": 2,
+        "dataloader_persistent_workers": True,
+    },
+    "stream": {
+        "streaming": True,
+        "buffer_size": 8,
+        "preprocessing_batch_size": 8,
+        "accelerator_config": {"dispatch_batches": False},
+        "ignore_data_skip": True,
+        "dataloader_num_workers": 1,
+    },
+    "packing": {"packing": True, "cutoff_len": 128},
+    "neat packing": {"neat_packing": True, "cutoff_len": 128, "bf16": True, "flash_attn": "sdpa"},
+    "lora": {
+        "finetuning_type": "lora",
+        "lora_rank": 4,
+        "lora_alpha": 16,
+        "lora_dropout": 0.1,
+        "lora_target": "q_proj,v_proj,gate_proj",
+        "use_rslora": True,
+        "use_dora": True,
+        "loraplus_lr_ratio": 4.0,
+        "loraplus_lr_embedding": 1e-3,
+        "additional_target": "embed_tokens,lm_head",
+    },
+    "pissa": {"finetuning_type": "lora", "pissa_init": True, "pissa_iter": -1, "pissa_convert": False},
+    "freeze": {
+        "finetuning_type": "freeze",
+        "freeze_trainable_layers": 1,
+        "freeze_trainable_modules": "mlp",
+        "freeze_extra_modules": "embed_tokens",
+        "resize_vocab": True,
+        # Not in an evaluation: transformers counts the first token there, which nothing predicts; our mean does not.
+        "train_on_prompt": True,
+    },
+    "oft": {
+        "finetuning_type": "oft",
+        "oft_rank": 0,
+        "oft_block_size": 8,
+        "module_dropout": 0.0,
+        "oft_target": "q_proj",
+    },
+}
+
+# Refused by name: they would have no effect, or replace the loss that the stage computes.
+REFUSED: dict[str, Any] = {
+    "use_kt": True,
+    "use_unsloth": True,
+    "mixture_of_depths": "convert",
+    "label_smoothing_factor": 0.1,
+    "use_dft_loss": True,
+    "use_eaft_loss": True,
+    "use_asft_loss": True,
+    "use_hyper_parallel": True,
+    "past_index": 0,
+}
+
+# What tells why a key needs no run here.
+_OTHER_STAGE = "read by another stage or command alone"
+_FILES = "where files, logs and downloads are, and who may read them"
+_DEVICE = "needs a device, a package or ranks; tests/distributed and the notes on engines cover what acts there"
+_DATA_ONLY = "decides how examples are read, before either trainer"
+_INPUTS = "media of multimodal models, read by the data pipeline before either trainer"
+_OF_A_REFUSED_KEY = "a detail of a key that is refused"
+_OF_AN_OPTIMIZER = "a detail of an optimizer that the host makes, of a package that is not required"
+_HOST_SETS_IT = "the host or transformers sets or ignores it"
+_OWN_TEST = "has a test of its own: "
+REASONS: dict[str, str] = {
+    _OTHER_STAGE: (
+        "infer_backend use_kv_cache infer_dtype export_dir export_size export_device export_quantization_bit "
+        "export_quantization_dataset export_quantization_nsamples export_quantization_maxlen export_legacy_format "
+        "export_hub_model_id vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config "
+        "sglang_maxlen sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend pref_beta pref_ftx "
+        "pref_bco_weight pref_loss dpo_label_smoothing kto_chosen_weight kto_rejected_weight simpo_gamma "
+        "ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards ref_model ref_model_adapters "
+        "ref_model_quantization_bit reward_model reward_model_adapters reward_model_quantization_bit "
+        "reward_model_type ld_alpha do_sample temperature top_p top_k num_beams max_length max_new_tokens "
+        "repetition_penalty length_penalty skip_special_tokens do_predict"
+    ),
+    _FILES: (
+        "adapter_folder cache_dir model_revision hf_hub_token ms_hub_token om_hub_token print_param_status "
+        "trust_remote_code offload_folder dataset_dir media_dir overwrite_cache tokenized_path "
+        "data_shared_file_system use_swanlab swanlab_project swanlab_workspace swanlab_run_name swanlab_mode "
+        "swanlab_api_key swanlab_logdir swanlab_lark_webhook_url swanlab_lark_secret plot_loss output_dir "
+        "overwrite_output_dir log_level log_level_replica log_on_each_node logging_dir logging_strategy "
+        "logging_first_step logging_steps logging_nan_inf_filter save_strategy save_steps save_total_limit "
+        "save_safetensors save_on_each_node save_only_model restore_callback_states_from_checkpoint run_name "
+        "disable_tqdm report_to project trackio_space_id push_to_hub hub_model_id hub_strategy hub_token "
+        "hub_private_repo hub_always_push hub_revision push_to_hub_model_id push_to_hub_organization "
+        "push_to_hub_token skip_memory_metrics enable_torch_profiler profiler_output_dir profiler_wait_steps "
+        "profiler_warmup_steps profiler_active_steps profiler_repeat profiler_record_shapes "
+        "profiler_profile_memory profiler_with_stack profile_modules low_cpu_mem_usage"
+    ),
+    _DATA_ONLY: (
+        "use_fast_tokenizer split_special_tokens new_special_tokens_config init_special_tokens tool_format "
+        "enable_thinking preserve_thinking preprocessing_num_workers eval_num_beams eval_on_each_dataset "
+        "length_column_name remove_unused_columns label_names dataloader_pin_memory"
+    ),
+    _INPUTS: (
+        "image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches video_max_pixels "
+        "video_min_pixels video_fps video_maxlen use_audio_in_video audio_sampling_rate freeze_vision_tower "
+        "freeze_multi_modal_projector freeze_language_model"
+    ),
+    _OF_A_REFUSED_KEY: (
+        "kt_weight_path kt_expert_checkpoint_path kt_use_lora_experts kt_lora_expert_num "
+        "kt_lora_expert_intermediate_size use_unsloth_gc hyper_parallel_args use_mca asft_alpha eaft_alpha"
+    ),
+    _OF_AN_OPTIMIZER: (
+        "use_galore galore_target galore_rank galore_update_interval galore_scale galore_proj_type "
+        "galore_layerwise use_apollo apollo_target apollo_rank apollo_update_interval apollo_scale apollo_proj "
+        "apollo_proj_type apollo_scale_type apollo_layerwise apollo_scale_front use_badam badam_mode "
+        "badam_start_block badam_switch_mode badam_switch_interval badam_update_ratio badam_mask_mode "
+        "badam_verbose use_adam_mini optim_args optim_target_modules adafactor"
+    ),
+    _DEVICE: (
+        "pure_bf16 shift_attn enable_liger_kernel use_liger_kernel liger_kernel_config use_v1_kernels "
+        "quantization_method quantization_bit quantization_type double_quantization quantization_device_map fp16 "
+        "fp16_opt_level fp16_backend half_precision_backend bf16_full_eval fp16_full_eval tf32 local_rank "
+        "ddp_backend tpu_num_cores tpu_metrics_debug debug fsdp fsdp_min_num_params fsdp_config "
+        "fsdp_transformer_layer_cls_to_wrap parallelism_config deepspeed ddp_find_unused_parameters "
+        "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_timeout torchdynamo torch_compile torch_compile_backend "
+        "torch_compile_mode ray_scope ray_num_workers ray_init_kwargs master_addr master_port fp8 fp8_backend "
+        "fp8_enable_fsdp_float8_all_gather mp_parameters no_cuda use_cpu use_mps_device jit_mode_eval"
+    ),
+    _HOST_SETS_IT: (
+        "gradient_checkpointing gradient_checkpointing_kwargs per_gpu_train_batch_size per_gpu_eval_batch_size "
+        "prediction_loss_only use_legacy_prediction_loop include_inputs_for_metrics eval_do_concat_batches "
+        "eval_use_gather_object batch_eval_metrics sortish_sampler"
+    ),
+    _OWN_TEST + "tests/trainer/test_router.py": "moe_aux_loss_coef",
+    _OWN_TEST + "tests/teacher/test_loading.py": "add_tokens add_special_tokens",
+    _OWN_TEST + "tests/teacher/test_shared.py": "adapter_name_or_path create_new_adapter",
+    _OWN_TEST + "tests/faults/test_checkpoints.py and tests/study": (
+        "resume_from_checkpoint load_best_model_at_end metric_for_best_model greater_is_better early_stopping_steps"
+    ),
+    "generation by the host, which asks no teacher": (
+        "predict_with_generate generation_max_length generation_num_beams generation_config"
+    ),
+    "the expanded model is an ordinary model with frozen layers: the run `freeze`": "use_llama_pro",
+}
+
+
+def test_every_key_of_the_host_has_a_row():
+    """A key that a new host brings fails here until somebody has looked at what it does in our stage."""
+    classes = ("ModelArguments", "DataArguments", "TrainingArguments", "FinetuningArguments", "GeneratingArguments")
+    names = {item.name for name in classes for item in fields(getattr(parser, name)) if item.init}
+    in_runs = {key for keys in RUNS.values() for key in keys}
+    rows = [*in_runs, *REFUSED, *(key for keys in REASONS.values() for key in keys.split())]
+    base = {"model_name_or_path", "stage", "do_train"}
+    assert len(rows) == len(set(rows)), sorted(key for key in set(rows) if rows.count(key) > 1)
+    assert names - set(KEYS) - base == set(rows) & names, sorted(names - set(KEYS) - base - set(rows))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_at_lambda_zero_is_that_of_sft(tiny_root, tmp_path, name):
+    ours = {"kd_loss": "forward_kl", "kd_lambda": 0.0}
+    theirs = {"stage": "sft", "teacher_model": None}
+    common = {"max_steps": 2, "use_cpu": not torch.cuda.is_available(), **RUNS[name]}
+    sekd = train(base_config(tiny_root, output_dir=str(tmp_path / "sekd"), **{**common, **ours}))
+    sft = train(base_config(tiny_root, output_dir=str(tmp_path / "sft"), **{**common, **theirs}))
+    _same(sekd, sft, tolerance=2e-2 if "bf16" in str(RUNS[name]) else 2e-4)
+
+
+def _same(sekd: Path, sft: Path, tolerance: float) -> None:
+    assert len(logged(sft, "loss")) == 2
+    for key in ("loss", "eval_loss", "eval_accuracy", "num_input_tokens_seen", "learning_rate"):
+        assert logged(sekd, key) == pytest.approx(logged(sft, key), abs=tolerance), key
+    ours, theirs = weights(sekd), weights(sft)
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        # Where a gradient is rounding alone, Adam moves its weight by the learning rate: means, not single ones.
+        distance = (ours[name].float() - value.float()).abs().mean()
+        assert distance < tolerance / 10, name
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_key_that_cannot_act_is_refused_by_its_name(tiny_root, tmp_path, key):
+    config = base_config(tiny_root, output_dir=str(tmp_path / "out"), **{key: REFUSED[key]})
+    with pytest.raises(SekdError, match=key):
+        get_train_args(config)
