@@ -14,6 +14,10 @@ from llamafactory_sekd.errors import ArgumentError, SekdError, one_line
 from llamafactory_sekd.files import write_atomic
 
 
+# More words than this are no help in a message.
+_LISTED = 30
+
+
 def read_config(
     path: Path,
     overrides: Sequence[str] = (),
@@ -58,6 +62,9 @@ def write_yaml(path: Path, config: dict[str, Any], comment: str) -> None:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """Return ``: did you mean X?`` where a known word is close to ``word``, else an empty string."""
-    close = get_close_matches(word, list(known), n=1)
-    return f": did you mean `{close[0]}`?" if close else ""
+    """Return how a message about an unknown ``word`` ends: with the known one that is close, or with a short list."""
+    words = list(known)
+    close = get_close_matches(word, words, n=1)
+    if close:
+        return f": did you mean {close[0]!r}?"
+    return f": use one of {', '.join(words)}." if len(words) <= _LISTED else "."

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llamafactory_sekd.config import suggestion
 from llamafactory_sekd.data.languages import Direction, parse_direction
 from llamafactory_sekd.errors import DataError, EvaluationError, one_line
 
@@ -81,7 +81,7 @@ def parse_settings(config: Mapping[str, Any], origin: str) -> Settings:
     """
     for key in config:
         if key not in _KEYS:
-            raise EvaluationError(f"{origin}: unknown key {key!r}{_suggest(str(key), _KEYS)}")
+            raise EvaluationError(f"{origin}: unknown key {key!r}{suggestion(str(key), _KEYS)}")
     given = {key: value for key, value in config.items() if value is not None}
     for key in _REQUIRED:
         if key not in given:
@@ -109,11 +109,6 @@ def parse_settings(config: Mapping[str, Any], origin: str) -> Settings:
     if "metrics" in given:
         values["metrics"], values["comet_optional"] = _metrics(given["metrics"])
     return Settings(**values)
-
-
-def _suggest(word: str, known: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f": did you mean {close[0]!r}?" if close else f": use one of {', '.join(known)}."
 
 
 def _text(given: Mapping[str, Any], key: str) -> str:

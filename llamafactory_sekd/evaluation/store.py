@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.evaluation.hypotheses import read_hypotheses
 from llamafactory_sekd.evaluation.translator import Translation
 from llamafactory_sekd.files import read_json, write_atomic, write_json, write_lines
@@ -142,10 +143,20 @@ class Part:
         self._start = _header(fingerprint)
 
     def append(self, records: Iterable[Record]) -> None:
-        """Append records, each as one line."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path, "a", encoding="utf-8", newline="\n") as file:
-            file.write(self._start + "".join(_line(record) for record in records))
+        """Append records, each as one line.
+
+        Raises:
+            EvaluationError: the system refuses; what was appended before is kept.
+        """
+        lines = self._start + "".join(_line(record) for record in records)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, "a", encoding="utf-8", newline="\n") as file:
+                file.write(lines)
+        except OSError as error:
+            raise EvaluationError(
+                f"Cannot write {self._path}: {error.strerror}. The same command continues from here."
+            ) from error
         self._start = ""
 
 

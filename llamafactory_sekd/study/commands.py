@@ -41,11 +41,15 @@ def study(
         run_study,
         write_study,
     )
+    from llamafactory_sekd.study.matrix import check_keys
+    from llamafactory_sekd.study.preparation import training_keys
     from llamafactory_sekd.study.spec import read_spec
 
     logging.disable(logging.WARNING)  # the libraries' chatter would break the progress bars
     console = Console()
     opened = open_study(read_spec(file, overrides or []))
+    if not report_only:
+        check_keys(opened.cells, training_keys())
     if list_only:
         for line in list_commands(opened, find_inputs(opened)):
             print(line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from llamafactory_sekd.arguments import (
     check_distillation_arguments,
     keys_read_by,
 )
-from llamafactory_sekd.config import read_config
+from llamafactory_sekd.config import read_config, suggestion
 from llamafactory_sekd.errors import ArgumentError, StudyError
 from llamafactory_sekd.study.spec import Spec
 
@@ -27,6 +27,7 @@ from llamafactory_sekd.study.spec import Spec
 _LOADED_TEACHER = frozenset(
     key for key in KEYS if key.startswith("teacher_") and key not in ("teacher_cache", "teacher_max_nonfinite")
 )
+_OUR_PREFIXES = ("kd_", "teacher_")
 # Below the 255 bytes that file systems allow, with room for what tools append.
 _LONGEST_ID = 180
 
@@ -133,12 +134,28 @@ def _check(config: Mapping[str, Any], name: str) -> None:
     """Check the stage's keys now, instead of in a child after hours."""
     if not config.get("do_train"):
         raise StudyError(f"{name}: `do_train: true` is missing in the training YAML.")
+    misspelled = next((key for key in config if key.startswith(_OUR_PREFIXES) and key not in KEYS), None)
+    if misspelled is not None:
+        raise StudyError(f"{name}: unknown key {misspelled!r}{suggestion(misspelled, KEYS)}")
     if not _is_ours(config):
         return
     try:
         check_distillation_arguments(DistillationArguments(**{key: config[key] for key in KEYS if key in config}))
     except ArgumentError as error:
         raise StudyError(f"{name}: {error}") from None
+
+
+def check_keys(cells: Sequence[Cell], known: Collection[str]) -> None:
+    """Check all keys of all cells now: a misspelled one would fail in a child, after everything before it has run.
+
+    Args:
+        cells: of a study.
+        known: every key that the host reads in a training YAML, ours included.
+    """
+    for cell in cells:
+        for key in cell.config:
+            if key not in known:
+                raise StudyError(f"{cell.id}: unknown key {key!r}{suggestion(key, known)}")
 
 
 def cell_id(system: str, axes: Mapping[str, Any], seed: int) -> str:

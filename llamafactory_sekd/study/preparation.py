@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from llamafactory_sekd.children import run_child, tool
@@ -93,6 +95,22 @@ def cache_teacher(
             run_child(command, log, lambda: 0.0, report, environment=environment, stop=stop)
         record["teacher_cache"][name] = made_of[name]
         write_json(spec.output_dir / _RECORD, record)
+
+
+def training_keys() -> frozenset[str]:
+    """Return every key that the host reads in a training YAML, ours included.
+
+    A child asks the host, so that the study's own process stays small for as long as it runs.
+
+    Raises:
+        StudyError: the host cannot be asked.
+    """
+    with TemporaryDirectory() as folder:
+        done = subprocess.run(tool("sekd", "schema", folder), capture_output=True, text=True, check=False)
+        schema = read_json(Path(folder) / "training.json")
+    if done.returncode or schema is None:
+        raise StudyError(f"The keys of a training cannot be checked: {one_line(done.stderr)[-300:]}")
+    return frozenset(schema["properties"])
 
 
 def cache_commands(spec: Spec, cells: list[Cell], devices: Sequence[str]) -> dict[str, tuple[Cell, list[str]]]:

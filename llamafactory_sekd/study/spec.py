@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.config import read_config
+from llamafactory_sekd.config import read_config, suggestion
 from llamafactory_sekd.errors import StudyError, one_line
 from llamafactory_sekd.evaluation.settings import METRICS
 
@@ -116,9 +115,7 @@ def parse_spec(config: Mapping[str, Any], path: Path) -> Spec:
 def _parse_spec(config: Mapping[str, Any], path: Path) -> Spec:
     for key in config:
         if key not in KEYS:
-            close = difflib.get_close_matches(str(key), KEYS, n=1)
-            remedy = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(KEYS)}."
-            raise StudyError(f"{path}: unknown key {key!r}: {remedy}")
+            raise StudyError(f"{path}: unknown key {key!r}{suggestion(str(key), KEYS)}")
     for key in _REQUIRED:
         if key not in config:
             raise StudyError(f"{path}: the key `{key}` is missing.")
@@ -234,7 +231,7 @@ def _teacher_cache(value: Any) -> TeacherCache | None:
         raise StudyError(f"`teacher_cache` must be a folder, or {{folder: …, format: …}}, not {value!r}.")
     unknown = next((key for key in options if key not in _CACHE_KEYS), None)
     if unknown is not None:
-        raise StudyError(f"`teacher_cache.{unknown}` is unknown: use {', '.join(_CACHE_KEYS)}.")
+        raise StudyError(f"`teacher_cache.{unknown}` is unknown{suggestion(str(unknown), _CACHE_KEYS)}")
     kept = {key: option for key, option in options.items() if key != "folder" and option is not None}
     return TeacherCache(Path(options["folder"]), kept)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llamafactory_sekd.errors import EvaluationError, one_line
+from llamafactory_sekd.errors import DataError, EvaluationError, one_line
 from llamafactory_sekd.evaluation.hypotheses import read_hypotheses
 from llamafactory_sekd.evaluation.store import Record, Store
 from llamafactory_sekd.evaluation.translator import Translation
@@ -42,6 +42,27 @@ def test_a_line_that_a_kill_tore_is_translated_again(tmp_path: Path, torn: int) 
     assert store.resume("f") == [1, 2]
     store.open_part("f", 0).append([record(1), record(2, "größer")])
     assert store.finish("f", ranks=1).lines == ["Satz 0", "Satz 1", "größer"]
+
+
+def test_gathering_what_was_left_loses_nothing_where_it_cannot_be_written(tmp_path: Path) -> None:
+    store = Store(tmp_path, "en-de", 3)
+    store.open_part("f", 0).append([record(0)])
+    store.open_part("f", 1).append([record(2)])
+    obstacle = tmp_path / "..en-de.partial.jsonl.partial"  # where the file that gathers them is written first
+    obstacle.mkdir()
+    with pytest.raises(DataError, match=r"Cannot write .*partial\.jsonl"):
+        store.resume("f")
+    obstacle.rmdir()
+    assert store.resume("f") == [1]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_while_translating_is_an_error_of_one_line(tmp_path: Path) -> None:
+    (tmp_path / ".en-de.partial.0.jsonl").symlink_to("/dev/full")
+    with pytest.raises(EvaluationError) as caught:
+        Store(tmp_path, "en-de", 3).open_part("f", 0).append([record(0)])
+    assert "No space left on device. The same command continues from here." in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_run_with_another_number_of_ranks_continues(tmp_path: Path) -> None:

@@ -73,13 +73,31 @@ def story(tiny_root, tmp_path_factory) -> SimpleNamespace:
 
 
 def wait_for(condition) -> None:
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 1200  # only detects a hang
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("matrix.kd_gama=[1]", "unknown key 'kd_gama': did you mean 'kd_gamma'?"),
+        ("overrides.learning_rat=1", "unknown key 'learning_rat': did you mean 'learning_rate'?"),
+    ],
+)
+def test_a_misspelled_key_is_refused_before_anything_starts(tmp_path, override, message):
+    keys = {"output_dir": "out", "train": "train.yaml", "evaluation": "eval.yaml", "systems": {"A": {}}}
+    write_yaml(tmp_path / "train.yaml", base_config(tmp_path))
+    write_yaml(tmp_path / "eval.yaml", {"task": "wmt22", "directions": ["en-de"]})
+    write_yaml(tmp_path / "study.yaml", keys)
+    refused = command([SEKD, "study", "study.yaml", override, "--list"], cwd=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr.strip().splitlines()[-1].endswith(message)
+    assert not (tmp_path / "out").exists()
+
+
 def test_kill_9_ends_the_children_too(story):
     assert story.killed.status == -signal.SIGKILL
     assert story.killed.children

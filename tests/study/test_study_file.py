@@ -16,7 +16,7 @@ from llamafactory_sekd.errors import StudyError
 from llamafactory_sekd.study.devices import environments, parse_devices
 from llamafactory_sekd.study.evaluation import model_of, read_evaluation
 from llamafactory_sekd.study.ingredients import difference
-from llamafactory_sekd.study.matrix import cell_id, expand, has_effect, slug
+from llamafactory_sekd.study.matrix import cell_id, check_keys, expand, has_effect, slug
 from llamafactory_sekd.study.spec import parse_spec, read_spec
 
 
@@ -241,6 +241,8 @@ def test_bases_come_first_and_the_command_line_last():
         ({"systems": {"A": {"kd_loss": "best"}}}, "a-seed=42: `kd_loss: best` cannot be used: choose one of"),
         ({"matrix": {"kd_lambda": [2]}}, "a-kd_lambda=2-seed=42: `kd_lambda: 2` cannot be used"),
         ({"overrides": {"do_train": False}}, "a-seed=42: `do_train: true` is missing"),
+        ({"matrix": {"kd_gama": [1]}}, "a-kd_gama=1-seed=42: unknown key 'kd_gama': did you mean 'kd_gamma'?"),
+        ({"overrides": {"teacher_modle": "x"}}, "unknown key 'teacher_modle': did you mean 'teacher_model'?"),
         ({"systems": {"!": {}}}, "`!` has no letter or digit"),
     ],
 )
@@ -320,6 +322,20 @@ def test_files_that_are_no_study_are_refused_in_one_line(tmp_path):
 def test_an_evaluation_keeps_what_all_models_share():
     Path("eval.yaml").write_text(yaml.safe_dump({**EVALUATION, "baseline": "a", "num_beams": 2}))
     assert read_evaluation(Path("eval.yaml")) == {"task": "wmt22", "directions": ["en-de"], "num_beams": 2}
+
+
+def test_every_key_of_every_cell_is_one_that_the_host_reads():
+    check_keys(cells(), TRAIN | {"output_dir": "", "seed": 0})
+    for keys, message in (
+        (
+            {"systems": {"A": {"learning_rat": 1}}},
+            "a-seed=42: unknown key 'learning_rat': did you mean 'learning_rate'?",
+        ),
+        ({"matrix": {"xyzzy": [1]}}, "a-xyzzy=1-seed=42: unknown key 'xyzzy'"),
+    ):
+        with pytest.raises(StudyError) as caught:
+            check_keys(cells(**keys), TRAIN | {"output_dir": "", "seed": 0})
+        assert str(caught.value).startswith(message)
 
 
 def test_slugs():

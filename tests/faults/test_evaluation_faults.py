@@ -1,0 +1,111 @@
+"""An evaluation on a full disk, and one whose command is killed: nothing is lost, and the same command continues."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from helpers import tiny
+from helpers.runs import command
+
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tmpfs and the kernel's death signal are Linux's")
+CLI = str(Path(sys.executable).with_name("llamafactory-cli"))
+SENTENCES = [f"the house of number {number} is red" for number in range(12)]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """Hold a model that translates nonsense, and a test set."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.save_llama(folder / "model", seed=1)
+    for suffix in ("en", "de"):
+        (folder / f"en-de.{suffix}").write_text("".join(f"{line}\n" for line in SENTENCES))
+    return folder
+
+
+def config(inputs: Path, save_dir: Path, **keys) -> dict:
+    return {
+        "task": "wmt22",
+        "task_dir": str(inputs),
+        "directions": ["en-de"],
+        "template": "parrot",
+        "systems": {"one": {"model_name_or_path": str(inputs / "model")}},
+        "metrics": ["bleu"],
+        "max_new_tokens": 64,
+        "batch_size": 1,
+        "save_dir": str(save_dir),
+        **keys,
+    }
+
+
+def write(path: Path, keys: dict) -> Path:
+    path.write_text(yaml.safe_dump(keys))
+    return path
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("a file system of its own cannot be mounted here (not root)")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("left", [0, 8192])
+def test_a_full_disk_is_one_line_leaves_nothing_behind_and_the_same_command_works_afterwards(
+    inputs, small_disk, tmp_path, left
+):
+    ballast = small_disk / "ballast"
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    ballast.write_bytes(bytes(free - left))
+    path = write(tmp_path / "eval.yaml", config(inputs, small_disk / "results"))
+    full = command([CLI, "eval", str(path)])
+    assert full.returncode == 2, full.stderr[-3000:]
+    assert "Traceback" not in full.stderr
+    said = [line for line in full.stderr.splitlines() if "error:" in line]
+    assert len(said) == 1
+    assert "No space left on device" in said[0]
+    assert not [found for found in small_disk.rglob("*") if found.name.endswith((".partial", ".tmp"))]
+
+    ballast.unlink()
+    again = command([CLI, "eval", str(path)])
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert json.loads((small_disk / "results" / "results.json").read_text())["systems"]["one"]["scores"]
+
+
+def test_ranks_end_with_a_command_that_is_killed_and_the_same_command_continues(inputs, tmp_path):
+    path = write(tmp_path / "eval.yaml", config(inputs, tmp_path / "results"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
+    process = subprocess.Popen([CLI, "eval", str(path)], env=environment, stdout=-3, stderr=-3)
+    parts = tmp_path / "results" / "hypotheses" / "one"
+    deadline = time.monotonic() + 1200
+    while not list(parts.glob(".en-de.partial.*.jsonl")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 3  # torchrun and two ranks
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(family, timeout=1200)
+    assert not alive
+    assert not (tmp_path / "results" / "results.json").exists()
+
+    again = command([CLI, "eval", str(path)])
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert f"of {len(SENTENCES)} are done" in again.stderr
