@@ -7,16 +7,43 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 
-# Below this many UTF-8 bytes, or with less certainty, the language of a sentence is not judged. On WMT22's references
-# (en, de, cs) this flags 0.1 to 0.6 % of the sentences that are in the right language, and finds 97 % of the others.
-MIN_BYTES = 20
+
+# With fewer letters the language of a sentence is not judged. One of Chinese, Japanese or Korean counts as three.
+MIN_LETTERS = 20
+# From how much certainty on another language counts as found. benchmarks/guards.py measures what each language needs
+# for at most about 1 % of false alarms; the table is in docs/evaluation.md.
 MIN_CERTAINTY = 0.9
-# A phrase repeated this often in a row is a loop.
+NEEDED_CERTAINTY = {
+    **dict.fromkeys(("ar", "ca", "da", "de", "es", "gl", "hr", "ja", "lt", "no", "pt", "sk", "sl", "sv", "zh"), 0.99),
+    **dict.fromkeys(("bg", "et", "nl", "ru", "uk"), 0.999),
+}
+# Languages that the identifier cannot tell apart: to find one where the other was asked for means nothing.
+CONFUSABLE = (
+    frozenset({"da", "nb", "nn", "no"}),
+    frozenset({"bs", "hr", "sr"}),
+    frozenset({"id", "ms"}),
+    frozenset({"cs", "sk"}),
+    frozenset({"an", "es", "gl"}),
+    frozenset({"gl", "pt"}),
+    frozenset({"bg", "mk"}),
+    frozenset({"bg", "ru"}),
+    frozenset({"be", "ru"}),
+    frozenset({"af", "nl"}),
+    frozenset({"de", "lb"}),
+    frozenset({"fr", "oc", "wa"}),
+    frozenset({"ca", "oc"}),
+)
+# A phrase repeated this often in a row is a loop. Without a letter in it it must be more: "3 3 3 3" may be a score.
 REPEATS = 4
-LONGEST_PHRASE = 16
+REPEATS_WITHOUT_LETTERS = 8
 # Repeated characters, where there are no spaces, must be this many: "zzzz" and "哈哈哈哈" are no loops.
 MIN_LOOP_CHARACTERS = 24
+MIN_LOOP_SIGNS = 32
+# A row of one of these is a ruler or a gap to fill in, in a good translation too.
+RULERS = frozenset("-=_*.~#─━═…·")
 
 
 @dataclass(frozen=True)
@@ -48,30 +75,52 @@ def inspect(lines: Sequence[str], language: str, hit_limit: Sequence[bool] | Non
 
 
 def is_other_language(line: str, language: str) -> bool:
-    """Tell whether ``line`` is, with some certainty, in another language than ``language``."""
-    if len(line.encode("utf-8", "replace")) < MIN_BYTES:
+    """Tell whether ``line`` is, with the certainty that ``language`` needs, in a language not to be taken for it."""
+    if _letters(line) < MIN_LETTERS:
         return False
     found, certainty = _identifier().classify(line)
-    return found != language and certainty >= MIN_CERTAINTY
+    if found == language or any(found in group and language in group for group in CONFUSABLE):
+        return False
+    return certainty >= NEEDED_CERTAINTY.get(language, MIN_CERTAINTY)
+
+
+def _letters(line: str) -> int:
+    """Return how many letters ``line`` has, those of Chinese, Japanese and Korean counted three times."""
+    return sum(3 if character >= "\u2e80" else 1 for character in line if character.isalpha())
 
 
 def has_loop(line: str) -> bool:
     """Tell whether a phrase, or a string of characters, is repeated over and over."""
     folded = line.casefold()
-    return _repeats(folded.split(), REPEATS) or _repeats(list(folded), REPEATS, MIN_LOOP_CHARACTERS)
+    return _repeats(folded.split(), 0, 0) or _repeats(list(folded), MIN_LOOP_CHARACTERS, MIN_LOOP_SIGNS)
 
 
-def _repeats(units: list[str], times: int, minimum: int = 0) -> bool:
-    """Tell whether a phrase of units with a letter in it stands ``times`` times in a row, ``minimum`` units in all."""
-    for period in range(1, min(LONGEST_PHRASE, len(units) // times) + 1):
-        run = 0
-        for place in range(period, len(units)):
-            run = run + 1 if units[place] == units[place - period] else 0
-            if run >= max((times - 1) * period, minimum - period):
-                phrase = units[place - period + 1 : place + 1]
-                if any(character.isalpha() for unit in phrase for character in unit):
-                    return True
+def _repeats(units: list[str], minimum: int, minimum_without_letters: int) -> bool:
+    """Tell whether a phrase of any length is repeated without a gap, over ``minimum`` units or more in all."""
+    # Compared as numbers and a period at a time: a long output has hundreds of periods and thousands of characters.
+    numbers: dict[str, int] = {}
+    line = np.array([numbers.setdefault(unit, len(numbers)) for unit in units])
+    for period in range(1, len(units) // REPEATS + 1):
+        end, run = _longest_run(line[period:] == line[:-period])
+        if run < max((REPEATS - 1) * period, minimum - period):
+            continue
+        phrase = "".join(units[end : end + period])
+        if any(character.isalpha() for character in phrase):
+            return True
+        enough = max((REPEATS_WITHOUT_LETTERS - 1) * period, minimum_without_letters - period)
+        if run >= enough and not (len(set(phrase)) == 1 and phrase[0] in RULERS and minimum):
+            return True
     return False
+
+
+def _longest_run(same: NDArray[np.bool_]) -> tuple[int, int]:
+    """Return where the longest row of true values of ``same`` ends (exclusive), and its length."""
+    ends = np.flatnonzero(np.diff(np.concatenate(([False], same, [False])).astype(np.int8)))
+    starts, stops = ends[::2], ends[1::2]
+    if not len(starts):
+        return 0, 0
+    longest = int((stops - starts).argmax())
+    return int(stops[longest]), int(stops[longest] - starts[longest])
 
 
 @cache

@@ -41,6 +41,12 @@ def test_a_line_too_short_to_judge_is_not_judged(line: str) -> None:
         "Das ist " + "sehr, sehr " * 5,
         "房子在河边" * 6,
         "blabla" * 8,
+        "," * 40,
+        "1 " * 20,
+        "0.5 " * 20,
+        "- " * 20,
+        "der Mann, der mit seinem Hund und dem Kind seiner Schwester am Abend durch den Park ging, " * 20,
+        "嵐のあと、道にはたくさんの木が倒れていて、消防隊は一晩中働いた。" * 6,
     ],
 )
 def test_a_repeated_phrase_is_a_loop(line: str) -> None:
@@ -53,6 +59,26 @@ def test_a_repeated_phrase_is_a_loop(line: str) -> None:
 )
 def test_emphasis_figures_and_rulers_are_no_loops(line: str) -> None:
     assert not has_loop(line)
+
+
+SPOKEN_AS_ONE = {
+    "da": "Efter stormen lå der mange træer på vejen, og brandvæsenet arbejdede hele natten.",
+    "no": "Etter stormen lå det mange trær på veien, og brannvesenet arbeidet hele natten.",
+    "hr": "Nakon oluje na cesti je ležalo mnogo stabala, a vatrogasci su radili cijelu noć.",
+    "sr": "Posle oluje na putu je ležalo mnogo stabala, a vatrogasci su radili celu noć.",
+    "id": "Setelah badai, banyak pohon tergeletak di jalan dan pemadam kebakaran bekerja sepanjang malam.",
+    "ms": "Selepas ribut, banyak pokok tumbang di jalan raya dan bomba bekerja sepanjang malam.",
+    "sk": "Po búrke ležalo na ceste veľa stromov a hasiči pracovali celú noc.",
+    "cs": LONG["cs"],
+}
+
+
+@pytest.mark.parametrize(("one", "other"), [("da", "no"), ("hr", "sr"), ("id", "ms"), ("sk", "cs")])
+def test_languages_that_are_taken_for_each_other_count_as_one_and_english_is_still_found(one: str, other: str) -> None:
+    for language in (one, other):
+        assert not is_other_language(SPOKEN_AS_ONE[one], language)
+        assert not is_other_language(SPOKEN_AS_ONE[other], language)
+        assert is_other_language(LONG["en"], language)
 
 
 def test_shares_are_of_all_sentences() -> None:
