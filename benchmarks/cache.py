@@ -235,7 +235,7 @@ def topk_errors(teacher: Path, pairs: list[Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from llamafactory_sekd.data.parrot import record
+    from llamafactory_sekd.data.prompts import record
     from llamafactory_sekd.objectives import distillation_loss
     from llamafactory_sekd.teacher.cache import TopKFormat, TopKLogits, bytes_per_token
 

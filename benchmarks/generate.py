@@ -25,7 +25,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from llamafactory_sekd.data.parrot import record
+from llamafactory_sekd.data.prompts import record
 from llamafactory_sekd.data.testsets import TestSet, load_test_set
 from llamafactory_sekd.errors import one_line
 from llamafactory_sekd.files import write_json

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llamafactory_sekd.data.languages import Direction
-from llamafactory_sekd.data.parrot import record
+from llamafactory_sekd.data.prompts import record
 from llamafactory_sekd.data.sources import DirectorySource
 
 

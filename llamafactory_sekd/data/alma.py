@@ -14,7 +14,7 @@ from llamafactory_sekd.data.dataset_info import ALMA_LANGUAGES, VALIDATION, chec
 from llamafactory_sekd.data.languages import Direction, parse_direction
 from llamafactory_sekd.data.layout import text_files
 from llamafactory_sekd.data.manifest import Product, read_manifest, same_request, verify, write_product
-from llamafactory_sekd.data.parrot import record
+from llamafactory_sekd.data.prompts import record
 from llamafactory_sekd.data.sources import LICENSE, Source
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.files import locked

@@ -3,91 +3,103 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 
 from llamafactory_sekd.errors import DataError
 
 
-# ISO 639-1 codes; the names are the ones that WMT and FLORES use.
-LANGUAGE_NAMES: dict[str, str] = {
-    "af": "Afrikaans",
+# BCP 47 with its usual capitals (pt-BR, zh-Hant), ISO 639-1 and 639-3 (de, deu), and FLORES (deu_Latn). The capitals
+# tell a territory from a language, so a direction can be divided in one way only.
+_CODE = r"[a-z]{2,3}(?:[-_][A-Z][a-z]{3})?(?:[-_](?:[A-Z]{2}|[0-9]{3}))?(?:-[a-z0-9]{5,8})*"
+_DIRECTION = re.compile(rf"({_CODE})-({_CODE})")
+
+# Names that read better in a sentence than those of the library, which are like "Portuguese (Brazil)".
+_NAMES: dict[str, str] = {
+    "bn": "Bengali",  # the name of WMT and FLORES
     "ar": "Arabic",
-    "bg": "Bulgarian",
-    "bn": "Bengali",
-    "ca": "Catalan",
-    "cs": "Czech",
-    "cy": "Welsh",
-    "da": "Danish",
-    "de": "German",
-    "el": "Greek",
-    "en": "English",
-    "es": "Spanish",
-    "et": "Estonian",
-    "eu": "Basque",
-    "fa": "Persian",
-    "fi": "Finnish",
-    "fr": "French",
-    "ga": "Irish",
-    "gl": "Galician",
-    "gu": "Gujarati",
-    "ha": "Hausa",
-    "he": "Hebrew",
-    "hi": "Hindi",
-    "hr": "Croatian",
-    "hu": "Hungarian",
-    "id": "Indonesian",
-    "is": "Icelandic",
-    "it": "Italian",
-    "ja": "Japanese",
-    "ka": "Georgian",
-    "kk": "Kazakh",
-    "km": "Khmer",
-    "ko": "Korean",
-    "lt": "Lithuanian",
-    "lv": "Latvian",
-    "mk": "Macedonian",
-    "mr": "Marathi",
-    "ms": "Malay",
-    "nl": "Dutch",
-    "no": "Norwegian",
-    "pl": "Polish",
-    "ps": "Pashto",
-    "pt": "Portuguese",
-    "ro": "Romanian",
-    "ru": "Russian",
-    "sk": "Slovak",
-    "sl": "Slovenian",
-    "sq": "Albanian",
-    "sr": "Serbian",
-    "sv": "Swedish",
-    "sw": "Swahili",
-    "ta": "Tamil",
-    "te": "Telugu",
-    "th": "Thai",
-    "tr": "Turkish",
-    "uk": "Ukrainian",
-    "ur": "Urdu",
-    "uz": "Uzbek",
-    "vi": "Vietnamese",
-    "zh": "Chinese",
+    "arb": "Arabic",
+    "cmn": "Chinese",
+    "swh": "Swahili",
+    "pes": "Persian",
+    "prs": "Dari",
+    "fa-AF": "Dari",
+    "de-AT": "Austrian German",
+    "de-CH": "Swiss High German",
+    "en-AU": "Australian English",
+    "en-CA": "Canadian English",
+    "en-GB": "British English",
+    "en-US": "American English",
+    "es-419": "Latin American Spanish",
+    "es-ES": "European Spanish",
+    "es-MX": "Mexican Spanish",
+    "fr-CA": "Canadian French",
+    "fr-CH": "Swiss French",
+    "nl-BE": "Flemish",
+    "pt-BR": "Brazilian Portuguese",
+    "pt-PT": "European Portuguese",
+    "zh-Hans": "Simplified Chinese",
+    "zh-Hant": "Traditional Chinese",
+    "cmn-Hans": "Simplified Chinese",
+    "cmn-Hant": "Traditional Chinese",
 }
 
 
+@cache
 def language_name(code: str) -> str:
-    """Return the English name of the ISO 639-1 ``code``; :class:`DataError` for a code that is not known."""
+    """Return the English name of a BCP 47, ISO 639 or FLORES ``code``.
+
+    A script is part of the name only where the language is usually written in another one, or in several.
+
+    Raises:
+        DataError: the code is not known.
+    """
+    from langcodes import Language, LanguageTagError
+
     try:
-        return LANGUAGE_NAMES[code]
-    except KeyError:
-        known = ", ".join(LANGUAGE_NAMES)
-        raise DataError(f"Unknown language code {code!r}: use one of {known}.") from None
+        language = Language.get(code) if re.fullmatch(_CODE, code) else None
+    except LanguageTagError:
+        language = None
+    if language is None or not language.is_valid():
+        raise DataError(
+            f"Unknown language code {code!r}: use one of BCP 47 (de, pt-BR), ISO 639-3 (deu) or FLORES (deu_Latn), "
+            "or give the name of the language as well (--from-name, --to-name)."
+        )
+    tag = str(language)
+    if tag in _NAMES:
+        return _NAMES[tag]
+    usual = Language.get(language.language or code).maximize().script
+    if language.script and language.script == usual:
+        return language_name("-".join(part for part in (language.language, language.territory) if part))
+    return str(language.display_name("en"))
+
+
+@cache
+def base_code(code: str) -> str:
+    """Return the code of the language alone, shortest form: ``pt`` for ``pt-BR``, ``de`` for ``deu_Latn``.
+
+    Tokenizers and language detectors know languages by it. A code that is not known is its own base.
+    """
+    from langcodes import Language, LanguageTagError
+
+    try:
+        language = Language.get(code).prefer_macrolanguage().language or code
+    except LanguageTagError:
+        return code
+    return str(language)
 
 
 @dataclass(frozen=True, order=True)
 class Direction:
-    """A translation direction, written ``en-de``: from ``source`` to ``target``."""
+    """A translation direction, written ``en-de``: from ``source`` to ``target``.
+
+    ``source_name`` and ``target_name`` are names of the user's own, in place of the usual ones.
+    """
 
     source: str
     target: str
+    source_name: str | None = field(default=None, compare=False)
+    target_name: str | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return f"{self.source}-{self.target}"
@@ -95,20 +107,46 @@ class Direction:
     @property
     def reversed(self) -> Direction:
         """Return the opposite direction."""
-        return Direction(self.target, self.source)
+        return Direction(self.target, self.source, self.target_name, self.source_name)
 
     @property
     def slug(self) -> str:
         """The direction in the name of a dataset: ``en_de``."""
-        return f"{self.source}_{self.target}"
+        return f"{self.source}_{self.target}".replace("-", "_")
+
+    @property
+    def source_language(self) -> str:
+        """The source language's name in a prompt: ``English``."""
+        return self.source_name or language_name(self.source)
+
+    @property
+    def target_language(self) -> str:
+        """The target language's name in a prompt: ``German``."""
+        return self.target_name or language_name(self.target)
 
 
-def parse_direction(text: str) -> Direction:
-    """Read ``en-de``; :class:`DataError` when the form is another or a language is unknown."""
-    match = re.fullmatch(r"([a-z]+)-([a-z]+)", text)
+def parse_direction(text: str, source_name: str | None = None, target_name: str | None = None) -> Direction:
+    """Read ``en-de``, ``en-pt-BR`` or ``eng_Latn-deu_Latn``.
+
+    Args:
+        text: the two codes, joined by a hyphen.
+        source_name: the source language's name; with one, its code need not be known.
+        target_name: the same for the target language.
+
+    Raises:
+        DataError: the form is another, or a language is unknown.
+    """
+    if isinstance(text, bool):
+        raise DataError(f"A language code became {text} in YAML, which reads no, off, on and yes so: quote it.")
+    match = _DIRECTION.fullmatch(str(text))
     if match is None or match[1] == match[2]:
         raise DataError(f"Unknown direction {text!r}: write source-target with two language codes, such as en-de.")
-    for code in match.groups():
-        if code not in LANGUAGE_NAMES:
-            raise DataError(f"Unknown direction {text!r}: the language code {code!r} is not known.")
-    return Direction(match[1], match[2])
+    for code, name, option in zip(match.groups(), (source_name, target_name), ("--from", "--to"), strict=True):
+        try:
+            name or language_name(code)
+        except DataError:
+            raise DataError(
+                f"Unknown direction {text!r}: the language code {code!r} is not known; `sekd data pairs` takes a name "
+                f"for it by {option}-name."
+            ) from None
+    return Direction(match[1], match[2], source_name, target_name)

@@ -21,7 +21,7 @@ from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 from llamafactory_sekd.data.languages import Direction
-from llamafactory_sekd.data.parrot import record
+from llamafactory_sekd.data.prompts import record
 from llamafactory_sekd.errors import DataError, one_line
 from llamafactory_sekd.files import sha256_of, write_atomic
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llamafactory_sekd.data.languages import Direction
-from llamafactory_sekd.data.parrot import prompt
+from llamafactory_sekd.data.prompts import prompt
 
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamafactory_sekd.data.languages import Direction
-from llamafactory_sekd.data.parrot import user_message
+from llamafactory_sekd.data.prompts import user_message
 from llamafactory_sekd.data.testsets import TestSet
 from llamafactory_sekd.evaluation.fingerprint import Digests, lines_fingerprint, system_fingerprint
 from llamafactory_sekd.evaluation.generation import translate_pending

@@ -6,7 +6,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from llamafactory_sekd.data.parrot import CLOSING, PREFACE
+from llamafactory_sekd.data.prompts import CLOSING, PREFACE
 from llamafactory_sekd.errors import HostError
 
 

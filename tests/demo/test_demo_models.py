@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llamafactory_sekd.data.parrot import prompt, record
+from llamafactory_sekd.data.prompts import prompt, record
 from llamafactory_sekd.demo.data import DIRECTION
 from llamafactory_sekd.demo.models import prompt_pieces, save_student, save_untrained, train_tokenizer
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from llamafactory_sekd.data.languages import parse_direction
-from llamafactory_sekd.data.parrot import prompt
+from llamafactory_sekd.data.prompts import prompt
 from llamafactory_sekd.errors import one_line
 from llamafactory_sekd.evaluation.batching import plan_batches
 from llamafactory_sekd.evaluation.decoding import hf_translate

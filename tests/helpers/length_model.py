@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llamafactory_sekd.data.languages import parse_direction
-from llamafactory_sekd.data.parrot import prompt
+from llamafactory_sekd.data.prompts import prompt
 
 
 BOS, EOS, PAD = 0, 1, 2

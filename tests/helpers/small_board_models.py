@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.tiny import SENTENCES
 from llamafactory_sekd.data.languages import Direction
-from llamafactory_sekd.data.parrot import prompt
+from llamafactory_sekd.data.prompts import prompt
 
 
 def teach(directory: Path, steps: int, learning_rate: float = 5e-3, batch: int = 14) -> None:

@@ -14,7 +14,7 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
 from llamafactory_sekd.data.languages import parse_direction
-from llamafactory_sekd.data.parrot import instruction
+from llamafactory_sekd.data.prompts import instruction
 
 
 DIRECTIONS = ("en-de", "de-en")

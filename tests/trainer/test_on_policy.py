@@ -15,7 +15,7 @@ from helpers.small_board_models import teach
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_sekd.data.languages import parse_direction
-from llamafactory_sekd.data.parrot import prompt
+from llamafactory_sekd.data.prompts import prompt
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.trainer.on_policy import OwnSamples
 from llamafactory_sekd.trainer.sampling import as_generator, draw

@@ -8,7 +8,7 @@ from helpers import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_sekd.data.languages import Direction
-from llamafactory_sekd.data.parrot import prompt
+from llamafactory_sekd.data.prompts import prompt
 from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.webui.labels import words
 from llamafactory_sekd.webui.page import LoadedModel

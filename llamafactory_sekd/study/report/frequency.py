@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.data.languages import parse_direction
-from llamafactory_sekd.data.parrot import instruction
+from llamafactory_sekd.data.prompts import instruction
 from llamafactory_sekd.errors import DataError
 from llamafactory_sekd.study.report.cells import Cell, Group, Study, Summary, summarize
 from llamafactory_sekd.study.report.texts import Texts

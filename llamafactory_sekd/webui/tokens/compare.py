@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llamafactory_sekd.data.languages import Direction
-from llamafactory_sekd.data.parrot import user_message
+from llamafactory_sekd.data.prompts import user_message
 from llamafactory_sekd.objectives import distillation_loss
 from llamafactory_sekd.teacher import check_tokenizers, common_vocabulary
 from llamafactory_sekd.webui.page import LoadedModel
