@@ -14,7 +14,7 @@ from llamafactory_sekd.data.dataset_info import ALMA_LANGUAGES, VALIDATION, chec
 from llamafactory_sekd.data.languages import Direction, parse_direction
 from llamafactory_sekd.data.layout import text_files
 from llamafactory_sekd.data.manifest import Product, read_manifest, same_request, verify, write_product
-from llamafactory_sekd.data.prompts import record
+from llamafactory_sekd.data.prompts import PARROT, Prompt
 from llamafactory_sekd.data.sources import LICENSE, Source
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.files import locked
@@ -122,10 +122,10 @@ def build(source: Source, plan: Plan, step: Callable[[str], None]) -> Product:
     return Product(files, findings, source.revision(), LICENSE)
 
 
-def alpaca_file(corpus: dict[Direction, list[Pair]]) -> tuple[bytes, int]:
+def alpaca_file(corpus: dict[Direction, list[Pair]], prompt: Prompt = PARROT) -> tuple[bytes, int]:
     """Return the bytes of a JSON list with one record per line, and the number of records."""
     lines = [
-        json.dumps(record(pair.source, pair.target, direction), ensure_ascii=False)
+        json.dumps(prompt.record(pair.source, pair.target, direction), ensure_ascii=False)
         for direction, pairs in corpus.items()
         for pair in pairs
     ]

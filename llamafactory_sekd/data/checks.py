@@ -31,6 +31,11 @@ class Problem(Enum):
         self.words = words
 
     WRONG_ENCODING = ("wrong_encoding", Outcome.LEFT_OUT, "not valid UTF-8 (iconv converts other encodings)")
+    CONTROL = (
+        "control_character",
+        Outcome.LEFT_OUT,
+        "contains NUL or another control character (not text, or text in another encoding)",
+    )
     BLANK = ("blank", Outcome.LEFT_OUT, "both sides are empty")
     EMPTY_SIDE = ("empty_side", Outcome.LEFT_OUT, "one side is empty")
     IDENTICAL = ("identical_sides", Outcome.KEPT, "the two sides are the same")
@@ -43,6 +48,8 @@ class Problem(Enum):
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 # Everything that some tool takes for the end of a line (str.splitlines): a sentence must stay on one.
 _LINE_BREAK = re.compile("\r\n|[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]")
+# Control characters that are neither white space nor one of the line breaks above.
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -131,4 +138,6 @@ def _unusable(pair: Pair) -> Problem | None:
             return Problem.BLANK
         case 1:
             return Problem.EMPTY_SIDE
+    if _CONTROL.search(pair.source) or _CONTROL.search(pair.target):
+        return Problem.CONTROL
     return None

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llamafactory_sekd.errors import ArgumentError
+
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,6 +62,15 @@ def pairs(
     src: Annotated[Path | None, typer.Option(help="Source sentences, one per line.")] = None,
     tgt: Annotated[Path | None, typer.Option(help="Their translations, line by line.")] = None,
     tsv: Annotated[Path | None, typer.Option(help="Instead of both: lines of source, tab, target.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help='Or: JSON Lines, {"translation": {"en": …, "de": …}} or without "translation".'),
+    ] = None,
+    source_name: Annotated[str | None, typer.Option("--from-name", help="The source language's name.")] = None,
+    target_name: Annotated[str | None, typer.Option("--to-name", help="The target language's name.")] = None,
+    both: Annotated[bool, typer.Option("--both", help="Add the opposite direction.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="No heading of Parrot's: for chat templates.")] = False,
+    prompt: Annotated[str | None, typer.Option(help="A prompt of your own, with {source}.")] = None,
     out: Annotated[Path, typer.Option(help="The dataset_dir of LLaMA-Factory.")] = Path("data"),
     overwrite: Overwrite = False,
 ) -> None:
@@ -68,19 +79,25 @@ def pairs(
 
     from llamafactory_sekd.data.languages import parse_direction
     from llamafactory_sekd.data.pairs import Corpus, prepare_pairs
+    from llamafactory_sekd.data.prompts import PARROT, prompt_named
+
+    if plain and prompt is not None:
+        raise ArgumentError("Give either --plain or --prompt TEXT.")
 
     console = Console()
-    direction = parse_direction(f"{source_language}-{target_language}")
+    direction = parse_direction(f"{source_language}-{target_language}", source_name, target_name)
+    worded = prompt_named("plain" if plain else prompt)
+    corpus = Corpus.of(src, tgt, tsv, json_file)
     with console.status(f"Reading {name}"):
-        manifest, fresh = prepare_pairs(Corpus.of(src, tgt, tsv), direction, name, out, overwrite)
-    _report(console, manifest, fresh, out)
+        manifest, fresh = prepare_pairs(corpus, direction, name, out, overwrite, prompt=worded, both=both)
+    _report(console, manifest, fresh, out, "parrot" if worded == PARROT else "that of your model (qwen, llama3, …)")
 
 
 def _listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _report(console: Console, manifest: dict[str, Any], fresh: bool, out: Path) -> None:
+def _report(console: Console, manifest: dict[str, Any], fresh: bool, out: Path, template: str = "parrot") -> None:
     from rich.table import Table
 
     table = Table("Data set", "Pairs", "SHA-256", title=f"{'Written to' if fresh else 'Verified in'} {out}")
@@ -92,7 +109,7 @@ def _report(console: Console, manifest: dict[str, Any], fresh: bool, out: Path) 
     for finding in manifest["findings"]:
         console.print(_finding(finding), highlight=False, markup=False, soft_wrap=True)
     largest = max(datasets, key=lambda name: datasets[name]["records"])
-    usage = f"In LLaMA-Factory: dataset_dir: {out}, dataset: {largest}, template: parrot"
+    usage = f"In LLaMA-Factory: dataset_dir: {out}, dataset: {largest}, template: {template}"
     console.print(usage, highlight=False, markup=False, soft_wrap=True)
 
 

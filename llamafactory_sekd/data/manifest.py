@@ -62,7 +62,8 @@ def same_request(out: Path, made: Any, asked: dict[str, Any]) -> None:
     """Raise :class:`DataError` when what a manifest says was asked for is not what is asked for now."""
     if made == asked:
         return
-    differing = [key for key in asked if not isinstance(made, dict) or made.get(key) != asked[key]]
+    before = made if isinstance(made, dict) else {}
+    differing = [key for key in asked | before if key not in asked or before.get(key) != asked[key]]
     raise DataError(
         f"{out} holds data of another request (it differs in {', '.join(differing)}): "
         "add --overwrite to write it anew, or choose another --out."

@@ -1,4 +1,4 @@
-"""Read parallel text: ALMA's JSON, two plain text files, or a TSV file.
+"""Read parallel text: JSON records, two plain text files, or a TSV file; compressed with gzip, bzip2 or xz as well.
 
 Every reader returns :class:`~llamafactory_sekd.data.checks.Pair` objects with the file name as it was given and the
 line (in a JSON list: the record), counted from 1. Bytes that are not UTF-8 become lone surrogates, which
@@ -8,29 +8,56 @@ line (in a JSON list: the record), counted from 1. Bytes that are not UTF-8 beco
 
 from __future__ import annotations
 
+import bz2
 import codecs
+import gzip
 import json
-from collections.abc import Iterator
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.data.checks import Pair
 from llamafactory_sekd.data.languages import Direction
-from llamafactory_sekd.errors import DataError
+from llamafactory_sekd.errors import DataError, one_line
 
 
-def read_json_pairs(path: Path, direction: Direction, name: str | None = None) -> list[Pair]:
+_PACKED: dict[bytes, Callable[[bytes], bytes]] = {
+    b"\x1f\x8b": gzip.decompress,
+    b"BZh": bz2.decompress,
+    b"\xfd7zXZ\x00": lzma.decompress,
+}
+_NO_TEXT: dict[bytes, str] = {
+    b"PK\x03\x04": "a zip archive (unpack it first)",
+    b"PAR1": "a Parquet file",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd (unpack it with `zstd -d`)",
+    b"\x80\x02": "a Python pickle",
+    b"\x80\x03": "a Python pickle",
+    b"\x80\x04": "a Python pickle",
+    b"\x80\x05": "a Python pickle",
+    b"%PDF-": "a PDF document",
+    b"version https://git-lfs.github.com/spec/": "a pointer of Git LFS, not the data (fetch it with `git lfs pull`)",
+}
+
+
+def read_json_pairs(path: Path, direction: Direction, name: str | None = None, *, columns: bool = False) -> list[Pair]:
     """Read ALMA's format: records ``{"translation": {"de": …, "en": …}}``, one per line or as one JSON list.
 
-    ``direction`` says which side is the source; ``name`` stands for the file in reports (default: its path).
+    ``direction`` says which side is the source; ``name`` is the file's name in reports (default: its path). With
+    ``columns``, records without ``translation`` may have the two sides themselves: ``{"de": …, "en": …}``.
     """
     name = name or str(path)
     text = _read_text(path)
     pairs = [
-        pair_from_record(record, "translation", direction, name, number)
+        pair_from_record(_nested(record) if columns else record, "translation", direction, name, number)
         for number, record in _json_records(text, name)
     ]
     return _not_empty(pairs, path)
+
+
+def _nested(record: Any) -> Any:
+    return record if not isinstance(record, dict) or "translation" in record else {"translation": record}
 
 
 def pair_from_record(record: Any, key: str, direction: Direction, name: str, number: int) -> Pair:
@@ -59,8 +86,12 @@ def read_text_pairs(source: Path, target: Path, names: tuple[str, str] | None = 
     return _not_empty([Pair(left, right, name, number) for number, (left, right) in lines], source)
 
 
-def read_tsv_pairs(path: Path) -> list[Pair]:
-    """Read lines of ``source<TAB>target``; another number of columns raises :class:`DataError`."""
+def read_tsv_pairs(path: Path, direction: Direction | None = None) -> list[Pair]:
+    """Read lines of ``source<TAB>target``; another number of columns raises :class:`DataError`.
+
+    A first line with the names of columns is refused, since which column is the source must not be guessed.
+    ``direction`` adds its codes and languages to the names that are known.
+    """
     pairs = []
     for number, line in enumerate(read_lines(path), start=1):
         # A blank line is a finding, not another layout.
@@ -70,8 +101,21 @@ def read_tsv_pairs(path: Path) -> list[Pair]:
                 f"{path}:{number}: {len(columns)} columns instead of 2 (source, tab, target); "
                 "keep the two that are needed, for example with `cut -f1,2`."
             )
+        if number == 1 and _is_header(columns, direction):
+            raise DataError(
+                f"{path}:1: {columns[0]!r} and {columns[1]!r} look like the names of the columns, not like a pair: "
+                "remove the line, for example with `tail -n +2`."
+            )
         pairs.append(Pair(columns[0], columns[1], str(path), number))
     return _not_empty(pairs, path)
+
+
+def _is_header(columns: list[str], direction: Direction | None) -> bool:
+    known = {"source", "target", "src", "tgt", "trg", "source_text", "target_text", "sentence1", "sentence2"}
+    if direction is not None:
+        sides = (direction.source, direction.target, direction.source_language, direction.target_language)
+        known |= {side.lower() for side in sides}
+    return all(column.strip().strip('"').lower() in known for column in columns)
 
 
 def read_lines(path: Path) -> list[str]:
@@ -84,13 +128,41 @@ def read_lines(path: Path) -> list[str]:
 
 
 def _read_text(path: Path) -> str:
+    data = _read_bytes(path)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or _is_utf16(data):
+        raise DataError(f"{path} is UTF-16: convert it to UTF-8, for example with `iconv -f UTF-16 -t UTF-8`.")
+    return data.removeprefix(codecs.BOM_UTF8).decode("utf-8", errors="surrogateescape")
+
+
+def _read_bytes(path: Path) -> bytes:
+    """Return the content, unpacked where the first bytes are those of gzip, bzip2 or xz, whatever the file's name."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror}.") from error
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{path} is UTF-16: convert it to UTF-8, for example with `iconv -f UTF-16 -t UTF-8`.")
-    return data.removeprefix(codecs.BOM_UTF8).decode("utf-8", errors="surrogateescape")
+    try:
+        for start, unpack in _PACKED.items():
+            if data.startswith(start):
+                data = unpack(data)
+                break
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+        raise DataError(f"Cannot unpack {path} ({one_line(str(error))}): copy or download it again.") from error
+    for start, what in _NO_TEXT.items():
+        if data.startswith(start):
+            raise DataError(f"{path} is {what}: give plain text, TSV or JSON Lines.")
+    if data[:512].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        raise DataError(f"{path} is an HTML page, probably a download's error message: download it again.")
+    return data
+
+
+def _is_utf16(data: bytes) -> bool:
+    """Tell UTF-16 without a mark by its NUL bytes, nearly all at even or nearly all at odd places.
+
+    Text in a Latin script with stray NUL characters has few of them; those pairs are findings.
+    """
+    head = data[:4096]
+    even, odd = head[0::2].count(0), head[1::2].count(0)
+    return max(even, odd) > 0.2 * len(head) and min(even, odd) <= 0.1 * max(even, odd)
 
 
 def _json_records(text: str, name: str) -> Iterator[tuple[int, Any]]:

@@ -104,7 +104,9 @@ def build_cache(
 
         if session.rank == 0:
             session.reader.refresh()
-            say(f"{out} holds {len(session.reader):,} examples. In the training YAML: teacher_cache: {out}")
+            total, held = sum(map(len, data.datasets)), len(session.reader)
+            once = f" (the data sets have {total:,}; equal ones count once)" if held < total else ""
+            say(f"{out} holds {held:,} examples{once}. In the training YAML: teacher_cache: {out}")
     finally:
         session.close()
 

@@ -1,0 +1,97 @@
+"""Corpora as they come: compressed, as JSON Lines, with a header, or not text at all."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from llamafactory_sekd.data.checks import Findings, Pair, clean_pairs
+from llamafactory_sekd.data.commands import app
+from llamafactory_sekd.data.languages import Direction
+from llamafactory_sekd.data.readers import read_lines, read_tsv_pairs
+from llamafactory_sekd.errors import DataError
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_text_is_read_whatever_its_name(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    (tmp_path / "x.txt").write_bytes(pack("eins\nzwei ü\n".encode()))
+
+    assert read_lines(tmp_path / "x.txt") == ["eins", "zwei ü"]
+
+
+def test_broken_archive_is_one_line_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "x.gz").write_bytes(gzip.compress(b"eins\n" * 1000)[:-9])
+    with pytest.raises(DataError, match=r"Cannot unpack .*x\.gz .*download it again"):
+        read_lines(tmp_path / "x.gz")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"PK\x03\x04rest", "a zip archive"),
+        (b"PAR1rest", "a Parquet file"),
+        (b"\x80\x04\x95rest", "a Python pickle"),
+        (b"\x28\xb5\x2f\xfdrest", "compressed with zstd"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+        (b"\n<!DOCTYPE html><html>404</html>", "an HTML page"),
+        (gzip.compress(b"PK\x03\x04rest"), "a zip archive"),
+        ("hallo welt\n".encode("utf-16-le"), "UTF-16"),
+        ("hallo welt\n".encode("utf-16-be"), "UTF-16"),
+    ],
+)
+def test_file_that_is_no_text_is_called_what_it_is(tmp_path: Path, data: bytes, words: str) -> None:
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(DataError, match=words):
+        read_lines(tmp_path / "x")
+
+
+@pytest.mark.parametrize("character", ["\x00", "\x07", "\x1b", "\x7f", "\x9f"])
+def test_control_character_inside_a_sentence_leaves_the_pair_out(character: str) -> None:
+    findings = Findings()
+
+    assert clean_pairs([Pair(f"a{character}b", "c", "f", 3)], findings) == []
+    assert [(problem.key, line) for problem, _, line in findings.items] == [("control_character", 3)]
+
+
+@pytest.mark.parametrize("header", ["source\ttarget", "en\tde", "English\tGerman", '"src"\t"tgt"'])
+def test_names_of_columns_are_not_a_pair(tmp_path: Path, header: str) -> None:
+    (tmp_path / "x.tsv").write_text(f"{header}\nGo\tLos\n")
+    with pytest.raises(DataError, match=r"x\.tsv:1: .* look like the names of the columns"):
+        read_tsv_pairs(tmp_path / "x.tsv", Direction("en", "de"))
+
+
+def _run(folder: Path, *arguments: str) -> list[dict[str, str]]:
+    result = CliRunner().invoke(app, ["pairs", *arguments, "--name", "mine", "--out", str(folder)])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return json.loads((folder / "mine.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_json_lines_give_records_in_both_directions(tmp_path: Path, nested: bool) -> None:
+    sides = {"en": "Go", "de": "Los"}
+    (tmp_path / "x.jsonl").write_text(json.dumps({"translation": sides} if nested else sides) + "\n")
+
+    records = _run(tmp_path / "out", "--json", str(tmp_path / "x.jsonl"), "--from", "en", "--to", "de", "--both")
+
+    assert [(r["input"], r["output"]) for r in records] == [("Go", "Los"), ("Los", "Go")]
+    assert "from German to English" in records[1]["instruction"]
+
+
+def test_plain_records_have_no_heading_and_the_manifest_says_so(tmp_path: Path) -> None:
+    (tmp_path / "x.tsv").write_text("Go\tqapla\n")
+
+    options = ("--tsv", str(tmp_path / "x.tsv"), "--from", "en", "--to", "xx", "--to-name", "Klingon", "--plain")
+    records = _run(tmp_path / "out", *options)
+
+    assert records[0]["instruction"].strip() == "Translate the following sentences from English to Klingon."
+    manifest = json.loads((tmp_path / "out" / "mine.manifest.json").read_text(encoding="utf-8"))
+    assert manifest["request"]["prompt"] == "plain"
+    again = CliRunner().invoke(app, ["pairs", *options[:-1], "--name", "mine", "--out", str(tmp_path / "out")])
+    assert "it differs in prompt" in str(again.exception)
