@@ -11,8 +11,8 @@ from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.testsets import TestSet, load_test_set
 from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.evaluation.comet import CometScorer, prepare_comet
+from llamafactory_sekd.evaluation.evaluation_report import write_report
 from llamafactory_sekd.evaluation.fingerprint import Digests, locate
-from llamafactory_sekd.evaluation.report import write_report
 from llamafactory_sekd.evaluation.results import Evaluated, build_results
 from llamafactory_sekd.evaluation.scores import surface_metric
 from llamafactory_sekd.evaluation.settings import Settings

@@ -15,10 +15,10 @@ import pytest
 from helpers.study_results import SEEDS, SYSTEMS, without_select, write_study
 from sacrebleu.metrics.bleu import BLEU
 
+from llamafactory_sekd.reporting.document import Document, Section, Table
 from llamafactory_sekd.study.report import write
 from llamafactory_sekd.study.report.build import build_document
 from llamafactory_sekd.study.report.cells import read_study
-from llamafactory_sekd.study.report.document import Document, Section, Table
 
 
 SCRIPT = "<script>document.title = 'hacked'</script> $x_1$ *fett*"
@@ -200,7 +200,8 @@ def test_both_reports_and_all_plots_are_written_the_same_each_time(
     written = write(results, target)
     plots = [plot.name for one in document.sections for plot in one.plots]
     assert [path.relative_to(target).as_posix() for path in written] == [
-        "report.md", "report.html", *(f"plots/{name}.{kind}" for name in plots for kind in ("png", "svg"))
+        "report.md", "report.html", "report.tex",
+        *(f"plots/{name}.{kind}" for name in plots for kind in ("png", "svg"))
     ]  # fmt: skip
     before = {path: path.read_bytes() for path in written}
     assert {path: path.read_bytes() for path in write(results, target)} == before
@@ -226,7 +227,7 @@ def test_names_are_escaped_everywhere(results: dict[str, Any], folder: Path, tmp
         cell["hypotheses"] = {direction: str(folder / path) for direction, path in cell["hypotheses"].items()}
     paths = {direction: str(folder / path) for direction, path in hostile["models"][0]["hypotheses"].items()}
     hostile["models"][0]["hypotheses"] = paths
-    markdown, page, *plots = [path.read_text() for path in write(hostile, tmp_path) if path.suffix != ".png"]
+    markdown, page, _, *plots = [path.read_text() for path in write(hostile, tmp_path) if path.suffix != ".png"]
     for text in (markdown, page, *plots):
         assert "<script" not in text
         assert "hacked" in text or text in plots  # letters of a plot are shapes

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.files import write_atomic
+from llamafactory_sekd.reporting.html import render_html
+from llamafactory_sekd.reporting.latex import render_latex
+from llamafactory_sekd.reporting.markdown import render_markdown
 from llamafactory_sekd.study.report.build import build_document
 from llamafactory_sekd.study.report.cells import read_study
-from llamafactory_sekd.study.report.html import render_html
-from llamafactory_sekd.study.report.markdown import render_markdown
 
 
 def write(results: Mapping[str, Any], folder: Path, root: Path | None = None) -> list[Path]:
-    """Write ``report.md``, ``report.html`` and ``plots/*.png`` and ``.svg`` into ``folder``.
+    """Write ``report.md``, ``report.html``, ``report.tex`` and ``plots/*.png`` and ``.svg`` into ``folder``.
 
     The files say the same for the same results. A study that is not finished is reported as far as it is, and what is
     missing is named.
@@ -25,12 +26,13 @@ def write(results: Mapping[str, Any], folder: Path, root: Path | None = None) ->
         root: where results.json lies, to which the paths in it are relative; ``folder`` by default.
 
     Returns:
-        what was written, the two reports first.
+        what was written, the reports first.
     """
     document = build_document(read_study(results, root or folder))
     files = {
         folder / "report.md": render_markdown(document).encode("utf-8"),
         folder / "report.html": render_html(document).encode("utf-8"),
+        folder / "report.tex": render_latex(document).encode("utf-8"),
     }
     for section in document.sections:
         for plot in section.plots:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from llamafactory_sekd.reporting.document import Document, Section
 from llamafactory_sekd.study.report.cells import Study
-from llamafactory_sekd.study.report.document import Document, Section
 from llamafactory_sekd.study.report.sections import scores, settings, training, translations
 from llamafactory_sekd.study.report.views import Views
 

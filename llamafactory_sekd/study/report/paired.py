@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llamafactory_sekd.evaluation.report.view import AVERAGE
 from llamafactory_sekd.evaluation.significance import ALPHA, SAMPLES, SEED
+from llamafactory_sekd.reporting.metric_labels import AVERAGE
 from llamafactory_sekd.study.report.cells import Cell, Group
 from llamafactory_sekd.study.report.texts import Texts
 

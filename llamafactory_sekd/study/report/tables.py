@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from llamafactory_sekd.evaluation.report.view import AVERAGE, METRIC_LABELS, METRIC_SCALES
+from llamafactory_sekd.reporting.document import Column, Entry, Row, Table
+from llamafactory_sekd.reporting.metric_labels import (
+    AVERAGE,
+    METRIC_LABELS,
+    METRIC_SCALES,
+    number,
+    p_text,
+    significance_mark,
+)
 from llamafactory_sekd.study.report.cells import Group, Study, Summary, shown, symbol
-from llamafactory_sekd.study.report.document import Column, Entry, Row, Table
 from llamafactory_sekd.study.report.paired import Difference
 
 
 NOTHING = Entry("–")
 # A group, a direction or the average, a metric -> the difference to the baseline, None where there is none.
 Compare = Callable[[Group, str, str], Difference | None]
-
-
-def number(value: float, digits: int = 2, sign: bool = False) -> str:
-    """Return a figure with a real minus, and none before a zero."""
-    rounded = round(value, digits) + 0.0  # −0.0 + 0.0 is 0.0
-    return f"{rounded:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
 def entry(summary: Summary | None, digits: int = 2, scale: float = 1.0) -> Entry:
@@ -94,10 +95,14 @@ def _score(group: Group, column: str, metric: str, difference: Difference | None
     interval = f"{number(difference.low * scale)} to {number(difference.high * scale)}"
     return replace(
         cell,
-        mark="†" if difference.better else "",
+        mark=_mark(difference, scale),
         small=number(difference.value * scale, sign=True),
         hint=f"95 % interval of the difference {interval}, p = {p_text(difference.p)}",
     )
+
+
+def _mark(difference: Difference, scale: float) -> str:
+    return significance_mark(difference.value * scale, difference.better or difference.worse, digits=2)
 
 
 def _best(study: Study, groups: Sequence[Group], column: str, metric: str) -> list[Group]:
@@ -136,16 +141,11 @@ def _difference(difference: Difference | None, scale: float) -> tuple[Entry, ...
         return (NOTHING,) * 4
     above = sum(value > 0 for value in difference.seeds)
     return (
-        Entry(number(difference.value * scale, sign=True), mark="†" if difference.better else ""),
+        Entry(number(difference.value * scale, sign=True), mark=_mark(difference, scale)),
         Entry(f"{number(difference.low * scale)} to {number(difference.high * scale)}"),
         Entry(p_text(difference.p)),
         Entry(f"{above} of {len(difference.seeds)}"),
     )
-
-
-def p_text(p: float) -> str:
-    """Return p with three digits; the bootstrap of 1,000 samples knows nothing below 1/1001."""
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def summary_table(

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamafactory_sekd.evaluation.report.view import METRIC_LABELS, METRIC_SCALES
+from llamafactory_sekd.reporting.metric_labels import METRIC_LABELS, METRIC_SCALES
 
 
 if TYPE_CHECKING:

@@ -1,1 +1,1 @@
-"""The study's plots. Each function returns a :class:`~llamafactory_sekd.study.report.document.Plot`, or None."""
+"""The study's plots. Each function returns a :class:`~llamafactory_sekd.reporting.document.Plot`, or None."""

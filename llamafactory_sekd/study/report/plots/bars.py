@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llamafactory_sekd.arguments import DistillationArguments
-from llamafactory_sekd.evaluation.report.view import METRIC_LABELS, METRIC_SCALES
+from llamafactory_sekd.reporting.document import Plot
+from llamafactory_sekd.reporting.metric_labels import METRIC_LABELS, METRIC_SCALES
 from llamafactory_sekd.study.report.cells import Group, Study, short_names, summarize
-from llamafactory_sekd.study.report.document import Plot
 from llamafactory_sekd.study.report.plots.style import INK, SOFT, Look, canvas, finish
 from llamafactory_sekd.study.report.tables import entry, last_column, shown_metrics
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llamafactory_sekd.evaluation.report.view import METRIC_LABELS, METRIC_SCALES
+from llamafactory_sekd.reporting.document import Plot
+from llamafactory_sekd.reporting.metric_labels import METRIC_LABELS, METRIC_SCALES
 from llamafactory_sekd.study.report.cells import Group, Study, Summary, is_number, shown, symbol
-from llamafactory_sekd.study.report.document import Plot
 from llamafactory_sekd.study.report.plots.style import Look, canvas, finish, name_lines
 from llamafactory_sekd.study.report.selection import Choice
 from llamafactory_sekd.study.report.tables import last_column, shown_metrics

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from llamafactory_sekd.reporting.document import Plot
 from llamafactory_sekd.study.report.cells import Group, Study
-from llamafactory_sekd.study.report.document import Plot
 
 
 # Okabe and Ito's colors without the yellow, which is pale on white, and two dark ones; each has its own mark. When

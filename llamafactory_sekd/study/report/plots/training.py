@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llamafactory_sekd.reporting.document import Plot
 from llamafactory_sekd.study.report.cells import Group
-from llamafactory_sekd.study.report.document import Plot
 from llamafactory_sekd.study.report.history import Curve, Histories
 from llamafactory_sekd.study.report.plots.style import BASELINE, Look, canvas, finish, name_below
 

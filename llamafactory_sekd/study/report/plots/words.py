@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from llamafactory_sekd.reporting.document import Plot
 from llamafactory_sekd.study.report.cells import Group, Summary
-from llamafactory_sekd.study.report.document import Plot
 from llamafactory_sekd.study.report.frequency import BUCKETS
 from llamafactory_sekd.study.report.plots.style import Look, canvas, finish, name_lines
 

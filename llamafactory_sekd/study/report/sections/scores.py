@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from llamafactory_sekd.evaluation.report.view import AVERAGE, METRIC_LABELS
 from llamafactory_sekd.evaluation.significance import SAMPLES
+from llamafactory_sekd.reporting.document import Column, Entry, Row, Section, Table
+from llamafactory_sekd.reporting.metric_labels import AVERAGE, MARKS, METRIC_LABELS, number
 from llamafactory_sekd.study.report.cells import Group, short_names, shown, symbol
-from llamafactory_sekd.study.report.document import Column, Entry, Row, Section, Table
 from llamafactory_sekd.study.report.plots.bars import progressive_plot, similarity_plot
 from llamafactory_sekd.study.report.plots.differences import differences_plot
 from llamafactory_sekd.study.report.plots.keys import over_key, selection_plot
@@ -18,7 +18,6 @@ from llamafactory_sekd.study.report.tables import (
     difference_table,
     entry,
     last_column,
-    number,
     score_table,
     shown_metrics,
     summary_table,
@@ -61,15 +60,15 @@ def _scores(views: Views, title: str, groups: Sequence[Group], compare: Compare,
         note += (
             f" The smaller figure is the difference to {study.baseline}"
             + (f" ({partner})" if study.keys else "")
-            + f". † marks a system that is better at p < 0.05. {tested}"
+            + f". {MARKS}. {tested}"
         )
     alarm = ""
     if groups and all(len(group.cells) == 1 for group in groups):
-        alarm = "One seed only: how far another one would move these figures is not known. "
+        alarm = "One seed only: the variation between seeds is unknown. "
     if views.unreadable is not None:
         alarm += f"Significance, hard sentences and rare words are left out: {views.unreadable}"
     table = score_table(study, rows, views.keys_of(groups), compare)
-    return Section(title, note, alarm.strip(), (table,))
+    return Section(title, note, alarm.strip(), (table,), main=own_best or not views.chosen)
 
 
 def how_it_was_tested(views: Views) -> str:
@@ -77,9 +76,9 @@ def how_it_was_tested(views: Views) -> str:
     text = (
         f"Paired bootstrap: the test sentences were resampled {SAMPLES:,} times, the same resamples for every system "
         "and seed; each seed is paired with the baseline's same seed, and the differences are averaged over pairs. "
-        "Seeds were not resampled, so † speaks of other sentences, and ± of other seeds. p is sacrebleu's, in effect "
-        "one-sided; a † also asks that the 95 % interval of the difference lies above zero. Nothing is corrected for "
-        "the number of tests."
+        "Seeds were not resampled, so † and ▾ account for the choice of sentences, ± for the choice of seeds. p is "
+        "sacrebleu's, in effect one-sided; a † also asks that the 95 % interval of the difference lies above zero, a "
+        "▾ below. Nothing is corrected for the number of tests."
     )
     if "comet" in shown_metrics(views.study):
         text += " For COMET the segment scores were resampled."
@@ -123,8 +122,8 @@ def _differences(views: Views) -> Section | None:
     where = "the average over directions" if column == AVERAGE else column
     note = (
         f"Against {views.study.baseline}, {where}. The interval is of the sampling of test sentences alone. “Seeds "
-        "above 0” counts the pairs of seeds in which the system is ahead: where they disagree, another seed may turn "
-        "the result."
+        "above 0” counts the pairs of seeds in which the system is ahead: where they disagree, another seed may "
+        "reverse the result."
     )
     plot = differences_plot(views.study, views.groups, views.at_own_best, views.looks)
     return Section(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from llamafactory_sekd.reporting.document import Column, Entry, Row, Section, Table
 from llamafactory_sekd.study.report.cells import short_names, shown
-from llamafactory_sekd.study.report.document import Column, Entry, Row, Section, Table
 from llamafactory_sekd.study.report.views import Views
 
 

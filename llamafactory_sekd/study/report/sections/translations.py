@@ -6,14 +6,14 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from llamafactory_sekd.errors import SekdError
-from llamafactory_sekd.evaluation.report.view import GUARD_LABELS, GUARD_LIMITS
+from llamafactory_sekd.reporting.document import Column, Entry, Row, Section, Table
+from llamafactory_sekd.reporting.metric_labels import GUARD_LABELS, guard_is_alarming, number
 from llamafactory_sekd.study.report.cells import Group, summarize
-from llamafactory_sekd.study.report.document import Column, Entry, Row, Section, Table
 from llamafactory_sekd.study.report.frequency import BUCKETS, word_recall
 from llamafactory_sekd.study.report.plots.words import frequency_plot
 from llamafactory_sekd.study.report.sections.training import MOST_LINES
 from llamafactory_sekd.study.report.sentences import by_difficulty, judges
-from llamafactory_sekd.study.report.tables import NOTHING, entry, heads_of, number, rows_of, summary_table
+from llamafactory_sekd.study.report.tables import NOTHING, entry, heads_of, rows_of, summary_table
 from llamafactory_sekd.study.report.views import Views
 
 
@@ -98,8 +98,5 @@ def _guard(group: Group, name: str) -> Entry:
     summary = summarize(seeds)
     if summary is None:
         return NOTHING
-    if name == "length_ratio":
-        found, alarm = entry(summary), not 0.8 <= summary.mean <= 1.25
-    else:
-        found, alarm = entry(summary, 2, 100.0), summary.mean > GUARD_LIMITS[name]
-    return Entry(found.text, found.spread, alarm=alarm)
+    found = entry(summary) if name == "length_ratio" else entry(summary, 2, 100.0)
+    return Entry(found.text, found.spread, alarm=guard_is_alarming(name, summary.mean))

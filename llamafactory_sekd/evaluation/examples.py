@@ -33,17 +33,16 @@ class Example:
 
     @property
     def spread(self) -> float:
-        """Return how far the best and the worst translation are apart in sentence chrF2."""
-        return self.outputs[0].chrf - self.outputs[-1].chrf
+        """Return how far the systems are apart in sentence chrF2; of a single one, how far the reference is."""
+        return (self.outputs[0].chrf if len(self.outputs) > 1 else 100.0) - self.outputs[-1].chrf
 
 
 def most_different(data: Evaluated) -> list[Example]:
     """Return the :data:`EXAMPLES` sentences with the widest spread of sentence chrF2 among the systems.
 
-    Every direction has its part, so that one with noisy references does not take all places.
+    Of a single system they are those with the lowest sentence chrF2. Every direction has its part, so that one with
+    noisy references does not take all places; no source appears twice in a direction.
     """
-    if len(data.hypotheses) < 2:
-        return []
     by_direction = [_by_spread(data, direction) for direction in data.test_sets]
     chosen: list[Example] = []
     for row in range(max(map(len, by_direction))):
@@ -58,11 +57,12 @@ def _by_spread(data: Evaluated, direction: object) -> list[Example]:
     examples: list[Example] = []
     for index, (source, reference) in enumerate(zip(test_set.sources, test_set.references, strict=True)):
         texts = {name: system_lines[index] for name, system_lines in lines.items()}
-        if len(set(texts.values())) == 1:
+        if len(texts) > 1 and len(set(texts.values())) == 1:
             continue
         scores = {text: metric.sentence_score(text, [reference]).score for text in set(texts.values())}
         outputs = [Output(name, text, scores[text]) for name, text in texts.items()]
         outputs.sort(key=lambda output: -output.chrf)
         examples.append(Example(str(direction), index + 1, source, reference, tuple(outputs)))
     examples.sort(key=lambda example: (-example.spread, example.number))
-    return examples[:EXAMPLES]
+    once = {example.source: example for example in reversed(examples)}
+    return [example for example in examples if once[example.source] is example][:EXAMPLES]

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from llamafactory_sekd.evaluation.report.markdown import escape, table
-from llamafactory_sekd.study.report.document import Document, Entry, Row, Section, Table
+from llamafactory_sekd.reporting.document import Document, Entry, Line, Passage, Row, Section, Table
+
+
+# What Markdown and the HTML inside it would act on.
+_ESCAPES = str.maketrans({character: f"\\{character}" for character in "\\`*_{}[]#|~"} | {"<": "&lt;", "&": "&amp;"})
+
+
+def escape(text: str) -> str:
+    """Return ``text`` so that Markdown shows it as it is."""
+    return text.translate(_ESCAPES)
 
 
 def render_markdown(document: Document) -> str:
-    """Return the report as GitHub-flavoured Markdown, with the plots beside it in ``plots/``."""
+    """Return the report as GitHub-flavoured Markdown, with its plots as files in ``plots/``."""
     facts = "; ".join(f"{escape(name)} {escape(value)}" for name, value in document.facts)
     parts = [f"# {escape(document.title)}", facts]
     for section in document.sections:
@@ -24,14 +32,17 @@ def _section(section: Section) -> list[str]:
     parts += [
         f"![{escape(plot.caption)}](plots/{plot.name}.png)\n\n*{escape(plot.caption)}*" for plot in section.plots
     ]
+    parts += [_passage(passage) for passage in section.passages]
     if section.lines:
         parts.append("\n".join(f"- {escape(line)}" for line in section.lines))
     return parts
 
 
 def _table(one: Table) -> str:
-    columns = [escape(f"{column.group} {column.name}".strip()) for column in one.columns]
-    return table([*map(escape, one.heads), *columns], [_row(row) for row in one.rows], texts=len(one.heads))
+    head = [*map(escape, one.heads), *(escape(f"{column.group} {column.name}".strip()) for column in one.columns)]
+    rule = ["---"] * len(one.heads) + ["---" if column.is_text else "---:" for column in one.columns]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, rule, *map(_row, one.rows))]
+    return (f"**{escape(one.title)}**\n\n" if one.title else "") + "\n".join(lines)
 
 
 def _row(row: Row) -> list[str]:
@@ -46,3 +57,13 @@ def _entry(entry: Entry) -> str:
         value = f"**{value}**"
     value += f" ± {entry.spread}" if entry.spread else ""
     return value + entry.mark + (f" ({escape(entry.small)})" if entry.small else "")
+
+
+def _passage(passage: Passage) -> str:
+    return "\n".join([f"**{escape(passage.title)}**", "", *map(_line, passage.lines)])
+
+
+def _line(line: Line) -> str:
+    figure = f" ({escape(line.figure)})" if line.figure else ""
+    text = "".join(f"**{escape(span.text)}**" if span.marked else escape(span.text) for span in line.spans)
+    return f"- {escape(line.who)}{figure}: {text or '*empty*'}"

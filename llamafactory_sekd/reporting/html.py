@@ -5,23 +5,24 @@ from __future__ import annotations
 import base64
 from itertools import groupby
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from llamafactory_sekd.study.report.document import Document, Plot, Table
+from llamafactory_sekd.reporting.document import Document, Plot, Table
 
 
 def render_html(document: Document) -> str:
-    """Return the whole report with its plots inside; every text is escaped, and images cannot run anything."""
-    own = PackageLoader("llamafactory_sekd.study.report", ".")
-    shared = PackageLoader("llamafactory_sekd.evaluation.report", ".")  # style.css
+    """Return the complete report with its plots inside.
+
+    Every text is escaped, translations above all: they may hold anything. Images cannot run anything.
+    """
     environment = Environment(
-        loader=ChoiceLoader([own, shared]),
+        loader=PackageLoader("llamafactory_sekd.reporting", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    template = environment.get_template("study.html.j2")
+    template = environment.get_template("document.html.j2")
     return template.render(document=document, groups=_groups, image=_image)
 
 
