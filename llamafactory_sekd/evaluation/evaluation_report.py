@@ -152,13 +152,19 @@ def _significance(results: Mapping[str, Any]) -> Section | None:
         return None
     pairs = [(column, metric) for column in results["directions"] for metric in _shown_metrics(results)]
     rows = tuple(
-        _row(results, name, [Entry(p_text(tests[column].get(metric, {}).get("p"))) for column, metric in pairs])
-        for name, tests in results["significance"].items()
+        _row(results, name, [Entry(p_text(_p(results, name, *pair))) for pair in pairs])
+        for name in results["significance"]
         if name != results["baseline"]
     )
     columns = tuple(Column(f"p, {METRIC_LABELS[metric]}", column) for column, metric in pairs)
     note = f"p of the paired tests against the baseline {results['baseline']}; nothing is corrected for their number."
     return Section("Significance", note, tables=(Table(("system",), columns, rows),))
+
+
+def _p(results: Mapping[str, Any], name: str, column: str, metric: str) -> float | None:
+    """Return p, None for equal scores: sacrebleu's bootstrap has 1/1001 for them, which says nothing."""
+    own, base = (results["systems"][one]["scores"][column][metric] for one in (name, results["baseline"]))
+    return None if own == base else results["significance"][name][column].get(metric, {}).get("p")
 
 
 def _similarity(results: Mapping[str, Any]) -> Section | None:
@@ -267,7 +273,7 @@ def _texts(title: str, heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) 
     name = title.split()[0].lower().removesuffix("s")
     return Table(
         heads,
-        (Column(name, is_text=True),),
+        (Column(name, is_code=True),),
         tuple(Row(tuple(map(str, names)), (Entry(str(text)),)) for *names, text in rows),
         title,
         folded=True,

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 class Column:
     """A column of figures; columns that follow each other with the same ``group`` share a heading.
 
-    ``is_text`` aligns its cells to the left, as words are.
+    The cells of a column that ``is_code`` hold signatures and the like, to be copied letter by letter.
     """
 
     name: str
     group: str = ""
-    is_text: bool = False
+    is_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class Line:
 
     @property
     def is_empty(self) -> bool:
+        """Tell whether there is nothing to read."""
         return not any(span.text for span in self.spans)
 
 
@@ -122,6 +123,8 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
+    """A complete report: its title, (name, value) facts below it, and its sections."""
+
     """A report: its title, facts at the top, and sections."""
 
     title: str

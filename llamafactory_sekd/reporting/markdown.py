@@ -39,10 +39,17 @@ def _section(section: Section) -> list[str]:
 
 
 def _table(one: Table) -> str:
+    title = f"**{escape(one.title)}**\n\n" if one.title else ""
+    if all(column.is_code for column in one.columns):
+        # In a table, the strokes of a signature would have to be escaped, and could not be copied.
+        rows = (
+            f"- {escape(' '.join(row.names))}: `{', '.join(entry.text for entry in row.entries)}`" for row in one.rows
+        )
+        return title + "\n".join(rows)
     head = [*map(escape, one.heads), *(escape(f"{column.group} {column.name}".strip()) for column in one.columns)]
-    rule = ["---"] * len(one.heads) + ["---" if column.is_text else "---:" for column in one.columns]
+    rule = ["---"] * len(one.heads) + ["---:"] * len(one.columns)
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, rule, *map(_row, one.rows))]
-    return (f"**{escape(one.title)}**\n\n" if one.title else "") + "\n".join(lines)
+    return title + "\n".join(lines)
 
 
 def _row(row: Row) -> list[str]:

@@ -59,7 +59,7 @@ def _rich(table: Table, title: str, is_terminal: bool) -> RichTable:
     for head in table.heads:
         rich.add_column(Text(head), no_wrap=True)
     for column in table.columns:
-        rich.add_column(Text(column.name), justify="left" if column.is_text else "right")
+        rich.add_column(Text(column.name), justify="left" if column.is_code else "right")
     for row in table.rows:
         first, *others = row.names
         role = f" ({row.role})" if row.role else ""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llamafactory_sekd.evaluation.report.view import METRIC_LABELS
+from llamafactory_sekd.reporting.metric_labels import METRIC_LABELS
 from llamafactory_sekd.study.report.cells import Group, Study, is_number
 
 
