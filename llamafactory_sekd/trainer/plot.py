@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
+
+from llamafactory_sekd.files import read_json
+from llamafactory_sekd.reporting.figures import canvas, draw_gate, finish
 
 
 PLOT_NAME = "training_kd.png"
@@ -13,29 +15,22 @@ PLOT_NAME = "training_kd.png"
 
 def plot_distillation(output_dir: str | Path) -> Path | None:
     """Draw ``training_kd.png`` from ``trainer_state.json``; return its path, None where there is nothing to draw."""
-    state = json.loads((Path(output_dir) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    state = read_json(Path(output_dir) / TRAINER_STATE_NAME)
     history = [entry for entry in state["log_history"] if "kd/difficulty" in entry]
     if not history:
         return None
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    steps = [entry["step"] for entry in history]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left = figure.add_subplot()
-    right = left.twinx()
-    (hard,) = left.plot(
-        steps, [100 * entry["kd/hard_ratio"] for entry in history], color="#d95f02", label="hard tokens"
-    )
-    (difficulty,) = right.plot(
-        steps, [entry["kd/difficulty"] for entry in history], color="#1f77b4", linestyle="--", label="mean difficulty"
-    )
-    left.set(xlabel="step", ylabel="hard tokens (%)", ylim=(0, 100))
-    right.set(ylabel="mean difficulty d (nats)")
-    right.set_ylim(bottom=0)
-    left.legend(handles=[hard, difficulty], loc="upper right")
+    nll = [(entry["step"], entry["eval_kd/ce"]) for entry in state["log_history"] if "eval_kd/ce" in entry]
     path = Path(output_dir) / PLOT_NAME
-    figure.savefig(path, dpi=120)
+    with canvas(2 if nll else 1, height=3.6) as (figure, (gate, *others)):
+        figure.suptitle("Hard tokens and difficulty during the training")
+        draw_gate(
+            gate,
+            [entry["step"] for entry in history],
+            [entry["kd/hard_ratio"] for entry in history],
+            [entry["kd/difficulty"] for entry in history],
+        )
+        for axes in others:
+            axes.plot(*zip(*nll, strict=True), marker="o")
+            axes.set(xlabel="step", ylabel="NLL (nats per token)", title="Validation")
+        path.write_bytes(finish(figure, path.stem, "Hard tokens and difficulty during the training").png)
     return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 
 from llamafactory_sekd.study.report.cells import Group, short_names
 from llamafactory_sekd.study.report.history import POINTS, Histories
-from llamafactory_sekd.study.report.plots.style import _apart
 
 
 def cell(folder: Path, name: str, log: list[dict[str, float]], stage: str = "sekd") -> dict[str, Any]:
@@ -69,16 +67,6 @@ def test_a_torn_or_missing_log_has_no_curve(tmp_path: Path) -> None:
     (tmp_path / "torn.json").write_text('{"log_hist')
     group = Group("a", (), {1: torn, 2: {"history": "nowhere.json", "config": {}}, 3: {"history": None}})
     assert Histories(tmp_path).curve(group, "loss") is None
-
-
-@pytest.mark.parametrize("wanted", [[5.0], [0.0, 1.0, 2.0], [10.0, 50.0, 52.0, 53.0, 99.0], [98.0, 99.0, 100.0]])
-def test_labels_keep_their_order_their_distance_and_the_frame(wanted: list[float]) -> None:
-    placed = _apart(wanted, 10.0, 0.0, 100.0)
-    assert all(later - earlier >= 10 - 1e-9 for earlier, later in itertools.pairwise(placed))
-    assert min(placed) >= 0
-    assert max(placed) <= 100
-    far = [one for one in wanted if all(abs(one - other) >= 40 for other in wanted if other != one)]
-    assert [one for one in far if one not in placed] == []
 
 
 def test_short_names_say_what_tells_groups_apart() -> None:

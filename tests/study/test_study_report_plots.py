@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from helpers.study_results import RATES, SEEDS, SYSTEMS, without_select, write_study
 
+from llamafactory_sekd.reporting.figures import BASELINE
 from llamafactory_sekd.study.report.cells import read_study
 from llamafactory_sekd.study.report.frequency import word_recall
 from llamafactory_sekd.study.report.plots import bars, differences, keys, training, words
-from llamafactory_sekd.study.report.plots.style import BASELINE
 from llamafactory_sekd.study.report.views import Views
 
 
@@ -76,7 +76,8 @@ def test_scores_over_a_key_are_the_means_and_what_has_no_number_is_level(
             assert ys == pytest.approx([mean_of(results, system, rate, average) for rate in RATES])
         ((_, level),) = lines(axes, views.looks["Forward KD"].color)
         assert level == pytest.approx([mean_of(changed, "Forward KD", RATES[0], average)] * 2)
-        assert {text.get_text() for text in axes.texts} == set(SYSTEMS)
+    (legend,) = drawn[0].legends
+    assert {text.get_text() for text in legend.get_texts()} == set(SYSTEMS)
 
 
 def test_the_rings_are_at_the_best_values(results: dict[str, Any], folder: Path, drawn: list[Any]) -> None:

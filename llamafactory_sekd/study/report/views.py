@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import track
 
 from llamafactory_sekd.errors import SekdError
+from llamafactory_sekd.reporting.figures import BASELINE, SOFT, Look, distinct_looks
 from llamafactory_sekd.study.report.cells import Group, Study
 from llamafactory_sekd.study.report.history import Histories
 from llamafactory_sekd.study.report.paired import Difference, PairedBootstrap
-from llamafactory_sekd.study.report.plots.style import Look, looks
 from llamafactory_sekd.study.report.selection import Choice, choices, chosen_baseline
 from llamafactory_sekd.study.report.tables import shown_metrics
 from llamafactory_sekd.study.report.texts import Texts
@@ -51,7 +51,7 @@ class Views:
     @cached_property
     def looks(self) -> dict[str, Look]:
         """Return color, marker and line of each system."""
-        return looks(self.study)
+        return _looks(self.study)
 
     @cached_property
     def texts(self) -> Texts:
@@ -98,3 +98,17 @@ class Views:
         if baseline is None or self.unreadable is not None:
             return None
         return self._bootstrap.compare(group, baseline, column, metric)
+
+
+def _looks(study: Study) -> dict[str, Look]:
+    """Give each system its look: the baseline black, the others colors in the study's order."""
+    given = distinct_looks()
+    found: dict[str, Look] = {}
+    for system in dict.fromkeys([*study.spec["systems"], *study.systems]):
+        if system == study.baseline:
+            found[system] = Look(BASELINE, "o", "-")
+        elif system == study.teacher:
+            found[system] = Look(SOFT, "", ":")
+        else:
+            found[system] = next(given)
+    return found

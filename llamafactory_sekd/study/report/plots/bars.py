@@ -7,9 +7,9 @@ from typing import Any
 
 from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.reporting.document import Plot
+from llamafactory_sekd.reporting.figures import INK, SOFT, Look, canvas, finish
 from llamafactory_sekd.reporting.metric_labels import METRIC_LABELS, METRIC_SCALES
 from llamafactory_sekd.study.report.cells import Group, Study, short_names, summarize
-from llamafactory_sekd.study.report.plots.style import INK, SOFT, Look, canvas, finish
 from llamafactory_sekd.study.report.tables import entry, last_column, shown_metrics
 
 

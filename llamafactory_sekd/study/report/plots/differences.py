@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llamafactory_sekd.reporting.document import Plot
+from llamafactory_sekd.reporting.figures import BASELINE, INK, Look, canvas, finish
 from llamafactory_sekd.reporting.metric_labels import METRIC_LABELS, METRIC_SCALES
 from llamafactory_sekd.study.report.cells import Group, Study, short_names
 from llamafactory_sekd.study.report.paired import Difference
 from llamafactory_sekd.study.report.plots.bars import MOST_BARS
-from llamafactory_sekd.study.report.plots.style import BASELINE, INK, Look, canvas, finish
 from llamafactory_sekd.study.report.tables import Compare, last_column, shown_metrics
 
 

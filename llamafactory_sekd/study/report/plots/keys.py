@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llamafactory_sekd.reporting.document import Plot
+from llamafactory_sekd.reporting.figures import Look, canvas, finish, name_below
 from llamafactory_sekd.reporting.metric_labels import METRIC_LABELS, METRIC_SCALES
 from llamafactory_sekd.study.report.cells import Group, Study, Summary, is_number, shown, symbol
-from llamafactory_sekd.study.report.plots.style import Look, canvas, finish, name_lines
 from llamafactory_sekd.study.report.selection import Choice
 from llamafactory_sekd.study.report.tables import last_column, shown_metrics
 
@@ -33,42 +33,40 @@ def over_key(study: Study, groups: Sequence[Group], key: str, looks: Mapping[str
 
     with canvas(len(metrics), height=3.6) as (figure, panels):
         for axes, metric in zip(panels, metrics, strict=True):
-            ends = []
             for system, own in curves.items():
                 points = [(group.value(key), group.scores(column, metric)) for group in own]
-                ends += _curve(axes, system, points, METRIC_SCALES[metric], looks[system])
+                _curve(axes, points, METRIC_SCALES[metric], looks[system])
             for group in levels:
-                ends += _level(axes, group, group.scores(column, metric), METRIC_SCALES[metric], looks[group.system])
+                _level(axes, group.scores(column, metric), METRIC_SCALES[metric], looks[group.system])
             values = sorted({group.value(key) for own in curves.values() for group in own})
             axes.set(xlabel=axis_name(key), ylabel=f"{METRIC_LABELS[metric]}, {column}")
             place_values(axes, values)
-            name_lines(axes, ends)
+        drawn = {system: looks[system] for system in curves}
+        name_below(figure, drawn | {group.name(): _level_look(looks[group.system]) for group in levels})
         names = " and ".join(METRIC_LABELS[metric] for metric in metrics)
         caption = f"{names} over {axis_name(key)}, {column}; mean over seeds, the band is ± one standard deviation."
         return finish(figure, f"over_{key}", caption)
 
 
-def _curve(
-    axes: Any, name: str, points: Sequence[tuple[float, Summary | None]], scale: float, look: Look
-) -> list[tuple[str, float, str]]:
+def _curve(axes: Any, points: Sequence[tuple[float, Summary | None]], scale: float, look: Look) -> None:
     known = [(x, summary) for x, summary in points if summary is not None]
     if not known:
-        return []
+        return
     xs = [x for x, _ in known]
     means = [scale * summary.mean for _, summary in known]
     spread = [scale * (summary.sd or 0.0) for _, summary in known]
     axes.plot(xs, means, color=look.color, marker=look.marker, linestyle=look.line)
     low, high = zip(*((mean - sd, mean + sd) for mean, sd in zip(means, spread, strict=True)), strict=True)
     axes.fill_between(xs, low, high, color=look.color, alpha=0.13, linewidth=0)
-    return [(name, means[-1], look.color)]
 
 
-def _level(axes: Any, group: Group, summary: Summary | None, scale: float, look: Look) -> list[tuple[str, float, str]]:
-    if summary is None:
-        return []
-    value = scale * summary.mean
-    axes.axhline(value, color=look.color, linestyle=(0, (4, 2.5)), linewidth=1.3)
-    return [(group.name(), value, look.color)]
+def _level(axes: Any, summary: Summary | None, scale: float, look: Look) -> None:
+    if summary is not None:
+        axes.axhline(scale * summary.mean, color=look.color, linestyle=_level_look(look).line, linewidth=1.3)
+
+
+def _level_look(look: Look) -> Look:
+    return Look(look.color, "", (0, (4, 2.5)))
 
 
 def selection_plot(study: Study, chosen: Sequence[Choice], looks: Mapping[str, Look]) -> Plot | None:
@@ -80,16 +78,16 @@ def selection_plot(study: Study, chosen: Sequence[Choice], looks: Mapping[str, L
         return None
     key, metric = numbers[0].key, study.results["selection"][0]["metric"]
     with canvas(height=3.6) as (figure, (axes,)):
-        ends = []
+        drawn: dict[str, Look] = {}
         for choice in numbers:
             look, tried = looks[choice.group.system], sorted(choice.tried)
             axes.plot(*zip(*tried, strict=True), color=look.color, marker=look.marker, linestyle=look.line)
             best = dict(tried)[choice.value]
             axes.plot([choice.value], [best], "o", markersize=12, markerfacecolor="none", color=look.color)
-            ends.append((choice.group.name(without=[key]), tried[-1][1], look.color))
+            drawn[choice.group.name(without=[key])] = look
         axes.set(xlabel=axis_name(key), ylabel=f"{metric} (validation)")
         place_values(axes, sorted({value for choice in numbers for value, _ in choice.tried}))
-        name_lines(axes, ends)
+        name_below(figure, drawn)
         caption = f"Validation {metric} over {axis_name(key)}, mean over seeds; the ring is each system's best value."
         return finish(figure, f"selection_{key}", caption)
 

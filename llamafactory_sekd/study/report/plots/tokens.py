@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from llamafactory_sekd.reporting.document import Plot
+from llamafactory_sekd.reporting.figures import Look, canvas, finish, name_below
 from llamafactory_sekd.study.report.cells import Group, Summary
-from llamafactory_sekd.study.report.plots.style import Look, canvas, finish, name_below
 
 
 _LABELS = {"difficulty": ("mean difficulty d (nats)", 1.0), "hard": ("hard tokens (%)", 100.0)}
@@ -33,6 +33,6 @@ def token_plot(
                 axes.plot(values, color=look.color, marker=look.marker, linestyle=look.line)
             axes.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
             axes.set(xlabel="different tokens in each fifth of the text", ylabel=label)
-        name_below(figure, names, looks)
+        name_below(figure, {names[group]: look for group, look in looks.items()})
         caption = "Difficulty and hard share over the training, from the most frequent to the rarest tokens."
         return finish(figure, "tokens", caption)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from llamafactory_sekd.reporting.document import Plot
+from llamafactory_sekd.reporting.figures import BASELINE, Look, canvas, finish, name_below
 from llamafactory_sekd.study.report.cells import Group
 from llamafactory_sekd.study.report.history import Curve, Histories
-from llamafactory_sekd.study.report.plots.style import BASELINE, Look, canvas, finish, name_below
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _plot(name: str, caption: str, panels: Sequence[Panel], runs: Runs) -> Plot 
             axes.set_title(panel.title)
             axes.set_xlabel("step")
         drawn = [group for group in runs.names if any(group in curves for curves in found.values())]
-        name_below(figure, runs.names, {group: runs.looks[group] for group in drawn})
+        name_below(figure, {runs.names[group]: runs.looks[group] for group in drawn})
         if runs.title:
             figure.suptitle(runs.title, fontsize=11)
             caption = f"{runs.title}: {caption}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from llamafactory_sekd.reporting.document import Plot
+from llamafactory_sekd.reporting.figures import BASELINE, Look, canvas, finish, name_below
 from llamafactory_sekd.study.report.cells import Group, Summary
 from llamafactory_sekd.study.report.frequency import BUCKETS
-from llamafactory_sekd.study.report.plots.style import Look, canvas, finish, name_lines
 
 
 def frequency_plot(
@@ -26,7 +26,7 @@ def frequency_plot(
     """
     present = [bucket for bucket, count in enumerate(words) if count]
     with canvas(height=3.6) as (figure, (axes,)):
-        ends = []
+        drawn: dict[str, Look] = {}
         for group, baseline in baselines.items():
             if baseline is None:
                 continue
@@ -37,14 +37,14 @@ def frequency_plot(
             ]
             look = looks[group.system]
             axes.plot(gains, color=look.color, marker=look.marker, linestyle=look.line)
-            ends.append((group.system, gains[-1], look.color))
-        if not ends:
+            drawn[group.system] = look
+        if not drawn:
             return None
-        axes.axhline(0, color="#000000", linewidth=1.2)
+        axes.axhline(0, color=BASELINE, linewidth=1.2)
         axes.set_xticks(range(len(present)), [f"{list(BUCKETS)[one]}\n({words[one]:,})" for one in present])
         axes.set(
             xlabel="occurrences in the training text (words of the references)", ylabel="recall, difference in points"
         )
-        name_lines(axes, [*ends, ("the baseline", 0.0, "#000000")])
+        name_below(figure, {**drawn, "the baseline": Look(BASELINE, "", "-")})
         caption = "Recall of the references' words by their frequency in the training text, against the baseline."
         return finish(figure, "frequency", caption)
