@@ -24,8 +24,8 @@ def print_document(document: Document, console: Console | None = None, notes: bo
         notes: whether the sections' notes are printed too.
     """
     console = console or Console()
-    if not console.is_terminal and console.width < _PIPE_WIDTH and console.file is Console().file:
-        console = Console(width=_PIPE_WIDTH)
+    if not console.is_terminal:
+        console = Console(file=console.file, width=max(console.width, _PIPE_WIDTH))
     for section in document.sections:
         if not section.main:
             continue

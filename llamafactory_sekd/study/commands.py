@@ -76,7 +76,7 @@ def study(
         raise typer.Exit(130) from None
 
     if only is None:
-        for path in report(opened):
+        for path in report(opened, console):
             console.print(str(path), highlight=False, soft_wrap=True)
     if failed:
         console.print(f"{len(failed)} failed: {', '.join(failed)}. The same command tries them again.")

@@ -128,12 +128,21 @@ def write_study(study: Study, inputs: Inputs) -> dict[str, Any]:
     return results
 
 
-def report(study: Study) -> list[Path]:
-    """Write the report on what results.json holds; return the paths of what a reader looks for."""
-    from llamafactory_sekd.study.report import write
+def report(study: Study, console: Console | None = None) -> list[Path]:
+    """Write the report on what results.json holds; return the paths of what a reader looks for.
+
+    The main table is printed to ``console`` where there is one.
+    """
+    from llamafactory_sekd.reporting.terminal import print_document
+    from llamafactory_sekd.study.report import write_document
+    from llamafactory_sekd.study.report.build import build_document
+    from llamafactory_sekd.study.report.cells import read_study
 
     folder = study.spec.output_dir
-    written = write(read_json(folder / JSON), folder)
+    document = build_document(read_study(read_json(folder / JSON), folder))
+    written = write_document(document, folder)
+    if console is not None:
+        print_document(document, console)
     return [folder / JSON, folder / CSV, *(path for path in written if path.parent == folder)]
 
 

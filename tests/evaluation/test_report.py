@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
+import io
 import re
 import shutil
 import subprocess
@@ -11,17 +13,20 @@ from typing import Any
 
 import pytest
 from helpers.sentences import ENGLISH, GERMAN, write_lines
+from rich.console import Console
 
 from llamafactory_sekd.data.languages import parse_direction
 from llamafactory_sekd.data.testsets import load_test_set
-from llamafactory_sekd.evaluation.evaluation_report import build_document
+from llamafactory_sekd.evaluation.evaluation_report import build_document, differing
 from llamafactory_sekd.evaluation.examples import EXAMPLES, most_different
 from llamafactory_sekd.evaluation.results import Evaluated, build_results
 from llamafactory_sekd.evaluation.settings import parse_settings
 from llamafactory_sekd.evaluation.store import Hypotheses
 from llamafactory_sekd.reporting.document import Document, Entry, Section
 from llamafactory_sekd.reporting.html import render_html
+from llamafactory_sekd.reporting.latex import render_latex
 from llamafactory_sekd.reporting.markdown import escape, render_markdown
+from llamafactory_sekd.reporting.metric_labels import significance_mark
 from llamafactory_sekd.reporting.terminal import print_document
 
 
@@ -143,6 +148,66 @@ def test_translations_are_escaped(view: Document) -> None:
         assert "<script" not in text
         assert "<img" not in text
     assert r"\| \*\*fett\*\* \`code\` \|" in markdown
+
+
+def test_every_score_table_names_its_metric_and_shows_intervals(view: Document, results: dict[str, Any]) -> None:
+    page, markdown, tex = render_html(view), render_markdown(view), render_latex(view)
+    half = results["significance"]["student"]["en-de"]["bleu"]["ci"]
+    for text in (page, markdown):
+        assert f"± {half:.1f}" in text
+    assert rf"$\pm$ {half:.1f}" in tex
+    assert all(
+        column.name in ("BLEU", "chrF2") for table in section(view, "Scores").tables for column in table.columns
+    )
+    assert ">BLEU</th>" in page
+    assert "| en-de BLEU |" in markdown
+
+
+@pytest.mark.parametrize(
+    ("difference", "significant", "higher_is_better", "mark"),
+    [
+        (0.5, True, True, "†"),
+        (-0.5, True, True, "▾"),
+        (-0.5, True, False, "†"),
+        (0.5, False, True, ""),
+        (0.04, True, True, ""),  # shown as +0.0
+    ],
+)
+def test_a_dagger_means_better_and_nothing_marks_what_rounds_to_zero(
+    difference: float, significant: bool, higher_is_better: bool, mark: str
+) -> None:
+    assert significance_mark(difference, significant, 1, higher_is_better) == mark
+
+
+def test_a_pipe_gets_uncut_lines_with_roles_in_brackets(view: Document) -> None:
+    console = Console(file=io.StringIO(), width=20)
+    print_document(view, console)
+    text = console.file.getvalue()
+    assert "forward_kl (baseline)" in text
+    assert "teacher (teacher)" in text
+    assert "…" not in text
+    assert "\x1b" not in text
+
+
+def test_one_system_alone_shows_its_translations_and_no_sentence_twice(data: Evaluated) -> None:
+    (direction, *_) = data.test_sets
+    test_set = data.test_sets[direction]
+    twice = dataclasses.replace(test_set, sources=test_set.sources * 2, references=test_set.references * 2)
+    lines = SYSTEMS["student"] * 2
+    alone = dataclasses.replace(
+        data, test_sets={direction: twice}, hypotheses={"student": {direction: Hypotheses(lines, "f")}}
+    )
+    examples = most_different(alone)
+    assert len({example.source for example in examples}) == len(examples) > 0
+    assert examples[0].outputs[-1].chrf == min(example.outputs[-1].chrf for example in examples)
+
+
+def test_the_words_that_differ_are_marked() -> None:
+    spans = differing("die rote Lampe ist aus", "die rote Lampe ist an")
+    assert [(span.text, span.marked) for span in spans if span.text.strip()] == [
+        ("die rote Lampe ist", False), ("aus", True)
+    ]  # fmt: skip
+    assert "".join(span.text for span in spans) == "die rote Lampe ist aus"
 
 
 def test_examples_are_where_the_systems_differ_most(data: Evaluated) -> None:

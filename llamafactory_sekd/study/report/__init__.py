@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.files import write_atomic
+from llamafactory_sekd.reporting.document import Document
 from llamafactory_sekd.reporting.html import render_html
 from llamafactory_sekd.reporting.latex import render_latex
 from llamafactory_sekd.reporting.markdown import render_markdown
@@ -28,7 +29,11 @@ def write(results: Mapping[str, Any], folder: Path, root: Path | None = None) ->
     Returns:
         what was written, the reports first.
     """
-    document = build_document(read_study(results, root or folder))
+    return write_document(build_document(read_study(results, root or folder)), folder)
+
+
+def write_document(document: Document, folder: Path) -> list[Path]:
+    """Write a report in all its forms into ``folder``; return what was written, the reports first."""
     files = {
         folder / "report.md": render_markdown(document).encode("utf-8"),
         folder / "report.html": render_html(document).encode("utf-8"),
