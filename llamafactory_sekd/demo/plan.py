@@ -158,7 +158,7 @@ def comparison(work: Path, say: Say) -> list[Step]:
             5,
             write_report,
             (places.report,),
-            _code(report) + _read(report.TEMPLATE),
+            _code(report),
             ("eval",),
         ),
     ]

@@ -65,7 +65,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure as PNG and SVG; ``name`` is its file's, ``caption`` also tells those who cannot see it."""
+    """A figure as PNG and SVG (empty for a picture that was made elsewhere).
+
+    ``name`` is its file's, ``caption`` also tells those who cannot see it.
+    """
 
     name: str
     caption: str

@@ -33,4 +33,5 @@ def _groups(table: Table) -> list[tuple[str, int]]:
 
 
 def _image(plot: Plot) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(plot.svg).decode()
+    kind, content = ("svg+xml", plot.svg) if plot.svg else ("png", plot.png)
+    return f"data:image/{kind};base64," + base64.b64encode(content).decode()
