@@ -29,9 +29,9 @@ def demo(
 
     from rich.console import Console
 
+    from llamafactory_sekd.demo.demo_report import print_table
     from llamafactory_sekd.demo.plan import Places, comparison, preparation, scores
     from llamafactory_sekd.demo.progress import Progress
-    from llamafactory_sekd.demo.report import print_table
     from llamafactory_sekd.demo.steps import run_steps
     from llamafactory_sekd.files import locked
 

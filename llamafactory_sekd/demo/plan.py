@@ -12,7 +12,7 @@ from llamafactory_sekd import __version__
 from llamafactory_sekd.checkpoints import find_checkpoints, share_of_training
 from llamafactory_sekd.children import host_command, printable, run_child
 from llamafactory_sekd.config import read_config
-from llamafactory_sekd.demo import data, models, report
+from llamafactory_sekd.demo import data, demo_report, models
 from llamafactory_sekd.demo.steps import Step
 from llamafactory_sekd.demo.surroundings import environment, moved
 from llamafactory_sekd.examples import shipped_root
@@ -139,7 +139,7 @@ def comparison(work: Path, say: Say) -> list[Step]:
 
     def write_report(_: Callable[[float], None]) -> None:
         commands = [printable(host_command(*_arguments(file, command, work))) for file, command in _commands()]
-        report.write_report(places.report, scores(places), places.model("self_evolution"), commands)
+        demo_report.write_report(places.report, scores(places), places.model("self_evolution"), commands)
 
     return [
         *trainings,
@@ -158,16 +158,16 @@ def comparison(work: Path, say: Say) -> list[Step]:
             5,
             write_report,
             (places.report,),
-            _code(report),
+            _code(demo_report),
             ("eval",),
         ),
     ]
 
 
-def scores(places: Places) -> report.Contents:
+def scores(places: Places) -> demo_report.Contents:
     """Return what the finished demo has to report."""
     training = json.loads(_read(places.data / f"{data.TRAIN}.json"))
-    return report.collect(
+    return demo_report.collect(
         json.loads(_read(places.evaluation / "results.json")),
         places.evaluation / "hypotheses",
         data.read_test_set(places.data),

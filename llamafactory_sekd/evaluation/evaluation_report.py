@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llamafactory_sekd.evaluation.examples import Example, most_different
 from llamafactory_sekd.evaluation.results import Evaluated
+from llamafactory_sekd.evaluation.sentence_examples import Example, most_different
 from llamafactory_sekd.evaluation.significance import SAMPLES, is_significant
 from llamafactory_sekd.files import write_atomic, write_json
 from llamafactory_sekd.reporting.document import Column, Document, Entry, Line, Passage, Row, Section, Span, Table

@@ -9,7 +9,7 @@ import pytest
 import sacrebleu
 from rich.console import Console
 
-from llamafactory_sekd.demo import report
+from llamafactory_sekd.demo import demo_report as report
 
 
 SOURCES = (
