@@ -111,7 +111,7 @@ def _score_table(results: Mapping[str, Any], metrics: Sequence[str]) -> Table:
     pairs = [(column, metric) for column in columns_of(results) for metric in metrics]
     columns = tuple(Column(METRIC_LABELS[metric], column) for column, metric in pairs)
     rows = (_row(results, name, [score_entry(results, name, *pair) for pair in pairs]) for name in results["systems"])
-    return Table(("system",), columns, tuple(rows))
+    return Table(("system",), columns, tuple(rows), title=results["task"])
 
 
 def _row(results: Mapping[str, Any], name: str, entries: Sequence[Entry], *names: str) -> Row:
