@@ -1,8 +1,8 @@
 """What 0.1.0 wrote is read: YAML keys, caches, checkpoints, results and studies.
 
-``tests/fixtures/v0_1_0`` was written by 0.1.0 (commit 5b6260f) with torch 2.14.1 and transformers 4.57.6: random models
-of one layer, caches in both formats, a run of four steps, an evaluation and a study of two systems, all by its commands
-on the YAML files next to them. Nothing in it is made again; the expected figures are those that it logged.
+``tests/fixtures/v0_1_0`` was written by 0.1.0 (commit 5b6260f) with torch 2.14.1 and transformers 4.57.6: random
+models of one layer, caches in both formats, a run of four steps, an evaluation and a study of two systems, all by its
+commands on the YAML files next to them. Nothing in it is made again; the expected figures are those that it logged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "v0_1_0"
 LOSSES = [0.2609, 0.2594, 0.2569, 0.2542]
 
 
-@pytest.fixture()
+@pytest.fixture
 def place(tmp_path, monkeypatch):
     """A copy of the files, so that a run cannot change them, as the working directory."""
     shutil.copytree(FIXTURES, tmp_path / "old")
