@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llamafactory_sekd.data.languages import base_code
+
 
 # With fewer letters the language of a sentence is not judged. One of Chinese, Japanese or Korean counts as three.
 MIN_LETTERS = 20
@@ -62,8 +64,9 @@ class Guards:
 
 
 def inspect(lines: Sequence[str], language: str, hit_limit: Sequence[bool] | None, length_ratio: float) -> Guards:
-    """Look at the translations of one system into ``language``."""
+    """Look at the translations of one system into ``language``, a code of any kind."""
     count = len(lines)
+    language = base_code(language)  # the identifier knows languages, not their scripts and territories
     known = language in _identifier().nb_classes
     return Guards(
         empty=sum(not line for line in lines) / count,

@@ -9,6 +9,7 @@ from sacrebleu.metrics.base import Metric
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
+from llamafactory_sekd.data.languages import base_code
 from llamafactory_sekd.errors import EvaluationError, one_line
 
 
@@ -23,13 +24,13 @@ class Score:
 def surface_metric(name: str, target_language: str) -> Metric:
     """Return sacrebleu's ``bleu`` or ``chrf`` with its defaults, as the command ``sacrebleu -m`` makes them.
 
-    BLEU's tokenizer follows the target language (``zh`` for Chinese, and so on). Raises :class:`EvaluationError` when
-    that tokenizer needs a package that is not installed.
+    BLEU's tokenizer follows the target language (``zh`` for Chinese, however its code is written). Raises
+    :class:`EvaluationError` when that tokenizer needs a package that is not installed.
     """
     if name == "chrf":
         return CHRF()
     try:
-        return BLEU(trg_lang=target_language)
+        return BLEU(trg_lang=base_code(target_language))
     except (RuntimeError, ImportError) as error:
         raise EvaluationError(f"BLEU for the target language {target_language!r}: {one_line(str(error))}") from None
 

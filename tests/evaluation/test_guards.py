@@ -28,6 +28,12 @@ def test_every_language_of_alma_is_told_from_the_others(language: str) -> None:
     ]
 
 
+@pytest.mark.parametrize(("code", "language"), [("deu_Latn", "de"), ("zh-Hant", "zh"), ("en-GB", "en")])
+def test_the_language_is_judged_whatever_kind_of_code_names_it(code: str, language: str) -> None:
+    found = inspect([LONG[language], LONG["is"]], code, None, 1.0)
+    assert found.wrong_language == 0.5
+
+
 @pytest.mark.parametrize("line", ["", "No.", "OK", "2022", "Anna Müller"])
 def test_a_line_too_short_to_judge_is_not_judged(line: str) -> None:
     assert not is_other_language(line, "cs")

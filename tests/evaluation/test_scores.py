@@ -56,6 +56,12 @@ def test_chinese_is_tokenized_as_the_sacrebleu_command_does_for_a_chinese_target
     assert "tok:zh" in score.signature
 
 
+@pytest.mark.parametrize("code", ["zh-Hant", "zho_Hans", "cmn"])
+def test_the_tokenizer_of_bleu_knows_a_language_by_any_of_its_codes(code: str) -> None:
+    score = score_corpus(surface_metric("bleu", code), ["房子在河边。"], ["房子在河边。"])
+    assert "tok:zh" in score.signature
+
+
 def test_p_values_means_and_intervals_are_those_of_paired_bs(
     sacrebleu: Sacrebleu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
