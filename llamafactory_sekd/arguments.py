@@ -175,6 +175,15 @@ class DistillationArguments:
         default="keep",
         metadata={"help": "Own samples that hit the limit without an end token: keep, or drop them from the loss."},
     )
+    kd_max_cut: float = field(
+        default=0.5,
+        metadata={
+            "help": (
+                "The share of the training examples, from 0 to 1, that may be longer than cutoff_len and so lose the "
+                "end of their prompt or response; more of them stop the run before it starts."
+            )
+        },
+    )
     kd_chunk_size: int | None = field(
         default=None,
         metadata={
@@ -287,6 +296,7 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
             args, "kd_on_policy", "own samples are new text, which no `teacher_cache` holds; set `teacher_model` alone"
         )
 
+    _check_range(args, "kd_max_cut", 0, 1)
     low, high = TEMPERATURES
     if not _is_number(args.kd_temperature) or not low <= args.kd_temperature <= high:
         _refuse(args, "kd_temperature", f"use a number above 0, from {low} to {high:g}; the paper uses 1.0")

@@ -12,6 +12,7 @@ import torch
 
 from llamafactory_sekd.arguments import STAGE
 from llamafactory_sekd.errors import ArgumentError, TeacherError
+from llamafactory_sekd.host.cut_text import counting_cut_text
 from llamafactory_sekd.host.teacher import teacher_identity, teacher_model_arguments
 from llamafactory_sekd.teacher import Teacher
 from llamafactory_sekd.teacher.cache import (
@@ -90,7 +91,7 @@ def build_cache(
         ArgumentError: the configuration is not one of the stage, or names no teacher.
         TeacherError: the cache is of something else, the disk is too small, the teacher does not fit.
     """
-    data = tokenized(config)
+    data = tokenized(config, say)
     session = Session(out, data.fingerprints, settings)
     try:
         with _bar(sum(map(len, data.datasets)), "Examples", "ex", session.rank) as bar:
@@ -123,8 +124,11 @@ class Tokenized:
     finetuning_args: Any
 
 
-def tokenized(config: dict[str, Any]) -> Tokenized:
-    """Read the data sets of a configuration that names a teacher; see :func:`build_cache` for what it raises."""
+def tokenized(config: dict[str, Any], say: Callable[[str], None] = print) -> Tokenized:
+    """Read the data sets of a configuration that names a teacher; see :func:`build_cache` for what it raises.
+
+    `say` is called on the first rank with how much of them is cut.
+    """
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.extras.misc import infer_optim_dtype
     from llamafactory.hparams import get_train_args
@@ -140,7 +144,8 @@ def tokenized(config: dict[str, Any]) -> Tokenized:
     tokenizer_module = load_tokenizer(model_args)
     tokenizer = tokenizer_module["tokenizer"]
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
-    module = get_dataset(template, model_args, data_args, training_args, stage="sft", **tokenizer_module)
+    with counting_cut_text(finetuning_args.kd_max_cut, say if training_args.process_index == 0 else None):
+        module = get_dataset(template, model_args, data_args, training_args, stage="sft", **tokenizer_module)
     return Tokenized(
         datasets=_datasets(module, skip_evaluation=training_args.predict_with_generate),
         tokenizer=tokenizer,

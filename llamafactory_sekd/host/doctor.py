@@ -39,7 +39,7 @@ def doctor(
         typer.Option(help="Share of the tokens that are responses; translations are less than half.", min=0, max=1),
     ] = 0.5,
 ) -> None:
-    """Estimate a run's memory and check that its teacher fits, before any weight is read."""
+    """Estimate a run's memory, check that its teacher fits, and count cut text, before any weight is read."""
     for name in ("LLAMAFACTORY_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")
 
@@ -83,6 +83,14 @@ def doctor(
         print_remedies(console, priced, available)
 
     _check_teacher(console, parsed)
+    _count_cut_text(console, parsed)
+
+
+def _count_cut_text(console: Console, parsed: Parsed) -> None:
+    from llamafactory_sekd.host.cut_text import cut_text_of
+
+    for line in cut_text_of(parsed):
+        console.print(f"Data: {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _check_teacher(console: Console, parsed: Parsed) -> None:

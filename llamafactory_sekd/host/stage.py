@@ -10,6 +10,7 @@ from typing import Any
 
 from llamafactory_sekd.arguments import STAGE, DistillationArguments
 from llamafactory_sekd.errors import DataError, HostError
+from llamafactory_sekd.host.cut_text import counting_cut_text
 from llamafactory_sekd.host.opening import print_opening
 from llamafactory_sekd.host.own_samples import own_samples_of
 from llamafactory_sekd.host.resume import check_same_teacher, teacher_fingerprint
@@ -81,7 +82,12 @@ def _run_sekd(
     fingerprint = teacher_fingerprint(model_args, training_args, finetuning_args)
     check_same_teacher(training_args, finetuning_args, fingerprint)
     arguments = (model_args, data_args, training_args, finetuning_args)
-    with _our_trainer(*arguments, generating_args, fingerprint), _empty_dataset_explained(data_args):
+    say = print if training_args.process_index == 0 else None
+    with (
+        counting_cut_text(finetuning_args.kd_max_cut, say),
+        _our_trainer(*arguments, generating_args, fingerprint),
+        _empty_dataset_explained(data_args),
+    ):
         host_run_sft(model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
 
     if training_args.do_train and training_args.should_save and finetuning_args.plot_loss:

@@ -1,0 +1,231 @@
+"""How much text `cutoff_len` takes from a run's examples, counted while the host tokenizes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import wraps
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from llamafactory_sekd.errors import DataError, one_line
+
+
+_COLUMN = "sekd_cut"  # in the host's data set between its tokenizer and ours; an example is a length and flags
+_FLAGS = _PROMPT, _RESPONSE, _TEACHER = 1, 2, 4
+
+
+@dataclass(frozen=True)
+class CutText:
+    """The counts over one data set.
+
+    Attributes:
+        examples: how many there are.
+        longest: tokens of the longest, uncut.
+        over: examples longer than `cutoff_len`.
+        prompts: those that lose the end of a prompt, or all of it.
+        responses: those that lose the end of a response that is trained on, or all of it.
+        teacher: those with a cut prompt of which some response is left, which the teacher judges all the same.
+    """
+
+    examples: int
+    longest: int
+    over: int
+    prompts: int
+    responses: int
+    teacher: int
+
+    def line(self, what: str, cutoff_len: int) -> str:
+        """Return the counts as one line about the examples for `what`."""
+        start = f"{self.examples:,} examples for {what}, the longest of {self.longest:,} tokens"
+        if not self.over:
+            return f"{start}: none exceeds `cutoff_len: {cutoff_len}`."
+        return (
+            f"{start}: {self.over:,} exceed `cutoff_len: {cutoff_len}`; {self.prompts:,} lose the end of the prompt "
+            f"(the teacher sees a cut prompt in {self.teacher:,}), {self.responses:,} the end of the response."
+        )
+
+
+def measure(pairs: list[tuple[int, int]], data_args: Any, *, end: int) -> tuple[int, int]:
+    """Return an example's uncut length and flags of what is cut, by the host's own rule.
+
+    Args:
+        pairs: tokens of prompt and response, turn by turn.
+        data_args: the host's, with `cutoff_len` and `mask_history`.
+        end: tokens that the host keeps free for the template's end.
+    """
+    from llamafactory.data.processor.processor_utils import infer_seqlen
+
+    used, cut, kept = end, [], []
+    for prompt, response in pairs[::-1] if data_args.mask_history else pairs:
+        room = data_args.cutoff_len - used
+        kept_prompt, kept_response = infer_seqlen(prompt, response, room) if room > 0 else (0, 0)
+        used += kept_prompt + kept_response
+        cut.append((kept_prompt < prompt, kept_response < response))
+        kept.append(kept_response > 0)
+
+    prompts = [prompt for prompt, _ in cut]
+    responses = [response for _, response in cut]
+    # A response follows the prompts before it; with `mask_history` there is one, which comes first here.
+    follows_cut_prompt = [any(prompts[: turn + 1]) for turn in range(len(cut))]
+    if data_args.mask_history:
+        responses, kept, follows_cut_prompt = responses[:1], kept[:1], [any(prompts)]
+    teacher = any(one and other for one, other in zip(kept, follows_cut_prompt, strict=True))
+    flags = _PROMPT * any(prompts) | _RESPONSE * any(responses) | _TEACHER * teacher
+    return end + sum(map(sum, pairs)), flags
+
+
+@contextmanager
+def counting_cut_text(max_cut: float, say: Callable[[str], None] | None) -> Iterator[None]:
+    """For the duration, the host counts what it cuts and says so.
+
+    Args:
+        max_cut: the share of the training examples that may be longer than `cutoff_len`.
+        say: called with one line per data set; None on ranks that stay silent.
+
+    Raises:
+        DataError: more of them are.
+    """
+    loader: Any = import_module("llamafactory.data.loader")
+    preprocess, choose, read = loader._get_preprocessed_dataset, loader._get_dataset_processor, loader.load_from_disk
+
+    @wraps(preprocess)
+    def counted(dataset: Any, data_args: Any, *args: Any, is_eval: bool = False, **kwargs: Any) -> Any:
+        if dataset is None:
+            return None
+        what = "evaluation" if is_eval else "training"
+        if data_args.streaming:
+            _say(f"`streaming: true`: how much of the {what} text is cut by `cutoff_len` is not counted.")
+            return preprocess(dataset, data_args, *args, is_eval=is_eval, **kwargs)
+
+        loader._get_dataset_processor = lambda *given, **keys: _Counting(choose(*given, **keys))
+        try:
+            result = preprocess(dataset, data_args, *args, is_eval=is_eval, **kwargs)
+        finally:
+            loader._get_dataset_processor = choose
+        if _COLUMN not in result.column_names:  # the host has kept no example
+            return result
+
+        found = _total(result, data_args.cutoff_len)
+        cutoff_len = data_args.cutoff_len + bool(data_args.packing)  # the host takes one off for packing
+        _say(found.line(what, cutoff_len))
+        if not is_eval and found.over > max_cut * found.examples:
+            raise DataError(
+                f"`cutoff_len: {cutoff_len}` cuts {found.over:,} of {found.examples:,} examples, {found.prompts:,} in "
+                f"the prompt and {found.responses:,} in the response, and `kd_max_cut: {max_cut:g}` allows a share of "
+                f"{max_cut:g}: set a larger `cutoff_len` (the longest example has {found.longest:,} tokens), or "
+                "`kd_max_cut: 1` to train on what is left."
+            )
+        return result.remove_columns(_COLUMN)
+
+    @wraps(read)
+    def loaded(path: Any, *args: Any, **kwargs: Any) -> Any:
+        _say(f"`tokenized_path: {path}` holds text that was cut when it was made: what it lost is not counted.")
+        return read(path, *args, **kwargs)
+
+    def _say(line: str) -> None:
+        if say is not None:
+            say(line)
+
+    loader._get_preprocessed_dataset, loader.load_from_disk = counted, loaded
+    try:
+        yield
+    finally:
+        loader._get_preprocessed_dataset, loader.load_from_disk = preprocess, read
+
+
+def cut_text_of(parsed: Any) -> list[str]:
+    """Return the lines about the data sets of arguments that were parsed for planning.
+
+    The host tokenizes as it does in training, and what `datasets` keeps of it is used by the training. Where the data
+    or the tokenizer cannot be read, one line says why.
+
+    Raises:
+        DataError: too many examples of a run of our stage are cut.
+    """
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.model import load_tokenizer
+
+    if not parsed.data.dataset and not parsed.data.tokenized_path:
+        return ["not counted, the YAML names no `dataset`."]
+
+    # What the host reads of its training arguments here, without the devices that they look for.
+    training = SimpleNamespace(
+        main_process_first=lambda **_: nullcontext(),
+        should_log=False,
+        should_save=False,
+        local_process_index=0,
+        **{
+            key: getattr(parsed.training, key)
+            for key in ("predict_with_generate", "seed", "dataloader_num_workers", "do_predict")
+        },
+    )
+    lines: list[str] = []
+    max_cut = parsed.finetuning.kd_max_cut if parsed.finetuning.use_sekd else 1.0
+    try:
+        tokenizer_module = load_tokenizer(parsed.model)
+        template = get_template_and_fix_tokenizer(tokenizer_module["tokenizer"], parsed.data)
+        with counting_cut_text(max_cut, lines.append):
+            get_dataset(template, parsed.model, parsed.data, training, stage="sft", **tokenizer_module)
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, DataError) and lines:  # it has been counted
+            raise
+        return [f"not counted ({one_line(str(error))})."]
+    return lines
+
+
+class _Counting:
+    """The host's processor of a data set, whose rows have a column more: what was cut in their batch.
+
+    The first row of a batch holds the counts of all its examples, since packing makes fewer rows than examples.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        # Nothing of this object may change here: `datasets` finds the result of an earlier run by its digest.
+        template = _Recording(self.inner.template)
+        rows = replace(self.inner, template=template).preprocess_dataset(examples)
+        if not rows:
+            return rows
+        end = 1 if template.efficient_eos else 0
+        counts = [number for pairs in template.recorded for number in measure(pairs, self.inner.data_args, end=end)]
+        return {**rows, _COLUMN: [counts, *([] for _ in rows["input_ids"][1:])]}
+
+    def print_data_example(self, example: dict[str, Any]) -> None:
+        self.inner.print_data_example({key: value for key, value in example.items() if key != _COLUMN})
+
+
+class _Recording:
+    """The run's template, which remembers how long its conversations are."""
+
+    def __init__(self, template: Any) -> None:
+        self.template = template
+        self.recorded: list[list[tuple[int, int]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "template":  # asked for before it is set, while unpickling
+            raise AttributeError(name)
+        return getattr(self.template, name)
+
+    def encode_multiturn(self, *args: Any, **kwargs: Any) -> Any:
+        pairs = self.template.encode_multiturn(*args, **kwargs)
+        self.recorded.append([(len(prompt), len(response)) for prompt, response in pairs])
+        return pairs
+
+    def encode_oneturn(self, *args: Any, **kwargs: Any) -> Any:
+        prompt, response = self.template.encode_oneturn(*args, **kwargs)
+        self.recorded.append([(len(prompt), len(response))])
+        return prompt, response
+
+
+def _total(dataset: Any, limit: int) -> CutText:
+    chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in dataset.data.column(_COLUMN).chunks]
+    lengths, flags = np.concatenate(chunks).reshape(-1, 2).T
+    over = int(np.count_nonzero(lengths > limit))
+    return CutText(len(lengths), int(lengths.max()), over, *(int(np.count_nonzero(flags & flag)) for flag in _FLAGS))

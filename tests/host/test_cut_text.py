@@ -1,0 +1,127 @@
+"""What `cutoff_len` takes from the examples is counted as the host cuts, and said before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from contextlib import nullcontext
+
+import pytest
+from helpers.runs import CLI, base_config, command, train, write_yaml
+
+from llamafactory_sekd.host.cut_text import counting_cut_text
+
+
+SEKD = [sys.executable, "-m", "llamafactory_sekd.cli"]
+PROMPT, RESPONSE = " house dog tree" * 30, " Haus Hund Baum" * 30
+
+
+@pytest.fixture(scope="module")
+def long_root(tiny_root, tmp_path_factory):
+    """The tiny models with examples of all lengths, half of them of several turns."""
+    import shutil
+
+    root = tmp_path_factory.mktemp("long")
+    shutil.copytree(tiny_root, root, dirs_exist_ok=True)
+    draw = random.Random(0)
+
+    def words(text, most):
+        return " ".join(text.split()[: draw.randint(1, most)])
+
+    records = []
+    for number in range(60):
+        record = {"instruction": words(PROMPT, 60), "input": "", "output": words(RESPONSE, 60)}
+        if number % 2:
+            record["history"] = [[words(PROMPT, 20), words(RESPONSE, 20)] for _ in range(2)]
+        records.append(record)
+    (root / "data" / "long.json").write_text(json.dumps(records), encoding="utf-8")
+    info = json.loads((root / "data" / "dataset_info.json").read_text())
+    info["long"] = {
+        "file_name": "long.json",
+        "columns": {"prompt": "instruction", "query": "input", "response": "output", "history": "history"},
+    }
+    (root / "data" / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    return root
+
+
+def tokenize(root, cutoff_len, lines, **keys):
+    """Return the host's rows, with our counting in effect."""
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_tokenizer
+
+    config = base_config(root, output_dir="unused", dataset="long", cutoff_len=cutoff_len, **keys)
+    model_args, data_args, training_args, _, _ = get_train_args(config)
+    module = load_tokenizer(model_args)
+    template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
+    with counting_cut_text(1.0, lines.append) if lines is not None else nullcontext():
+        rows = get_dataset(template, model_args, data_args, training_args, stage="sft", **module)["train_dataset"]
+    return rows, module
+
+
+@pytest.mark.parametrize("template", ["parrot", "qwen", "llama2"])
+@pytest.mark.parametrize("keys", [{}, {"mask_history": True}, {"packing": True}], ids=["turns", "history", "packed"])
+def test_the_counts_are_those_of_the_rows_with_and_without_a_limit(long_root, template, keys):
+    uncut, _ = tokenize(long_root, 8000, None, template=template, mask_history=keys.get("mask_history", False))
+    limit = 150
+    lines = []
+    rows, _ = tokenize(long_root, limit, lines, template=template, **keys)
+    assert rows.column_names == tokenize(long_root, limit, None, template=template, **keys)[0].column_names
+    lengths = [len(row) for row in uncut["input_ids"]]
+    room = limit - bool(keys.get("packing"))
+    over = sum(length > room for length in lengths)
+    (line,) = lines
+    assert f"60 examples for training, the longest of {max(lengths)} tokens: {over} exceed" in line
+    if keys.get("packing"):
+        return
+
+    def learned(labels):
+        return [label for label in labels if label != -100]
+
+    responses = sum(learned(cut) != learned(whole) for cut, whole in zip(rows["labels"], uncut["labels"], strict=True))
+    prompts = sum(
+        len(cut) - len(learned(cut)) < len(whole) - len(learned(whole))
+        for cut, whole in zip(rows["labels"], uncut["labels"], strict=True)
+    )
+    if keys.get("mask_history"):  # the labels hide the responses of the history, so its prompts cannot be told apart
+        assert f"{responses} the end of the response" in line
+        return
+    assert f"{prompts} lose the end of the prompt" in line
+    assert f"{responses} the end of the response" in line
+    assert prompts
+    assert responses
+
+
+def test_several_workers_and_a_second_run_from_the_hosts_cache_count_alike(long_root):
+    first, second, third = [], [], []
+    tokenize(long_root, 120, first)
+    tokenize(long_root, 120, second, preprocessing_num_workers=2, overwrite_cache=False)
+    tokenize(long_root, 120, third, preprocessing_num_workers=2, overwrite_cache=False)
+    assert first == second == third
+
+
+def test_a_run_with_most_examples_cut_is_refused_before_it_starts_unless_a_key_says_so(tiny_root, tmp_path):
+    config = base_config(tiny_root, output_dir=str(tmp_path / "out"), cutoff_len=40, max_steps=1)
+    refused = command([CLI, "train", str(write_yaml(tmp_path / "x.yaml", config))], cwd=tmp_path)
+    assert refused.returncode != 0
+    assert "32 examples for training" in refused.stdout
+    assert "`cutoff_len: 40` cuts 32 of 32 examples" in refused.stderr
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    assert train({**config, "kd_max_cut": 1}).joinpath("model.safetensors").exists()
+
+
+def test_doctor_and_cache_say_it_too(tiny_root, tmp_path):
+    config = base_config(tiny_root, output_dir=str(tmp_path / "out"), cutoff_len=66)
+    path = str(write_yaml(tmp_path / "x.yaml", config))
+    keys = ["kd_max_cut=1"]
+    doctor = command([*SEKD, "doctor", path, *keys, "--devices", "1"], cwd=tmp_path)
+    cache = command([*SEKD, "cache", path, *keys, "--out", str(tmp_path / "cache")], cwd=tmp_path)
+    assert doctor.returncode == cache.returncode == 0, doctor.stderr + cache.stderr
+    (line,) = (line for line in doctor.stdout.splitlines() if line.startswith("Data: "))
+    assert "exceed `cutoff_len: 66`" in line
+    assert line.removeprefix("Data: ") in cache.stdout
+    for program in (["doctor", path], ["cache", path, "--out", str(tmp_path / "other")]):
+        refused = command([*SEKD, *program], cwd=tmp_path)
+        assert refused.returncode != 0
+        assert "kd_max_cut: 0.5" in refused.stderr
