@@ -3,10 +3,10 @@
     python benchmarks/generate.py --alma DIR [--sentences 256] [--batch-size 8]
 
 Both sides run the real command on the same model, sentences and generation keys, one after the other, in float32 and
-greedy: the host with `do_predict` and `predict_with_generate`, we once with the host's batch size and once with the
-token budget. The model is random but ends its sentences as a translator would (tests/length_model.py), unless
---model names a trained one. All outputs must be the same. Figures are comparable within one run only: the machine
-may be shared.
+greedy: the host with `do_predict` and `predict_with_generate`, we with the host's batch size and with the token
+budget, each by our own greedy search and by transformers' `generate`. The model is random but ends its sentences as a
+translator would (tests/helpers/length_model.py), unless --model names a trained one. All outputs must be the same.
+Figures are comparable within one run only: the machine may be shared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,13 @@ from helpers.length_model import save_length_model
 
 DIRECTION = "en-de"
 COMMAND = (sys.executable, "-m", "llamafactory_sekd")
+# The same evaluation, its sentences sorted by length, as if no model agreed with our own greedy search.
+THROUGH_GENERATE = (
+    sys.executable,
+    "-c",
+    "import llamafactory_sekd.evaluation.decoding as decoding; decoding.agrees_with_plain_forward = lambda *_: False; "
+    "import runpy; runpy.run_module('llamafactory_sekd', run_name='__main__')",
+)
 # Sentences per second, and the translations.
 Run = tuple[float, list[str]]
 
@@ -60,6 +67,12 @@ def main() -> None:
             f"eval, batch_size {arguments.batch_size}": lambda: run_eval(folder, model, same_size, arguments),
             f"eval, batch_tokens {arguments.batch_tokens}": lambda: run_eval(
                 folder, model, {"batch_tokens": arguments.batch_tokens}, arguments
+            ),
+            f"the same through generate, batch_size {arguments.batch_size}": lambda: run_eval(
+                folder, model, same_size, arguments, THROUGH_GENERATE
+            ),
+            f"the same through generate, batch_tokens {arguments.batch_tokens}": lambda: run_eval(
+                folder, model, {"batch_tokens": arguments.batch_tokens}, arguments, THROUGH_GENERATE
             ),
         }
         runs: dict[str, list[Run]] = {label: [] for label in contestants}
@@ -98,13 +111,13 @@ def write_data(folder: Path, sources: tuple[str, ...], references: tuple[str, ..
         (data / f"{DIRECTION}.{language}").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def run(folder: Path, command: str, config: dict[str, Any]) -> None:
+def run(folder: Path, command: str, config: dict[str, Any], program: Sequence[str] = COMMAND) -> None:
     path = folder / f"{command}.yaml"
     path.write_text(yaml.safe_dump(config))
     log = folder / "log.txt"
     with open(log, "w") as stream:
         done = subprocess.run(
-            [*COMMAND, command, str(path)], stdout=stream, stderr=stream, env={**os.environ}, check=False
+            [*program, command, str(path)], stdout=stream, stderr=stream, env={**os.environ}, check=False
         )
     if done.returncode != 0:
         sys.exit(log.read_text()[-5000:])
@@ -139,7 +152,13 @@ def run_host(folder: Path, model: Path, arguments: argparse.Namespace) -> Run:
     return speed, [one_line(json.loads(line)["predict"]) for line in predictions]
 
 
-def run_eval(folder: Path, model: Path, keys: dict[str, int], arguments: argparse.Namespace) -> Run:
+def run_eval(
+    folder: Path,
+    model: Path,
+    keys: dict[str, int],
+    arguments: argparse.Namespace,
+    program: Sequence[str] = COMMAND,
+) -> Run:
     out = Path(tempfile.mkdtemp(dir=folder)) / "ours"
     run(
         folder,
@@ -155,6 +174,7 @@ def run_eval(folder: Path, model: Path, keys: dict[str, int], arguments: argpars
             "save_dir": str(out),
             **keys,
         },
+        program,
     )
     results = json.loads((out / "results.json").read_text())
     lines = (out / "hypotheses" / "model" / f"{DIRECTION}.txt").read_text(encoding="utf-8").split("\n")[:-1]

@@ -6,6 +6,7 @@ Only the response tokens are needed, so nothing of ``[batch, length, vocab]`` ha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from llamafactory_sekd.objectives import LogitTransform
+
 
 IGNORE_INDEX = -100
-# Far from what a model could leave unchanged by accident: soft-capping at 50 turns it into 50, a scale multiplies it.
-_PROBE = 1000.0
+# Both signs, and sizes at which a cap does little, something, and everything.
+_PROBES = (-40.0, -3.0, 0.0, 1.0, 7.0, 100.0, 1.0e9)
 
 
 def response_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,28 +71,46 @@ def is_plain_product(head: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def hands_out_what_the_head_returns(model: nn.Module, head: nn.Module, inputs: dict[str, Any]) -> bool:
-    """Whether ``model(**inputs).logits`` is what the head returned, unchanged.
+def logit_transform(model: nn.Module, head: nn.Module, inputs: dict[str, Any]) -> LogitTransform | None:
+    """Find what the model does to the products of its head (Cohere and Granite scale them, Gemma 2 caps them).
 
-    It is not where the model scales or caps its logits (Gemma 2, Cohere, Granite). One forward pass with a head that
-    returns a constant answers it for every architecture, without a list of their configuration keys.
+    One forward pass with a head that returns known values answers it for every architecture, without a list of their
+    configuration keys.
 
     Args:
         model: the model, wrapped as for training (all ranks call this together).
         head: its head.
         inputs: a batch as the model takes it, without labels.
+
+    Returns:
+        The transform, equal to ``IDENTITY`` for most models; None where it is another function or looks at more than
+        one logit.
     """
 
-    def constant(hidden: torch.Tensor) -> torch.Tensor:
-        return torch.full((1, 1, 1), _PROBE, dtype=torch.float32, device=hidden.device)
+    def known(hidden: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([[_PROBES]], dtype=torch.float32, device=hidden.device)
 
     # A resumed run probes where an uninterrupted one does not, so the pass must leave no trace in dropout's generator.
     device = inputs["input_ids"].device
     devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type), replaced_forward(head, constant):
+    with torch.random.fork_rng(devices, device_type=device.type), replaced_forward(head, known):
         logits = model(**inputs).logits
 
-    return logits is not None and logits.numel() == 1 and logits.item() == _PROBE
+    if logits is None or logits.numel() != len(_PROBES):
+        return None
+    returned = logits.flatten().double().cpu()
+    given = torch.tensor(_PROBES, dtype=torch.float64)
+    one = _PROBES.index(1.0)
+    scale, cap = returned[one].item(), returned[-1].item()
+    if torch.allclose(returned, given * scale, rtol=1e-6, atol=0.0) and scale != 0.0:
+        return LogitTransform(scale)
+    # The last probe is far beyond any cap, so that what comes back is the cap; below it the scale can be had.
+    if cap > 0.0 and 0.0 < scale < cap:
+        scale = math.atanh(scale / cap) * cap
+        scale = 1.0 if abs(scale - 1.0) < 1e-4 else scale
+        if torch.allclose(returned, cap * torch.tanh(given * scale / cap), rtol=1e-5, atol=0.0):
+            return LogitTransform(scale, cap)
+    return None
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llamafactory_sekd.objectives.chunking import default_chunk_size
 from llamafactory_sekd.objectives.fused import FusedOutput, fused_distillation, fused_linear_distillation
-from llamafactory_sekd.objectives.linear_head import Head, LogitsSource, SomeTokens
+from llamafactory_sekd.objectives.linear_head import IDENTITY, Head, LogitsSource, LogitTransform, SomeTokens
 from llamafactory_sekd.objectives.losses import OBJECTIVES
 from llamafactory_sekd.objectives.plain import DistillationOutput, distillation_loss
 from llamafactory_sekd.objectives.products import product_type
@@ -12,10 +12,12 @@ from llamafactory_sekd.objectives.statistics import TokenStatistics
 
 
 __all__ = [
+    "IDENTITY",
     "OBJECTIVES",
     "DistillationOutput",
     "FusedOutput",
     "Head",
+    "LogitTransform",
     "LogitsSource",
     "SomeTokens",
     "TokenStatistics",

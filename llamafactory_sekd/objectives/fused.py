@@ -14,7 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from llamafactory_sekd.errors import ArgumentError
-from llamafactory_sekd.objectives.linear_head import Head, HeadGradients, LogitsSource
+from llamafactory_sekd.objectives.linear_head import IDENTITY, Head, HeadGradients, LogitsSource, LogitTransform
 from llamafactory_sekd.objectives.losses import OBJECTIVES, check_objective
 from llamafactory_sekd.objectives.products import product_type
 from llamafactory_sekd.objectives.settings import Settings, check_same_vocabulary, check_tokens
@@ -44,6 +44,7 @@ class _Plan:
     may_be_infinite: bool
     grad_enabled: bool
     compile: bool
+    transform: LogitTransform
 
 
 def fused_linear_distillation(
@@ -57,6 +58,8 @@ def fused_linear_distillation(
     chunk_size: int,
     student_bias: torch.Tensor | None = None,
     teacher_bias: torch.Tensor | None = None,
+    student_transform: LogitTransform = IDENTITY,
+    teacher_transform: LogitTransform = IDENTITY,
     vocab_size: int | None = None,
     compile: bool = False,
     kd_loss: str = "self_evolution",
@@ -67,7 +70,7 @@ def fused_linear_distillation(
     kd_temperature: float = 1.0,
     kd_hard_scale: float | torch.Tensor | None = None,
 ) -> FusedOutput:
-    """`distillation_loss` of `hidden · headᵀ + bias`, summed over the tokens and divided by `num_items`.
+    """`distillation_loss` of the heads' logits, summed over the tokens and divided by `num_items`.
 
     The loss carries gradients for the student's hidden states, head and bias, each formed only where it is required;
     none are formed without grad mode. The gradients are used up by the first backward pass.
@@ -87,6 +90,7 @@ def fused_linear_distillation(
             accelerator is not synchronized with. Zero counts as one.
         chunk_size: tokens whose logits exist at a time, see `default_chunk_size`.
         student_bias, teacher_bias: `[vocab]`.
+        student_transform, teacher_transform: what the models do to the products of their heads, a scale or a soft cap.
         vocab_size: use the first entries of both heads only, the common vocabulary; the gradient of the others is
             zero. Default: all.
         compile: let torch.compile take what lies between the logits and their gradient; where it cannot, a line in
@@ -103,11 +107,12 @@ def fused_linear_distillation(
     return fused_distillation(
         student_hidden,
         student_head,
-        Head(teacher_hidden, teacher_head, teacher_bias, used, product_type(teacher_head)),
+        Head(teacher_hidden, teacher_head, teacher_bias, used, product_type(teacher_head), teacher_transform),
         labels,
         num_items=num_items,
         chunk_size=chunk_size,
         student_bias=student_bias,
+        student_transform=student_transform,
         compile=compile,
         kd_loss=kd_loss,
         kd_lambda=kd_lambda,
@@ -128,6 +133,7 @@ def fused_distillation(
     num_items: int | torch.Tensor,
     chunk_size: int,
     student_bias: torch.Tensor | None = None,
+    student_transform: LogitTransform = IDENTITY,
     compile: bool = False,
     **settings: Any,
 ) -> FusedOutput:
@@ -136,6 +142,7 @@ def fused_distillation(
     Args:
         student_hidden, student_head, labels, num_items, chunk_size, student_bias, compile: as in
             `fused_linear_distillation`.
+        student_transform: what the student does to the products of its head.
         teacher: of the same tokens, over the first `teacher.vocab_size` entries of the student's head.
         settings: the `kd_*` arguments of `distillation_loss`.
 
@@ -159,6 +166,7 @@ def fused_distillation(
         may_be_infinite=student_bias is not None or teacher.may_be_infinite,
         grad_enabled=torch.is_grad_enabled(),
         compile=compile,
+        transform=student_transform,
     )
     loss, values = _FusedDistillation.apply(student_hidden, student_head, student_bias, teacher, labels, plan)
     return FusedOutput(loss=loss, statistics=TokenStatistics(*values.unbind()))
@@ -178,7 +186,15 @@ class _FusedDistillation(torch.autograd.Function):
         wants = tuple(plan.grad_enabled and needed for needed in ctx.needs_input_grad[:3])
         student_type = product_type(student_weight)
         with torch.autocast(student_hidden.device.type, enabled=False):
-            student = Head(student_hidden, student_weight, student_bias, plan.vocab_size, student_type)
+            student = Head(
+                student_hidden,
+                student_weight,
+                student_bias,
+                plan.vocab_size,
+                student_type,
+                plan.transform,
+                keeps_slope=any(wants),
+            )
             gradients = HeadGradients(student, student_weight, wants, plan.num_items)
             values = Sweep(
                 student,

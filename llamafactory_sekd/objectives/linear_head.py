@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from llamafactory_sekd.objectives import products
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to the products of its head: ``cap · tanh(scale · product / cap)``.
+
+    Cohere and Granite only scale their logits (no cap), Gemma 2 caps them.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+
+IDENTITY = LogitTransform()
 
 
 class LogitsSource(Protocol):
@@ -33,7 +48,7 @@ class LogitsSource(Protocol):
 
 
 class Head:
-    """`logits = hidden · weightᵀ + bias` over the first `vocab_size` rows of the weight, in the product's type.
+    """`logits = transform(hidden · weightᵀ + bias)` over the first `vocab_size` rows of the weight.
 
     Args:
         hidden: `[tokens, width]`.
@@ -41,6 +56,8 @@ class Head:
         bias: `[vocab]` or None.
         vocab_size: the number of rows that are used.
         dtype: the type of the products, see `product_type`.
+        transform: what the model does to the products.
+        keeps_slope: whether the cap's derivative at the last logits is kept, for :meth:`through_transform`.
     """
 
     def __init__(
@@ -50,27 +67,49 @@ class Head:
         bias: torch.Tensor | None,
         vocab_size: int,
         dtype: torch.dtype,
+        transform: LogitTransform = IDENTITY,
+        *,
+        keeps_slope: bool = False,
     ) -> None:
         self.hidden = hidden.detach()
+        self.transform = transform
+        self._keeps_slope = keeps_slope and transform.cap is not None
+        self._slope: torch.Tensor | None = None
         self.vocab_size = vocab_size
         self.may_be_infinite = bias is not None
         self.dtype = dtype
         is_narrow = weight.dtype.itemsize < dtype.itemsize  # then the products convert it, a tile at a time
         self.weight = weight.detach()[:vocab_size].to(weight.dtype if is_narrow else dtype)
-        self.bias = None if bias is None else bias.detach()[:vocab_size].to(dtype)
+        self.bias = None if bias is None else bias.detach()[:vocab_size].to(dtype) * transform.scale
         self.bias_type = None if bias is None else bias.dtype
 
     def __len__(self) -> int:
         return len(self.hidden)
 
     def rows(self, tokens: slice | torch.Tensor) -> torch.Tensor:
-        """Return the hidden states of some tokens in the type of the products."""
-        return self.hidden[tokens].to(self.dtype)
+        """Return the hidden states of some tokens, scaled, in the type of the products."""
+        rows = self.hidden[tokens].to(self.dtype)
+        # Scaled here, the scale never meets the vocabulary: neither the logits nor their gradient take a pass for it.
+        return rows if self.transform.scale == 1.0 else rows * self.transform.scale
 
     def logits(self, tokens: slice | torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Write the logits of some tokens to the first rows of `out`, `[chunk, vocab]`, and return these rows."""
         hidden = self.rows(tokens)
-        return products.logits(hidden, self.weight, self.bias, out=out[: len(hidden)])
+        logits = products.logits(hidden, self.weight, self.bias, out=out[: len(hidden)])
+        cap = self.transform.cap
+        if cap is not None:
+            logits.div_(cap).tanh_()
+            if self._keeps_slope:
+                # The objective overwrites the logits with their gradient, so what it needs of them is kept now.
+                if self._slope is None or len(self._slope) < len(logits):
+                    self._slope = torch.empty_like(out)
+                torch.addcmul(logits.new_ones(()), logits, logits, value=-1, out=self._slope[: len(logits)])
+            logits.mul_(cap)
+        return logits
+
+    def through_transform(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Turn the gradient of the last logits, in place, into that of what the cap was given."""
+        return gradient if self._slope is None else gradient.mul_(self._slope[: len(gradient)])
 
 
 class SomeTokens:
@@ -135,12 +174,14 @@ class HeadGradients:
 
     def add(self, tokens: slice, gradient: torch.Tensor) -> None:
         """Take in the gradient of the logits of some tokens, `[chunk, vocab]`, in the type of the products."""
+        gradient = self.head.through_transform(gradient)
         if self.hidden is not None:
             products.hidden_gradient(gradient, self.head.weight, out=self.hidden[tokens])
         self._add_head(gradient, tokens)
 
     def replace(self, tokens: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
         """Take out the gradient `before` of the logits of some tokens, given by their numbers, and take in `after`."""
+        before, after = self.head.through_transform(before), self.head.through_transform(after)
         if self.hidden is not None:
             out = torch.empty_like(self.hidden[tokens])
             self.hidden[tokens] = products.hidden_gradient(after, self.head.weight, out=out)
@@ -150,7 +191,8 @@ class HeadGradients:
         """Return the gradients of hidden states, weight and bias for the gradient of the loss, once."""
         per_token = grad_loss / self.num_items
         summed = grad_loss if self.scale != 1.0 else per_token
-        factors = (per_token, summed, summed)
+        scale = self.head.transform.scale
+        factors = (per_token * scale, summed, summed * scale)
         totals = (self.hidden, self.weight, self.bias)
         return [
             None if total is None else _multiply(total, factor).to(dtype)

@@ -18,7 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.lm_head import is_plain_product, replaced_forward
-from llamafactory_sekd.objectives import default_chunk_size, distillation_loss, fused_linear_distillation
+from llamafactory_sekd.objectives import (
+    IDENTITY,
+    LogitTransform,
+    default_chunk_size,
+    distillation_loss,
+    fused_linear_distillation,
+)
 from llamafactory_sekd.objectives.blocks import ACCELERATOR_BUFFER, BUFFERS, CPU_BUFFER
 from llamafactory_sekd.objectives.products import as_on_an_accelerator
 from llamafactory_sekd.planner.contentless import AnswerQuestions, build_without_content, to_fake
@@ -132,13 +138,16 @@ class _Stage:
 
     def _is_fused(self) -> bool:
         models = [self.student, *([self.teacher] if self.teacher is not None else [])]
-        return self.run.distillation is not None and all(
-            is_plain_product(model.get_output_embeddings()) and self._hands_out(model)  # type: ignore[operator]
-            for model in models
-        )
+        if self.run.distillation is None:
+            return False
+        found = [self._find_transform(model) for model in models]
+        self.transform = found[0] or IDENTITY
+        return None not in found
 
-    def _hands_out(self, model: nn.Module) -> bool:
-        """Whether the model returns what its head does, the very tensor."""
+    def _find_transform(self, model: nn.Module) -> LogitTransform | None:
+        """As :func:`logit_transform`, but tensors without content cannot tell a scale from a cap, which needs more."""
+        if not is_plain_product(model.get_output_embeddings()):  # type: ignore[operator]
+            return None
         made: list[torch.Tensor] = []
 
         def head(hidden: torch.Tensor) -> torch.Tensor:
@@ -146,7 +155,10 @@ class _Stage:
             return made[0]
 
         with torch.no_grad(), replaced_forward(model.get_output_embeddings(), head):  # type: ignore[operator]
-            return model(**self.inputs, use_cache=False).logits is made[0]
+            logits = model(**self.inputs, use_cache=False).logits
+        if logits is made[0]:
+            return IDENTITY
+        return LogitTransform(cap=1.0) if logits is not None and logits.numel() == 1 else None
 
     def _loss(self, fused: bool) -> torch.Tensor:
         keys = self.run.distillation
@@ -173,6 +185,7 @@ class _Stage:
                     teacher_weight,
                     self.targets,
                     student_bias=head.bias,
+                    student_transform=self.transform,
                     vocab_size=vocab_size,
                     num_items=self.tokens,
                     chunk_size=chunk_size,

@@ -11,13 +11,13 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from llamafactory_sekd.lm_head import (
-    hands_out_what_the_head_returns,
     is_plain_product,
+    logit_transform,
     replaced_forward,
     selected_rows,
     whole_parameters,
 )
-from llamafactory_sekd.objectives import LogitsSource
+from llamafactory_sekd.objectives import IDENTITY, LogitsSource, LogitTransform
 from llamafactory_sekd.teacher.placement import Placement, place
 from llamafactory_sekd.teacher.source import Answers, product
 
@@ -37,17 +37,20 @@ class Teacher:
         placement = placement or Placement()
         model.requires_grad_(False)
         self.head: Any = model.get_output_embeddings()  # type: ignore[operator]
+        self.transform: LogitTransform | None = None
         self.device = placement.device
         self.model: nn.Module = place(model, self.head, accelerator, placement)
         self.model.eval()
 
     def can_hand_out_hidden_states(self, inputs: dict[str, Any]) -> bool:
         """Whether logits are exactly head times hidden states, and the head can be read outside of a forward pass."""
-        if not is_plain_product(self.head) or _is_flat(self.model):
-            return False
+        return self._find_transform(inputs) == IDENTITY
 
+    def _find_transform(self, inputs: dict[str, Any]) -> LogitTransform | None:
+        if not is_plain_product(self.head) or _is_flat(self.model):
+            return None
         with self._speaking():
-            return hands_out_what_the_head_returns(self.model, self.head, self._there(inputs))
+            return logit_transform(self.model, self.head, self._there(inputs))
 
     @torch.no_grad()
     def logits(self, inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
@@ -75,8 +78,9 @@ class Teacher:
         return caught[0].to(rows.device)
 
     def can_answer_in_chunks(self, inputs: dict[str, Any]) -> bool:
-        """Where its logits are a product that can be formed anywhere."""
-        return self.can_hand_out_hidden_states(inputs)
+        """Where its logits are a product that can be formed anywhere, scaled or capped."""
+        self.transform = self._find_transform(inputs)
+        return self.transform is not None
 
     def answers(self, inputs: dict[str, Any], rows: torch.Tensor) -> Answers:
         """One forward pass; see :class:`TeacherSource`."""
@@ -86,7 +90,7 @@ class Teacher:
         def opened(vocab_size: int | None) -> Iterator[LogitsSource]:
             with self.head_parameters() as (weight, bias):
                 bias = None if bias is None else bias.to(hidden.device)
-                yield product(hidden, weight.to(hidden.device), bias, vocab_size)
+                yield product(hidden, weight.to(hidden.device), bias, vocab_size, self.transform or IDENTITY)
 
         return opened
 

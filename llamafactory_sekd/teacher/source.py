@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from llamafactory_sekd.objectives import Head, LogitsSource, product_type
+from llamafactory_sekd.objectives import IDENTITY, Head, LogitsSource, LogitTransform, product_type
 
 
 Answers = Callable[[int | None], AbstractContextManager[LogitsSource]]
@@ -44,7 +44,12 @@ class TeacherSource(Protocol):
 
 
 def product(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, vocab_size: int | None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    vocab_size: int | None,
+    transform: LogitTransform = IDENTITY,
 ) -> LogitsSource:
     """Logits as products of hidden states ``[tokens, width]`` with a head, over its first ``vocab_size`` rows."""
-    return Head(hidden, weight, bias, len(weight) if vocab_size is None else vocab_size, product_type(weight))
+    used = len(weight) if vocab_size is None else vocab_size
+    return Head(hidden, weight, bias, used, product_type(weight), transform)

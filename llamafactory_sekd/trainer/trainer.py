@@ -20,13 +20,15 @@ from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.files import read_json
 from llamafactory_sekd.lm_head import (
     IGNORE_INDEX,
-    hands_out_what_the_head_returns,
     is_plain_product,
+    logit_transform,
     replaced_forward,
     response_positions,
     selected_rows,
 )
 from llamafactory_sekd.objectives import (
+    IDENTITY,
+    LogitTransform,
     SomeTokens,
     TokenStatistics,
     default_chunk_size,
@@ -92,6 +94,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         self.eval_means = TokenMeans()
         self.own_samples = make_own_samples(self.accelerator) if make_own_samples else None
         self._fused: bool | None = None
+        self._student_transform: LogitTransform | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as the host does; a run that is finished already trains no further step and says so."""
@@ -158,9 +161,9 @@ class DistillationTrainer(Seq2SeqTrainer):
     def _use_fused_path(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
         """Decide once, from the architecture alone, so that all ranks decide alike."""
         if self._fused is None:
-            student_fits = is_plain_product(self.student_head) and hands_out_what_the_head_returns(
-                model, self.student_head, inputs
-            )
+            if is_plain_product(self.student_head):
+                self._student_transform = logit_transform(model, self.student_head, inputs)
+            student_fits = self._student_transform is not None
             self._fused = student_fits and self.teacher.can_answer_in_chunks(inputs)
             if self._fused:
                 size = self._chunk_size(self.student_head.out_features)  # the weight itself may be sharded
@@ -168,8 +171,8 @@ class DistillationTrainer(Seq2SeqTrainer):
             else:
                 who = "teacher" if student_fits else "student"
                 logger.warning_once(
-                    f"The {who}'s logits are more than a product of its LM head (adapter, quantization, soft-capping, "
-                    "scaling or FSDP1): the objective is computed on the logits of all response tokens at once."
+                    f"The {who}'s logits are more than a product of its LM head (adapter, quantization or FSDP1): "
+                    "the objective is computed on the logits of all response tokens at once."
                 )
 
         return self._fused
@@ -185,6 +188,10 @@ class DistillationTrainer(Seq2SeqTrainer):
     ) -> tuple[Any, torch.Tensor, TokenStatistics]:
         """Compute the objective inside of the student's head, where every wrapper has its weight whole."""
         answers = self.teacher.answers(batch, rows)
+        transform = self._student_transform or IDENTITY
+        # The model scales or caps whatever its head returns, the loss as well. What is this small passes a cap
+        # unchanged (tanh x = x to the last digit), with a derivative of one, and a power of two costs no digit.
+        unit = 1.0 if transform == IDENTITY else 2.0**-30
         caught: list[TokenStatistics] = []
 
         def objective(hidden: torch.Tensor) -> torch.Tensor:
@@ -198,6 +205,7 @@ class DistillationTrainer(Seq2SeqTrainer):
                         teacher if group.numbers is None else SomeTokens(teacher, group.numbers),
                         targets if group.numbers is None else targets[group.numbers],
                         student_bias=bias,
+                        student_transform=transform,
                         num_items=num_items,
                         chunk_size=self._chunk_size(weight.shape[0]),
                         compile=bool(self.distillation.kd_compile),
@@ -206,12 +214,12 @@ class DistillationTrainer(Seq2SeqTrainer):
                     for group in groups
                 ]
             caught.append(joined_statistics([output.statistics for output in outputs], groups))
-            return sum(output.loss for output in outputs).reshape(1, 1, 1)  # type: ignore[union-attr]
+            return (sum(output.loss for output in outputs) * unit).reshape(1, 1, 1)  # type: ignore[union-attr]
 
         with replaced_forward(self.student_head, objective):
             answer = model(**self._without_the_teachers(batch), use_cache=False)
 
-        return answer, answer.logits.reshape(()), caught[0]
+        return answer, answer.logits.reshape(()) / (unit * transform.scale), caught[0]
 
     def _loss_of_logits(
         self,

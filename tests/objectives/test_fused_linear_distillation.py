@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.objectives import (
     OBJECTIVES,
+    LogitTransform,
     TokenStatistics,
     compiling,
     default_chunk_size,
@@ -81,6 +82,38 @@ def fused(p: Problem, *, bias: bool = True, num_items: Any = 5, chunk_size: int 
         p.hidden, p.head, p.teacher_hidden, p.teacher_head, p.labels,
         num_items=num_items, chunk_size=chunk_size, **biases, **keys,
     )  # fmt: skip
+
+
+def transformed(logits: torch.Tensor, how: LogitTransform) -> torch.Tensor:
+    scaled = how.scale * logits
+    return scaled if how.cap is None else how.cap * torch.tanh(scaled / how.cap)
+
+
+TRANSFORMS = {
+    "scale": (LogitTransform(0.25), LogitTransform(3.0)),
+    "cap": (LogitTransform(cap=2.0), LogitTransform(cap=1.5)),
+    "both": (LogitTransform(0.5, 3.0), LogitTransform()),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("transforms", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("kd_loss", OBJECTIVES)
+def test_scaled_and_capped_logits_are_those_of_the_models(kd_loss: str, transforms: Any, bias: bool) -> None:
+    p = problem()
+    keys = keys_for(kd_loss, kd_gamma=2.2)
+    student, teacher = (hidden @ head.t() for hidden, head in ((p.hidden, p.head), (p.teacher_hidden, p.teacher_head)))
+    if bias:
+        student, teacher = student + p.bias, teacher + p.teacher_bias
+    plain = distillation_loss(
+        transformed(student, transforms[0]), transformed(teacher, transforms[1]), p.labels, **keys
+    )
+    ours = fused(p, bias=bias, student_transform=transforms[0], teacher_transform=transforms[1], **keys)
+    assert 0 < ours.statistics.hard.sum() < len(p.labels) or kd_loss not in ("self_evolution", "self_evolution_topk")
+    loss, trained = plain.loss.sum() / 5, p.trained if bias else p.trained[:2]
+    torch.testing.assert_close(ours.loss, loss)
+    torch.testing.assert_close(ours.statistics.difficulty, plain.statistics.difficulty)
+    torch.testing.assert_close(torch.autograd.grad(ours.loss, trained), torch.autograd.grad(loss, trained))
 
 
 def assert_same_as_plain(p: Problem, tolerance: float = 1e-10, compile: bool = False, **keys: Any) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
 
@@ -93,13 +94,29 @@ def test_every_objective_can_be_rehearsed_in_the_head_and_on_logits(kd_loss):
     fused = rehearse(replace(RUN, distillation=distillation(kd_loss)))
     assert fused.fused
     assert not fused.obstacle
-    capped = blueprint(Gemma2Config(**SIZES, attn_implementation="eager"))
-    plain = rehearse(replace(RUN, student=capped, teacher=capped, distillation=distillation(kd_loss)))
+    plain = rehearse(replace(RUN, student=Blueprint(with_an_adapted_head), distillation=distillation(kd_loss)))
     assert not plain.fused
     assert not plain.obstacle
     # Logits of student and teacher, and at least their two log-softmaxes.
     tokens = RUN.batch_size * RUN.length // 2
     assert sum(plain.peak.values()) > 4 * tokens * 500 * 4
+
+
+def with_an_adapted_head():
+    model = AutoModelForCausalLM.from_config(LLAMA)
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+
+
+def test_a_soft_cap_stays_in_the_head_and_needs_one_buffer_more():
+    def peak(**capping):
+        config = Gemma2Config(**SIZES, attn_implementation="eager", **capping)
+        found = rehearse(replace(RUN, student=blueprint(config), teacher=blueprint(config)))
+        assert found.fused
+        assert not found.obstacle
+        return found.peak["objective"]
+
+    tokens = RUN.batch_size * RUN.length // 2
+    assert peak(final_logit_softcapping=30.0) == peak(final_logit_softcapping=None) + tokens * 500 * 4
 
 
 def test_gradients_of_a_whole_backward_pass_are_those_of_the_parameters():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import naive_step, tiny
-from helpers.runs import base_config, logged, train
+from helpers.runs import base_config, logged, train, weights
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
@@ -52,6 +52,14 @@ def save_model(directory: Path, model_class: type, config: object) -> Path:
     return directory
 
 
+def save_capped_or_scaled(directory: Path, family: str) -> None:
+    if family == "gemma2":
+        config = Gemma2Config(**small(384), head_dim=8, final_logit_softcapping=2.0, query_pre_attn_scalar=8)
+        save_model(directory, Gemma2ForCausalLM, config)
+    else:
+        save_model(directory, CohereForCausalLM, CohereConfig(**small(384), logit_scale=0.25))
+
+
 @pytest.fixture
 def root(tmp_path, tiny_root) -> Path:
     """A folder of links to the shared models, so that one of them can be exchanged."""
@@ -62,14 +70,24 @@ def root(tmp_path, tiny_root) -> Path:
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
 @pytest.mark.parametrize("family", ["gemma2", "cohere"])
-def test_soft_capped_and_scaled_logits_are_taken_as_the_model_makes_them(root, role, family):
+def test_soft_capped_and_scaled_logits_are_taken_as_the_model_makes_them(root, role, family, caplog):
     (root / role).unlink()
-    if family == "gemma2":
-        config = Gemma2Config(**small(384), head_dim=8, final_logit_softcapping=2.0, query_pre_attn_scalar=8)
-        save_model(root / role, Gemma2ForCausalLM, config)
-    else:
-        save_model(root / role, CohereForCausalLM, CohereConfig(**small(384), logit_scale=0.25))
+    save_capped_or_scaled(root / role, family)
     assert_is_the_papers(root, loss_of_one_step(root, root / "out"))
+    assert "more than a product" not in caplog.text  # in chunks, not on the logits of all tokens
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere"])
+def test_a_capped_or_scaled_student_learns_in_the_head_what_it_learns_on_logits(root, family, monkeypatch):
+    (root / "student").unlink()
+    save_capped_or_scaled(root / "student", family)
+    keys = {"kd_gamma": 2.0, "packing": True, "cutoff_len": 200, "max_steps": 3, "max_grad_norm": 0.05}
+    fused = train(base_config(root, output_dir=str(root / "fused"), **keys))
+    monkeypatch.setattr("llamafactory_sekd.trainer.trainer.logit_transform", lambda *_: None)
+    plain = train(base_config(root, output_dir=str(root / "plain"), **keys))
+    assert logged(fused, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=1e-4)
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(fused)[name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [True, False])
