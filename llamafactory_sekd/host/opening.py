@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llamafactory_sekd.arguments import KD_LOSSES, SELF, STAGE, DistillationArguments
-from llamafactory_sekd.host.teacher import head_rows, teacher_identity
-from llamafactory_sekd.objectives import default_chunk_size
+from llamafactory_sekd.host.teacher import teacher_identity
 
 
 _SIGNS = {"kd_lambda": "λ", "kd_beta": "β", "kd_gamma": "Γ", "kd_topk": "hard share", "kd_hard_scale": "hard scale"}
@@ -28,7 +27,8 @@ def opening_lines(model_args: Any, finetuning_args: DistillationArguments, train
     """
     student = trainer.accelerator.unwrap_model(trainer.model)
     trained, everything = _sizes(student)
-    size = finetuning_args.kd_chunk_size or default_chunk_size(head_rows(student))
+    with trainer.autocast_smart_context_manager():  # the type of the products decides how many tokens fit
+        size = trainer.chunk_size()
     rows = {
         "objective": f"{finetuning_args.kd_loss}: {KD_LOSSES[finetuning_args.kd_loss][0]}",
         "keys": _keys(finetuning_args),

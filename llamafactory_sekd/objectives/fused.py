@@ -195,7 +195,8 @@ class _FusedDistillation(torch.autograd.Function):
                 plan.transform,
                 keeps_slope=any(wants),
             )
-            gradients = HeadGradients(student, student_weight, wants, plan.num_items)
+            chunks = -(-len(labels) // plan.chunk_size)
+            gradients = HeadGradients(student, student_weight, wants, plan.num_items, chunks)
             values = Sweep(
                 student,
                 teacher,

@@ -24,6 +24,7 @@ from llamafactory_sekd.objectives import (
     default_chunk_size,
     distillation_loss,
     fused_linear_distillation,
+    product_type,
 )
 from llamafactory_sekd.objectives.blocks import ACCELERATOR_BUFFER, BUFFERS, CPU_BUFFER
 from llamafactory_sekd.objectives.products import as_on_an_accelerator
@@ -171,7 +172,7 @@ class _Stage:
     def _fused_loss(self, keys: DistillationArguments) -> torch.Tensor:
         head: Any = self.student.get_output_embeddings()  # type: ignore[operator]
         vocab_size = self._common_vocabulary()
-        chunk_size = keys.kd_chunk_size or default_chunk_size(len(head.weight))
+        chunk_size = keys.kd_chunk_size or self._default_chunk_size(head)
         teacher_hidden, teacher_weight = self._teacher_hidden(head)
 
         def objective(hidden: torch.Tensor) -> torch.Tensor:
@@ -243,6 +244,13 @@ class _Stage:
     def _responses(self, hidden: torch.Tensor) -> torch.Tensor:
         """As many tokens as responses have, `[tokens, width]`, copied as the selection copies them."""
         return hidden.reshape(-1, hidden.shape[-1])[: self.tokens].clone()
+
+    def _default_chunk_size(self, head: Any) -> int:
+        # As the trainer asks for it; where this machine has no such device, with the largest budget.
+        device = torch.device("cuda" if self.run.accelerator else "cpu")
+        amp = nullcontext() if self.run.autocast is None else torch.autocast("cpu", torch.bfloat16)
+        with amp, as_on_an_accelerator() if self.run.accelerator else nullcontext():
+            return default_chunk_size(len(head.weight), product_type(head.weight), device=device)
 
     def _buffers_beyond_a_cpus(self, vocab_size: int, chunk_size: int) -> int:
         """Numbers in the objective's buffers that an accelerator has and a CPU, on which this runs, has not.

@@ -34,6 +34,7 @@ from llamafactory_sekd.objectives import (
     default_chunk_size,
     distillation_loss,
     fused_distillation,
+    product_type,
 )
 from llamafactory_sekd.objectives.schedules import linear
 from llamafactory_sekd.teacher import TeacherSource
@@ -94,6 +95,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         self.eval_means = TokenMeans()
         self.own_samples = make_own_samples(self.accelerator) if make_own_samples else None
         self._fused: bool | None = None
+        self._chunk_size: int | None = None
         self._student_transform: LogitTransform | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -166,7 +168,7 @@ class DistillationTrainer(Seq2SeqTrainer):
             student_fits = self._student_transform is not None
             self._fused = student_fits and self.teacher.can_answer_in_chunks(inputs)
             if self._fused:
-                size = self._chunk_size(self.student_head.out_features)  # the weight itself may be sharded
+                size = self.chunk_size()
                 logger.info(f"The objective takes {size} response tokens at a time in the LM head (`kd_chunk_size`).")
             else:
                 who = "teacher" if student_fits else "student"
@@ -207,7 +209,7 @@ class DistillationTrainer(Seq2SeqTrainer):
                         student_bias=bias,
                         student_transform=transform,
                         num_items=num_items,
-                        chunk_size=self._chunk_size(weight.shape[0]),
+                        chunk_size=self.chunk_size(),
                         compile=bool(self.distillation.kd_compile),
                         **{**self._objective_keywords(), **group.keywords},
                     )
@@ -304,8 +306,14 @@ class DistillationTrainer(Seq2SeqTrainer):
         keys = self.distillation
         return linear(keys.kd_beta, keys.kd_beta_end, step, self.state.max_steps)
 
-    def _chunk_size(self, vocab_size: int) -> int:
-        return self.distillation.kd_chunk_size or default_chunk_size(vocab_size)
+    def chunk_size(self) -> int:
+        """Return the number of response tokens that the objective takes at a time in the student's head."""
+        if self._chunk_size is None:
+            head = self.student_head  # the weight itself may be sharded
+            dtype, device = product_type(head.weight), self.accelerator.device
+            chosen = self.distillation.kd_chunk_size
+            self._chunk_size = chosen or default_chunk_size(head.out_features, dtype, device=device)
+        return self._chunk_size
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the logging window to a training log; other logs pass through."""

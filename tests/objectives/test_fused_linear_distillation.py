@@ -26,6 +26,7 @@ from llamafactory_sekd.objectives import (
     products,
     sweep,
 )
+from llamafactory_sekd.objectives.chunking import bytes_moved, products_seconds
 from llamafactory_sekd.objectives.losses import closed_forms
 
 
@@ -591,6 +592,11 @@ def test_the_default_chunk_keeps_both_logits_within_the_budget() -> None:
     assert default_chunk_size(128_256, torch.bfloat16) == 512
     assert default_chunk_size(128_256, budget_bytes=40 * 2**20) == 40
     assert default_chunk_size(10**9) == 1
+    accelerator = torch.device("cuda")  # no such device here, so that the whole budget counts
+    assert default_chunk_size(128_256, torch.bfloat16, device=accelerator) == 4096
+    assert default_chunk_size(128_256, torch.float32, device=accelerator) == 2048
+    assert default_chunk_size(32_000, torch.bfloat16, device=accelerator) == 4096
+    assert default_chunk_size(256_000, torch.bfloat16, device=accelerator) == 2048
     for vocab_size in (3, 32_000, 151_936, 256_000):
         chunk = default_chunk_size(vocab_size)
         assert 2 * 4 * chunk * vocab_size <= 256 * 2**20 < 2 * 4 * (chunk + 64) * vocab_size
@@ -662,3 +668,34 @@ def test_topk_selects_over_all_tokens_whatever_was_guessed_before(monkeypatch, k
     for mine, other in zip(ours.trained, theirs.trained, strict=True):
         mine, other = mine.grad.double(), other.grad.double()
         assert float((mine - other).norm() / other.norm()) < tolerance
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_heads_gradient_does_not_drift_over_hundreds_of_chunks_in_bfloat16(seed: int) -> None:
+    torch.manual_seed(seed)
+    tokens, chunk = 16 * 300, 16
+    hidden, head = torch.randn(tokens, 32).bfloat16(), torch.randn(600, 32).mul(0.2).bfloat16()
+    teacher_hidden, teacher_head = torch.randn(tokens, 32).bfloat16(), torch.randn(600, 32).mul(0.2).bfloat16()
+    labels = torch.randint(600, (tokens,))
+
+    def error(chunk_size: int, exact: torch.Tensor | None = None) -> Any:
+        dtype = torch.float64 if exact is None else torch.bfloat16
+        weight = head.to(dtype).clone().requires_grad_()
+        output = fused_linear_distillation(
+            hidden.to(dtype), weight, teacher_hidden.to(dtype), teacher_head.to(dtype), labels,
+            num_items=tokens, chunk_size=chunk_size, kd_loss="forward_kl",
+        )  # fmt: skip
+        (gradient,) = torch.autograd.grad(output.loss, weight)
+        return gradient if exact is None else float((gradient.double() - exact).norm() / exact.norm())
+
+    exact = error(tokens)
+    assert error(tokens, exact) < 4e-3
+    assert error(chunk, exact) < 4e-3  # summed in bfloat16 it is 2e-2
+
+
+def test_bytes_moved_are_those_of_the_heads_once_per_chunk_and_the_logits_once() -> None:
+    once = bytes_moved(4096, 4096, 128_256, (4096, 4096))
+    assert bytes_moved(8192, 4096, 128_256, (4096, 4096)) == 2 * once
+    heads = 128_256 * 2 * 3 * 4096 + 2 * 128_256 * 4 * 4096
+    assert bytes_moved(4096, 1024, 128_256, (4096, 4096)) == once + 3 * heads
+    assert products_seconds(8192, 128_256, (4096, 4096)) == pytest.approx(0.0473, rel=1e-2)
