@@ -40,7 +40,13 @@ class Heads:
 
 
 def build_heads(
-    tokens: int, vocab: int, widths: tuple[int, int], dtype: torch.dtype, *, gamma: float | None = None
+    tokens: int,
+    vocab: int,
+    widths: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    gamma: float | None = None,
+    device: torch.device | None = None,
 ) -> Heads:
     """Random heads whose logits spread by about 3.5, as those of trained models do."""
     generator = torch.Generator().manual_seed(0)
@@ -54,11 +60,11 @@ def build_heads(
     teacher_head = normal(vocab, teacher_width).mul_(3.5 / teacher_width**0.5)
     labels = torch.randint(vocab, (tokens,), generator=generator)
     heads = Heads(
-        hidden.to(dtype).requires_grad_(),
-        head.to(dtype).requires_grad_(),
-        teacher_hidden.to(dtype),
-        teacher_head.to(dtype),
-        labels,
+        hidden.to(device, dtype).requires_grad_(),
+        head.to(device, dtype).requires_grad_(),
+        teacher_hidden.to(device, dtype),
+        teacher_head.to(device, dtype),
+        labels.to(device),
         gamma=gamma or 0.0,
         hard_share=0.5,
     )
@@ -91,7 +97,8 @@ def objective_keys(heads: Heads, kd_loss: str) -> dict[str, float | str | None]:
     return {"kd_loss": kd_loss, "kd_lambda": LAMBDA, "kd_beta": BETA, "kd_gamma": heads.gamma, "kd_topk": topk}
 
 
-def fused(heads: Heads, kd_loss: str, compile: bool = False) -> torch.Tensor:
+def fused(heads: Heads, kd_loss: str, compile: bool = False, chunk_size: int | None = None) -> torch.Tensor:
+    dtype, device = product_type(heads.head), heads.head.device
     loss = fused_linear_distillation(
         heads.hidden,
         heads.head,
@@ -99,7 +106,7 @@ def fused(heads: Heads, kd_loss: str, compile: bool = False) -> torch.Tensor:
         heads.teacher_head,
         heads.labels,
         num_items=len(heads.labels),
-        chunk_size=default_chunk_size(len(heads.head), product_type(heads.head)),
+        chunk_size=chunk_size or default_chunk_size(len(heads.head), dtype, device=device),
         compile=compile,
         **objective_keys(heads, kd_loss),  # type: ignore[arg-type]
     ).loss
@@ -119,7 +126,7 @@ def naive_self_evolution(heads: Heads) -> None:
     student, teacher = naive_logits(heads)
     log_q = student.log_softmax(-1)
     target = LAMBDA * teacher.softmax(-1)
-    target.scatter_add_(-1, heads.labels.unsqueeze(-1), torch.full((len(target), 1), 1 - LAMBDA))
+    target.scatter_add_(-1, heads.labels.unsqueeze(-1), target.new_full((len(target), 1), 1 - LAMBDA))
     easy = F.kl_div(log_q, target, reduction="none").sum(-1)
     proxy = BETA * log_q.exp() + (1 - BETA) * target
     hard = F.kl_div(proxy.log(), target, reduction="none").sum(-1)
@@ -152,11 +159,12 @@ def liger_jsd(heads: Heads) -> None:
 @torch.no_grad()
 def bare_products(heads: Heads) -> None:
     """Both logits and both gradients, with nothing in between: the limit."""
-    vocab, dtype = len(heads.head), heads.head.dtype
-    student, teacher = (torch.empty(PRODUCT_CHUNK, vocab, dtype=dtype) for _ in range(2))
+    vocab, dtype, device = len(heads.head), heads.head.dtype, heads.head.device
+    chunk = PRODUCT_CHUNK if device.type == "cpu" else default_chunk_size(vocab, dtype, device=device)
+    student, teacher = (torch.empty(chunk, vocab, dtype=dtype, device=device) for _ in range(2))
     grad_hidden, grad_head = torch.empty_like(heads.hidden), torch.zeros_like(heads.head)
-    for start in range(0, len(heads.labels), PRODUCT_CHUNK):
-        rows = slice(start, start + PRODUCT_CHUNK)
+    for start in range(0, len(heads.labels), chunk):
+        rows = slice(start, start + chunk)
         number = len(heads.labels[rows])
         torch.mm(heads.hidden[rows], heads.head.t(), out=student[:number])
         torch.mm(heads.teacher_hidden[rows], heads.teacher_head.t(), out=teacher[:number])
