@@ -6,7 +6,8 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 export OMP_NUM_THREADS ?= 1
 # Text that is free of the words in .github/retired_words.txt.
 PROSE := CONTRIBUTING.md SECURITY.md Makefile mkdocs.yml noxfile.py examples docs/site \
-	$(filter-out docs/architecture.md,$(wildcard docs/*.md))
+	$(filter-out docs/architecture.md,$(wildcard docs/*.md)) \
+	$(filter-out %/evaluation %/objectives %/teacher,$(wildcard llamafactory_sekd/*)) $(wildcard llamafactory_sekd/teacher/*.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-matrix lint bench docs package

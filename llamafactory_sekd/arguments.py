@@ -64,7 +64,7 @@ class DistillationArguments:
         default=AUTO,
         metadata={
             "help": (
-                "Where the teacher stands: auto (with the student), cpu, or cuda:N. With several ranks it is the "
+                "Device of the teacher: auto (the student's), cpu, or cuda:N. With several ranks it is the "
                 "place of each rank's own teacher, on its machine."
             )
         },
@@ -303,13 +303,13 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
 
     size = args.kd_chunk_size
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-        _refuse(args, "kd_chunk_size", "use a whole number of tokens from 1, or leave it out")
+        _refuse(args, "kd_chunk_size", "use an integer of at least 1, or leave it out")
 
     if not isinstance(args.kd_compile, (bool, type(None))):
         _refuse(args, "kd_compile", "use true or false, or leave it out")
 
     if args.kd_compile and args.kd_beta_end is not None:
-        _refuse(args, "kd_compile", "a β that moves (`kd_beta_end`) would be compiled anew in every step; remove one")
+        _refuse(args, "kd_compile", "a β that moves (`kd_beta_end`) would recompile in every step; remove one of them")
 
 
 def check_no_distillation_arguments(args: DistillationArguments, stage: str, given: Iterable[str] = ()) -> None:
@@ -350,10 +350,10 @@ def _check_placement(args: DistillationArguments) -> None:
         )
 
     if args.teacher_model == SELF and placing:
-        _refuse(args, placing[0], f"`teacher_model: {SELF}` is the student's base and stands where it does; remove it")
+        _refuse(args, placing[0], f"`teacher_model: {SELF}` is the student's base and shares its device; remove it")
 
     if args.teacher_model_quantization_bit is not None and placing:
-        _refuse(args, placing[0], "a quantized teacher stands where bitsandbytes put it, with the student; remove it")
+        _refuse(args, placing[0], "bitsandbytes places a quantized teacher on the student's device; remove it")
 
     if args.teacher_offload and device == "cpu":
         _refuse(args, "teacher_offload", "`teacher_model_device: cpu` keeps the weights there anyway; remove one")

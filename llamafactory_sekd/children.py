@@ -1,4 +1,4 @@
-"""Runs the commands that a user would type, watches them, and says where they stand."""
+"""Runs the commands that a user would type, watches them, and reports their progress."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Stopped(Exception):
 
 def tool(name: str, *arguments: str) -> list[str]:
     """Return the command ``name`` of this environment; :class:`HostError` where it is not installed."""
-    beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.exists() else shutil.which(name)
+    sibling = Path(sys.executable).with_name(name)
+    found = str(sibling) if sibling.exists() else shutil.which(name)
     if found is None:
         raise HostError(f"`{name}` is not on the PATH: install it into this environment.")
     return [found, *arguments]
@@ -78,7 +78,7 @@ def run_child(
 ) -> None:
     """Run ``command`` with its output in ``log``, and report the share that ``share_done`` returns now and then.
 
-    The child ends with this process, however this process ends. ``environment`` is set for it beside this process's
+    The child ends with this process, however this process ends. ``environment`` is added to this process's
     own. Raises :class:`ChildError` when the child fails, and :class:`Stopped` when ``stop`` was set and ended it.
     """
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,7 @@ def replaced_forward(head: nn.Module, forward: Callable[[torch.Tensor], torch.Te
     """For the duration, ``head(hidden)`` returns ``forward(hidden)``; the module's own hooks run around it.
 
     These hooks are what gathers, shards and reduces the weight under DDP, ZeRO and FSDP. So whatever reads the weight
-    inside of ``forward`` reads it whole, and its gradient goes the usual way.
+    inside of ``forward`` reads all of it, and its gradient goes the usual way.
     """
     head.forward = forward
     try:
@@ -121,7 +121,7 @@ def whole_parameters(head: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor | N
         import deepspeed
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        # What is whole already is so for the head's own forward pass, and gathering it would shard it at the end.
+        # What is gathered already is so for the head's own forward pass, and gathering it would shard it at the end.
         parameters = [parameter for parameter in (weight, bias) if parameter is not None]
         sharded = [parameter for parameter in parameters if parameter.ds_status != ZeroParamStatus.AVAILABLE]
         with deepspeed.zero.GatheredParameters(sharded):

@@ -26,7 +26,7 @@ DATASET_INFO = "dataset_info.json"
 
 @dataclass(frozen=True)
 class Plan:
-    """What to make: ``languages`` beside English, and the chosen ``directions`` between each and English."""
+    """What to make: ``languages`` in addition to English, and the chosen ``directions`` between each and English."""
 
     languages: tuple[str, ...]
     directions: tuple[Direction, ...]

@@ -1,6 +1,6 @@
 """What can be wrong with a pair of sentences, and what is done about it.
 
-A pair that cannot be learned from is left out; one that is merely suspicious is kept; harmless white space is mended.
+A pair that cannot be learned from is left out; one that is only suspicious is kept; harmless white space is repaired.
 All three are counted and reported with file and line.
 """
 
@@ -19,7 +19,7 @@ class Outcome(StrEnum):
 
     LEFT_OUT = "left out"
     KEPT = "kept"
-    MENDED = "mended"
+    REPAIRED = "repaired"
 
 
 class Problem(Enum):
@@ -40,8 +40,8 @@ class Problem(Enum):
     EMPTY_SIDE = ("empty_side", Outcome.LEFT_OUT, "one side is empty")
     IDENTICAL = ("identical_sides", Outcome.KEPT, "the two sides are the same")
     REPLACEMENT = ("replacement_character", Outcome.KEPT, "contains U+FFFD, the trace of a wrong decoding")
-    LINE_BREAK = ("line_break", Outcome.MENDED, "a line break inside a sentence became a space")
-    OUTER_SPACE = ("outer_space", Outcome.MENDED, "white space around a sentence was removed")
+    LINE_BREAK = ("line_break", Outcome.REPAIRED, "a line break inside a sentence became a space")
+    OUTER_SPACE = ("outer_space", Outcome.REPAIRED, "white space around a sentence was removed")
 
 
 # Bytes that are not UTF-8 arrive as lone surrogates ("surrogateescape"), as do broken escapes in JSON.
@@ -106,7 +106,7 @@ def is_empty(text: str) -> bool:
 
 
 def clean_pairs(pairs: Iterable[Pair], findings: Findings) -> list[Pair]:
-    """Return the usable pairs, mended; whatever was found goes to ``findings``."""
+    """Return the usable pairs, repaired; whatever was found goes to ``findings``."""
     return [cleaned for pair in pairs if (cleaned := _clean(pair, findings)) is not None]
 
 

@@ -1,4 +1,4 @@
-"""The manifest: what was made, from what, and how to see that it is still whole.
+"""The manifest: what was made, from what, and how to see that it is still complete.
 
 It is written last, so its presence says that a run was finished. Its keys:
 
@@ -9,7 +9,7 @@ It is written last, so its presence says that a run was finished. Its keys:
 ``files``
     for each file, relative to the manifest: ``records`` (pairs), ``bytes`` and ``sha256``.
 ``findings``
-    what was left out, kept or mended: problem, outcome, file, count, and the lines.
+    what was left out, kept or repaired: problem, outcome, file, count, and the lines.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def same_request(out: Path, made: Any, asked: dict[str, Any]) -> None:
     before = made if isinstance(made, dict) else {}
     differing = [key for key in asked | before if key not in asked or before.get(key) != asked[key]]
     raise DataError(
-        f"{out} holds data of another request (it differs in {', '.join(differing)}): "
-        "add --overwrite to write it anew, or choose another --out."
+        f"{out} was created with different options ({', '.join(differing)}): "
+        "add --overwrite to write it again, or choose another --out."
     )
 
 
@@ -78,11 +78,11 @@ def verify(path: Path, manifest: dict[str, Any]) -> None:
     for name, entry in manifest["files"].items():
         file = inside(path.parent, name)
         if not file.is_file():
-            raise DataError(f"{file} is missing although {path} names it: add --overwrite to write the data anew.")
+            raise DataError(f"{file} is missing although {path} names it: add --overwrite to write the data again.")
         if not isinstance(entry, dict) or sha256_of(file) != entry.get("sha256"):
             raise DataError(
                 f"{file} was changed after it was written (its SHA-256 is not the one in {path}): "
-                "add --overwrite to write the data anew, or choose another --out."
+                "add --overwrite to write the data again, or choose another --out."
             )
 
 
@@ -106,7 +106,7 @@ def write_product(path: Path, request: dict[str, Any], product: Product, overwri
     for name in former["files"] if former else ():
         if (file := inside(directory, name)) not in wanted:
             file.unlink(missing_ok=True)
-    path.unlink(missing_ok=True)  # from here to the end, the data is not whole
+    path.unlink(missing_ok=True)  # from here to the end, the data is incomplete
     for file, data in to_write.items():
         write_atomic(file, data)
 

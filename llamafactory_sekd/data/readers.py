@@ -2,7 +2,7 @@
 
 Every reader returns :class:`~llamafactory_sekd.data.checks.Pair` objects with the file name as it was given and the
 line (in a JSON list: the record), counted from 1. Bytes that are not UTF-8 become lone surrogates, which
-:func:`~llamafactory_sekd.data.checks.clean_pairs` finds; a file that as a whole cannot be right raises
+:func:`~llamafactory_sekd.data.checks.clean_pairs` finds; a file that cannot be right raises
 :class:`~llamafactory_sekd.errors.DataError`.
 """
 

@@ -127,6 +127,6 @@ def _git_revision(directory: Path) -> str | None:
     lines = answer.stdout.splitlines()
     if answer.returncode != 0 or len(lines) != 2:
         return None
-    # A copy that lies somewhere in another repository has no revision of its own.
+    # A copy inside another repository has no revision of its own.
     resolved = directory.resolve()
     return lines[1] if Path(lines[0]) in (resolved, resolved.parent) else None

@@ -50,7 +50,7 @@ def load_test_set(task: str, task_dir: str | Path, direction: str) -> TestSet:
     # Training data can do without a bad pair; a score over fewer sentences than announced would be a false one.
     for problem, file, line in findings.items:
         if problem.outcome is Outcome.LEFT_OUT:
-            raise DataError(f"{file}:{line}: {problem.words}; a test set must be whole: mend it or remove the pair.")
+            raise DataError(f"{file}:{line}: {problem.words}; a test set must be complete: fix it or remove the pair.")
     return _test_set(task, parsed, pairs)
 
 
@@ -72,7 +72,7 @@ def _find(task: str, directory: Path, direction: Direction) -> list[Pair]:
 def _read_both(files: tuple[Path, Path]) -> list[Pair]:
     for path in files:
         if not path.is_file():
-            raise DataError(f"{path} is missing beside its partner: a test set needs both files.")
+            raise DataError(f"{path} is missing next to its partner: a test set needs both files.")
     return read_text_pairs(*files)
 
 

@@ -1,1 +1,1 @@
-"""The demo: the whole job on a small scale, through the commands that a user would type."""
+"""The demo: the complete job on a small scale, through the commands that a user would type."""

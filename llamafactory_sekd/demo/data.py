@@ -171,7 +171,7 @@ def words(text: str) -> frozenset[str]:
 
 
 def write_data(split: Split, folder: Path) -> None:
-    """Write the training and validation records and the test set, each file whole or not at all."""
+    """Write the training and validation records and the test set, each file complete or not at all."""
     write_test_set(split.test, folder)
     write_records({TRAIN: split.train, VALID: split.valid}, folder)
 

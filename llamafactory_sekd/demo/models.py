@@ -96,7 +96,7 @@ def save_student(teacher: Path, folder: Path, layers: Sequence[int] = (0, -1)) -
 
 
 def save(model: object, tokenizer: object, folder: Path) -> None:
-    """Save to a hidden folder and move it into place, so that ``folder`` is whole or absent."""
+    """Save to a hidden folder and move it into place, so that ``folder`` is complete or absent."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)

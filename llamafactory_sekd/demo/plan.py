@@ -40,7 +40,7 @@ def yaml_folder() -> Path:
 
 @dataclass(frozen=True)
 class Places:
-    """Where everything lies below the demo's folder ``work``."""
+    """Where everything is stored below the demo's folder ``work``."""
 
     work: Path
 

@@ -67,7 +67,7 @@ class Progress:
             self.console.print(f"About {show_seconds(seconds)} on two cores. Interrupted, the same command continues.")
 
     def skip(self, title: str) -> None:
-        """Say that a step stands from an earlier run."""
+        """Say that an earlier run finished a step."""
         self.console.print(f"[green]✓[/] {escape(title)} [dim](done before)[/]")
 
     def say(self, line: str) -> None:
@@ -86,7 +86,7 @@ class Progress:
         def report(share: float) -> None:
             nonlocal counted, first
             gain = max(0.0, share * seconds - counted)
-            # What stands at the first report was done by an earlier run.
+            # What the first report counts was done by an earlier run.
             (self.remaining.credit if first and share > 0.02 else self.remaining.work)(gain)
             counted, first = counted + gain, False
             self._show(bar, title, share)
@@ -109,10 +109,10 @@ class Progress:
 
 
 def show_seconds(seconds: float) -> str:
-    """Return a length of time as people say it: ``45 s``, ``3 min 20 s``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
+    """Return a human-readable duration: ``45 s``, ``3 min 20 s``."""
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
     # Nobody plans by the second what takes minutes.
-    minutes, rest = divmod(round(whole, -1), 60)
+    minutes, rest = divmod(round(rounded, -1), 60)
     return f"{minutes} min {rest} s" if rest else f"{minutes} min"

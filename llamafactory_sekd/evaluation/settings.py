@@ -121,7 +121,7 @@ def _text(given: Mapping[str, Any], key: str) -> str:
 def _integer(given: Mapping[str, Any], key: str, minimum: int) -> int:
     value = given[key]
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise EvaluationError(f"`{key}` must be a whole number of at least {minimum}, not {value!r}.")
+        raise EvaluationError(f"`{key}` must be an integer of at least {minimum}, not {value!r}.")
     return value
 
 

@@ -225,7 +225,7 @@ def _teacher_fields(model_args: Any, finetuning_args: Any) -> dict[str, Any]:
 
 
 def _weights_of(name: str) -> str:
-    """Return the content of a local folder; of a hub id the commit, which stands for the content."""
+    """Return the content of a local folder; of a hub id the commit, which identifies the content."""
     if Path(name).expanduser().is_dir():
         return fingerprints.of_folder(Path(name).expanduser())
 

@@ -22,7 +22,7 @@ USAGE = "usage: llamafactory-cli eval CONFIG.yaml [KEY=VALUE …]   (keys: docs/
 def run_eval(argv: list[str]) -> None:
     """Run the evaluation that ``argv`` asks for: a YAML (or JSON) file and ``key=value`` overrides, dotted ones too.
 
-    Where the host would train on several devices, torchrun starts as many ranks. Errors that the user can mend are
+    Where the host would train on several devices, torchrun starts as many ranks. Errors that the user can fix are
     printed as one line, with exit status 2.
     """
     if not argv or argv[0] in ("-h", "--help"):

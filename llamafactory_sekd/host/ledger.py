@@ -46,11 +46,11 @@ def apply(module: ModuleType, too_late: Sequence[str] = ()) -> None:
         module: the module; patches of other modules are left alone.
         too_late: target modules that were imported before the hooks stood.
 
-    Where the plug-in cannot work (it came too late, or the host's version is not supported) it stays switched off with
+    Where the plug-in cannot work (loaded too late, or an unsupported version of the host) it is disabled with
     a warning, so that the host keeps working; only a run that asks for our stage is refused.
 
     Raises:
-        HostError: a patch stands already, the host lacks the name, or the plug-in is off and our stage asked for.
+        HostError: a patch is applied already, the host lacks the name, or the plug-in is off and our stage asked for.
     """
     _report_errors_in_one_line()
     obstacle = _too_late_message(too_late) if too_late else _version_message()
@@ -130,7 +130,7 @@ def undo() -> None:
 
 def _too_late_message(too_late: Sequence[str]) -> str:
     return (
-        f"llamafactory_sekd came too late and stays switched off: {', '.join(too_late)} was imported before "
+        f"llamafactory_sekd was loaded too late and is disabled: {', '.join(too_late)} was imported before "
         "`import torch` had run. Import torch first, or start with `llamafactory-cli` or "
         "`python -m llamafactory_sekd`."
     )

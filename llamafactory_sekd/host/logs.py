@@ -7,7 +7,7 @@ from typing import Any
 
 
 class _MergingPool:
-    """Stands in for the log callback's thread pool during one call and adds metrics to the record that it writes."""
+    """Replaces the log callback's thread pool during one call and adds metrics to the record that it writes."""
 
     def __init__(self, pool: Any, metrics: dict[str, float]) -> None:
         self.pool = pool

@@ -1,4 +1,4 @@
-"""Where the teacher of a run stands: what cannot be combined, and the DeepSpeed configuration for loading it."""
+"""Placement of a run's teacher: what cannot be combined, and the DeepSpeed configuration for loading it."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def _check_own_engine(own: str, stage: int | None) -> None:
     zero = read_deepspeed_file("teacher_deepspeed", own).get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 3):
         raise ArgumentError(
-            f"`teacher_deepspeed: {own}` must have `zero_optimization.stage` 3, or 0 for a teacher whole on each "
-            "rank: the others shard optimizer states and gradients, which a teacher has not."
+            f"`teacher_deepspeed: {own}` must have `zero_optimization.stage` 3, or 0 for a complete teacher on each "
+            "rank: the others shard optimizer states and gradients, which a teacher does not have."
         )
 
 
@@ -123,7 +123,7 @@ def _check_shared(model_args: Any, finetuning_args: Any, fsdp: bool) -> None:
             "shares: name the base model under `teacher_model`."
         )
 
-    if fsdp and os.environ.get("FSDP_VERSION", "1") != "2":  # the first keeps weights whole in its own pass alone
+    if fsdp and os.environ.get("FSDP_VERSION", "1") != "2":  # version 1 gathers weights in its own pass alone
         raise ArgumentError(
             f"`teacher_model: {SELF}` cannot be used with FSDP 1: set `fsdp_version: 2` in its configuration, or name "
             "the base model under `teacher_model`."

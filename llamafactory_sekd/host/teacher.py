@@ -155,7 +155,7 @@ def _apply_template(student: Any, teacher: Any, data_args: Any) -> None:
 
 
 def load_teacher(model_args: Any, training_args: Any, finetuning_args: DistillationArguments) -> Any:
-    """Load the teacher as the host loads a reference model: adapters merged, quantised, frozen, in eval mode."""
+    """Load the teacher as the host loads a reference model: adapters merged, quantized, frozen, in eval mode."""
     from llamafactory.hparams import FinetuningArguments
     from llamafactory.model import load_model, load_tokenizer
     from safetensors import SafetensorError

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def extend_create_train_tab(host_create: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
-    """Wrap ``create_train_tab``: our panel stands after the RLHF panel and its fields go where the tab's fields go."""
+    """Wrap ``create_train_tab``: our panel comes after the RLHF panel and its fields go where the tab's fields go."""
 
     @wraps(host_create)
     def create_train_tab(engine: Any) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def extend_change_stage(host_change: Callable[..., tuple[Any, bool]]) -> Callabl
 
 
 def extend_create_eval_tab(host_create: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
-    """Wrap ``create_eval_tab``: the section "Translation quality" stands below the host's fields."""
+    """Wrap ``create_eval_tab``: the section "Translation quality" comes below the host's fields."""
 
     @wraps(host_create)
     def create_eval_tab(engine: Any) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def extend_create_infer_tab(host_create: Callable[[Any], dict[str, Any]]) -> Cal
 
 @contextmanager
 def _beside_this_tab() -> Iterator[None]:
-    """For the duration, new components go where the tab stands that is being filled."""
+    """For the duration, new components go next to the tab that is being filled."""
     from gradio.context import Context
 
     tab = Context.block

@@ -107,7 +107,7 @@ class _Ledger:
         self.trained = self.student.trainable
         engine = run.engine_dtype
         self.gradient_size = engine.itemsize if engine else self.student.trainable_bytes // max(self.trained, 1)
-        # A quantized teacher stays whole on each device.
+        # A quantized teacher stays complete on each device.
         quantized = run.teacher is not None and run.teacher.quantization_bit is not None
         self.teachers = run.place.sharding or self.sharding
         self.teacher_is_sharded = self.teachers.shards_parameters and not quantized
@@ -206,7 +206,7 @@ class _Ledger:
         return _always("buckets", "for reducing gradients", self.sharding.buckets * elements * self.gradient_size)
 
     def rehearsed(self) -> list[Row]:
-        """Return what the forward and backward pass has at its peak beside gradients."""
+        """Return what the forward and backward pass has at its peak in addition to gradients."""
         peak, run, is_fused = self.rehearsal.peak, self.run, self.rehearsal.fused
         answers = "hidden states" if is_fused else "logits of all tokens"
         rows = [

@@ -35,7 +35,7 @@ class TeacherPlace:
     Attributes:
         kind: `device` (the student's), `main memory`, `another device`, or `student` where they are its base.
         streamed: whether they come to the device layer by layer.
-        adapters: bytes of the adapters that it has beside the student's base.
+        adapters: bytes of the adapters that it has in addition to the student's base.
         sharding: of its own engine, None for the student's.
     """
 

@@ -15,7 +15,7 @@ app = typer.Typer(help="Run a matrix of trainings and evaluations.", add_complet
 def study(
     file: Annotated[Path, typer.Argument(help="The study's YAML.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, dotted for inner keys.")] = None,
-    jobs: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1,
+    jobs: Annotated[int, typer.Option(help="Number of runs in parallel.", min=1)] = 1,
     devices: Annotated[str | None, typer.Option(help="GPUs to share out among the runs, such as 0,1,2,3.")] = None,
     list_only: Annotated[bool, typer.Option("--list", help="Write all files and print the commands.")] = False,
     slurm: Annotated[Path | None, typer.Option(help="Write a SLURM array script there.")] = None,

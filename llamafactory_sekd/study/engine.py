@@ -95,7 +95,7 @@ def run_study(study: Study, *, jobs: int, devices: Sequence[str], console: Conso
 
 
 def run_one(study: Study, chosen: str, *, devices: Sequence[str], console: Console) -> list[str]:
-    """Run one job, by its id or its number in the list, beside others on other machines; results are not written.
+    """Run one job, by its id or its number in the list, next to others on other machines; results are not written.
 
     The first to come runs what has to be done once; the others wait for it.
     """
@@ -171,7 +171,7 @@ def _run(
     study: Study, inputs: Inputs, workers: list[dict[str, str]], console: Console, stop: threading.Event
 ) -> list[str]:
     for line in changes(inputs):
-        console.print(f"{line}; it is done again", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{line}; it will be rerun", highlight=False, markup=False, soft_wrap=True)
     todo = sorted((job for job in inputs.jobs if not is_done(job)), key=lambda job: _turn(study.spec, job))
     done = len(inputs.jobs) - len(todo)
     if done:

@@ -45,7 +45,7 @@ def settings(config: Mapping[str, Any], model: Mapping[str, Any], save_dir: Path
 
 
 def eval_yaml(config: Mapping[str, Any], model: Mapping[str, Any], save_dir: Path) -> dict[str, Any]:
-    """Return the whole eval.yaml of one model."""
+    """Return the complete eval.yaml of one model."""
     return {**config, "systems": {SYSTEM: dict(model)}, "save_dir": str(save_dir)}
 
 

@@ -25,7 +25,7 @@ _DATASETS = ("dataset", "eval_dataset")
 _FILES = ("deepspeed", "fsdp_config")
 # They say where things lie, or how fast they go.
 _INCIDENTAL = ("output_dir", "teacher_cache")
-# What is not there (yet, or any more), or lies on the hub: it cannot be compared.
+# What is not there (yet, or any more), or is on the hub: it cannot be compared.
 _UNKNOWN = "unknown"
 
 

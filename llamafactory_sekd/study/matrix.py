@@ -1,4 +1,4 @@
-"""From a study to its cells: every system at every point of the matrix with every seed, and its whole train.yaml."""
+"""From a study to its cells: every system at every point of the matrix with every seed, and the train.yaml of each."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _LONGEST_ID = 180
 class Cell:
     """One run: a system at a point of the matrix, with a seed.
 
-    ``config`` is its whole train.yaml; ``source`` the same with the teacher in place of the teacher's cache. Keys of
+    ``config`` is its train.yaml; ``source`` the same with the teacher in place of the teacher's cache. Keys of
     the matrix that have no effect on the system are not in ``axes``.
     """
 

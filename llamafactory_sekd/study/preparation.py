@@ -77,7 +77,7 @@ def cache_teacher(
     announce: Announce,
     stop: threading.Event,
 ) -> None:
-    """Let ``sekd cache`` compute the teacher for all cells that distil, unless it did so for the same ones before."""
+    """Let ``sekd cache`` compute the teacher for all cells that distill, unless it did so for the same ones before."""
     record = _read(spec)
     digests = Digests(spec.output_dir / ".digests.json")
     made_of = {}

@@ -1,4 +1,4 @@
-"""One view of the whole study: what is done, what runs and how far it is, and the time that is left."""
+"""One view of the complete study: what is done, what runs and how far it is, and the time that is left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.markup import escape
 
 # Seconds between two lines where there is no terminal.
 LINE_EVERY = 60.0
-# Columns of a bar, and of all that stands beside a name.
+# Columns of a bar, and of all that follows a name.
 _BAR, _BESIDE = 16, 54
 
 
@@ -106,7 +106,7 @@ class View:
     def _count(self, name: str, share: float) -> None:
         with self._lock:
             self._shares[name] = share
-            self._first.setdefault(name, share)  # what stands at the first report was done by an earlier run
+            self._first.setdefault(name, share)  # what the first report counts was done by an earlier run
         self._show()
 
     def _show(self) -> None:

@@ -5,7 +5,7 @@ Schema 1 of ``results.json``; within a version keys are only ever added. Every p
 
 ==================================  ==================================================================================
 ``schema_version``, ``study``       1, and the study file's name without its suffix
-``spec``                            the whole study as it ran: file, its `base`, overrides of the command line
+``spec``                            the complete study as it ran: file, its `base`, overrides of the command line
 ``directions``, ``metrics``         of the evaluation, such as ``["en-de"]`` and ``["bleu", "chrf"]``
 ``test_set``                        ``{"task", "task_dir"}``, what ``data.testsets.load_test_set`` takes; `task_dir`
                                     is relative to the working directory
@@ -13,7 +13,7 @@ Schema 1 of ``results.json``; within a version keys are only ever added. Every p
 - ``id``, ``system``, ``seed``      the folder's name, the name in `systems`, the seed
 - ``axes``                          ``{key: value}``; keys of the matrix that have no effect on the system are absent
 - ``folder``, ``model``             paths
-- ``config``                        the whole ``train.yaml``
+- ``config``                        the complete ``train.yaml``
 - ``training``                      null before the training is done, else ``seconds``, ``steps``,
                                     ``samples_per_second`` (null where unknown) and ``resumed``: true where it was
                                     interrupted, and the two times are those of the last piece alone
@@ -58,7 +58,7 @@ Cell = Mapping[str, Any]
 
 
 def write_results(results: Mapping[str, Any], folder: Path) -> Path:
-    """Write both files, each whole or not at all, and return the path of results.json."""
+    """Write both files, each complete or not at all, and return the path of results.json."""
     write_atomic(folder / CSV, _table(results).encode("utf-8"))
     text = json.dumps(_plain(results), ensure_ascii=False, indent=1, allow_nan=False, default=str)
     write_atomic(folder / JSON, f"{text}\n".encode())

@@ -1,4 +1,4 @@
-"""One job through the host's real commands, from wherever it stands to its scores."""
+"""One job through the host's real commands, from wherever it is to its scores."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def typed_commands(job: Job) -> Iterator[str]:
 
 
 def _launch_environment(cell: Cell) -> dict[str, str]:
-    """Return what the host asks for beside the command: DeepSpeed wants torchrun on a single device, too."""
+    """Return what the host asks for in addition to the command: DeepSpeed wants torchrun on a single device, too."""
     return {"FORCE_TORCHRUN": "1"} if cell.config.get("deepspeed") else {}
 
 

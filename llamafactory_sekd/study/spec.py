@@ -203,7 +203,7 @@ def _same_in(item: Any, others: list[Any]) -> bool:
 
 def _seeds(value: Any) -> list[int]:
     if not isinstance(value, list) or not value or not all(type(seed) is int and seed >= 0 for seed in value):
-        raise StudyError(f"`seeds` must be a list of whole numbers such as [42, 1, 2], not {value!r}.")
+        raise StudyError(f"`seeds` must be a list of integers such as [42, 1, 2], not {value!r}.")
     if len(set(value)) < len(value):
         raise StudyError(f"`seeds` names a seed twice: {value!r}.")
     return value

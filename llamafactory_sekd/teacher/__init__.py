@@ -1,4 +1,4 @@
-"""The teacher: is it a fit, where it stands, what it hands out."""
+"""The teacher: compatibility, placement and outputs."""
 
 from __future__ import annotations
 

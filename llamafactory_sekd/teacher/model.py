@@ -28,7 +28,7 @@ class Teacher:
     Args:
         model: the model, loaded and not yet placed.
         accelerator: the trainer's accelerator; the teacher is sharded and placed where it puts models.
-        placement: where it stands otherwise.
+        placement: its placement otherwise.
     """
 
     collated_keys: tuple[str, ...] = ()
@@ -96,7 +96,7 @@ class Teacher:
 
     @contextmanager
     def head_parameters(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Weight ``[vocab, width]`` and bias ``[vocab]`` (or None) of the head, whole, for the duration."""
+        """Weight ``[vocab, width]`` and bias ``[vocab]`` (or None) of the head, complete, for the duration."""
         with whole_parameters(self.head) as parameters:
             yield parameters
 
@@ -110,7 +110,7 @@ class Teacher:
 
 
 def _is_flat(model: nn.Module) -> bool:
-    """FSDP1 keeps parameters in one flat tensor, which is whole only inside of a forward pass."""
+    """FSDP1 keeps parameters in one flat tensor, which is gathered only inside of a forward pass."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     return isinstance(model, FullyShardedDataParallel)

@@ -1,4 +1,4 @@
-"""Where a frozen teacher stands: with the student, sharded as it is, on a device of its own, or in main memory."""
+"""Placement of a frozen teacher: with the student, sharded as it is, on a device of its own, or in main memory."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _TYPES = ("bf16", "fp16")
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a teacher stands.
+    """Placement of a teacher.
 
     Attributes:
-        device: the device of its own, None where it stands with the student.
+        device: the device of its own, None where it shares the student's.
         offload: whether its weights rest in main memory between forward passes.
         engine: the DeepSpeed configuration that the user wrote for it, None for one derived from the student's.
     """

@@ -15,7 +15,7 @@ from llamafactory_sekd.teacher.model import Teacher
 
 
 def add_teacher_adapters(student: nn.Module, adapters: Sequence[str], **hub: Any) -> list[str]:
-    """Load a teacher's adapters beside the student's own; to be done before the student is placed or wrapped.
+    """Load a teacher's adapters next to the student's own; to be done before the student is placed or wrapped.
 
     The student stays as it is: its adapter is the active one, what it trains it goes on training, and what it saves is
     its adapter alone.
@@ -51,14 +51,14 @@ def add_teacher_adapters(student: nn.Module, adapters: Sequence[str], **hub: Any
                 "this base is needed, of the student's kind, without trained biases."
             ) from error
 
-    student.set_adapter(own)  # only now PEFT takes out the modules that an adapter replaces as a whole
+    student.set_adapter(own)  # only now PEFT takes out the modules that an adapter replaces completely
     for parameter in student.parameters():  # loading an adapter freezes the others
         parameter.requires_grad_(id(parameter) in trained)
 
     if len(names) > 1 and any(_is_no_sum(student.peft_config[name]) for name in names):
         raise TeacherError(
             f"`teacher_model_adapters: {','.join(adapters)}` cannot be added up, as one of them uses DoRA or saves "
-            "whole modules: merge them into a model and name it under `teacher_model`."
+            "complete modules: merge them into a model and name it under `teacher_model`."
         )
 
     return names

@@ -39,7 +39,7 @@ class TeacherSource(Protocol):
 
         Returns:
             A function from the size of the common vocabulary (None for the teacher's own) to a context in which the
-            logits can be read, a few tokens at a time; a sharded head is whole inside of it.
+            logits can be read, a few tokens at a time; a sharded head is gathered inside of it.
         """
 
 

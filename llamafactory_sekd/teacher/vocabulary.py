@@ -1,4 +1,4 @@
-"""Do student and teacher mean the same by a token id, and which ids do both really use?"""
+"""Check that student and teacher use the same token ids, and which ids do both really use?"""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def common_vocabulary(student_tokenizer: Any, student_rows: int, teacher_rows: i
         teacher_rows: rows of the teacher's head.
 
     Returns:
-        The number of rows to read, None where both heads are read whole; and a line for the log, empty where both are.
+        The number of rows to read, None where both heads have equally many; and a line for the log, empty then.
 
     Raises:
         TeacherError: a head is smaller than the tokenizer.
@@ -105,5 +105,5 @@ def common_vocabulary(student_tokenizer: Any, student_rows: int, teacher_rows: i
     return used, (
         f"The student's head has {student_rows:,} rows and the teacher's {teacher_rows:,}, of which the tokenizer "
         f"uses {used:,}: the objective reads the first {used:,} of both and renormalises; the rest is padding that no "
-        "token stands for."
+        "token means."
     )

@@ -18,7 +18,7 @@ from llamafactory_sekd.arguments import AUTO, GAMMA, DistillationArguments
 from llamafactory_sekd.objectives import TokenStatistics
 
 
-# The weight of a step that lies one step further back: the ratios look back over about ten steps.
+# The weight of a step that is one step further back: the ratios look back over about ten steps.
 DECAY = 0.9
 # Where all hard tokens are beyond reach their gradients vanish, and the factor that makes up for it has no bound; one
 # token within reach among the next would blow up. Small pretrained models need 10.

@@ -44,7 +44,7 @@ class TokenMeans:
         self.sums = sums if self.sums is None else self.sums + sums
 
     def read(self, accelerator: Any) -> tuple[float | None, dict[str, float]]:
-        """Return the mean loss and the mean of each metric over all ranks, and start anew.
+        """Return the mean loss and the mean of each metric over all ranks, and start over.
 
         All ranks call this together. Without any response token there are no means: None and an empty dict.
         """
@@ -62,5 +62,5 @@ class TokenMeans:
         return accelerator.reduce(sums.to(accelerator.device, copy=True), reduction="sum").tolist()
 
     def restore(self, sums: list[float], device: torch.device) -> None:
-        """Continue from what `total` returned; an empty list starts anew. One rank does this for all."""
+        """Continue from what `total` returned; an empty list starts over. One rank does this for all."""
         self.sums = torch.tensor(sums, dtype=torch.float64, device=device) if sums else None

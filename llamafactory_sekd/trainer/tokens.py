@@ -1,4 +1,4 @@
-"""Which entries of the vocabulary are difficult: sums per ground-truth token over the whole training."""
+"""Which entries of the vocabulary are difficult: sums per ground-truth token over the entire training."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         num_items: torch.Tensor,
         groups: list[TokenGroup],
     ) -> tuple[Any, torch.Tensor, TokenStatistics]:
-        """Compute the objective inside of the student's head, where every wrapper has its weight whole."""
+        """Compute the objective inside of the student's head, where every wrapper has its weight gathered."""
         answers = self.teacher.answers(batch, rows)
         transform = self._student_transform or IDENTITY
         # The model scales or caps whatever its head returns, the loss as well. What is this small passes a cap
@@ -275,7 +275,7 @@ class DistillationTrainer(Seq2SeqTrainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """Replace responses by own samples before the tokens of the step are counted."""
         if self.own_samples is not None and batch_samples:
-            # `state.epoch` is whole after an epoch's last step; rounding must not leave it just below.
+            # `state.epoch` is an integer after an epoch's last step; rounding must not leave it just below.
             epoch = int((self.state.epoch or 0.0) + 1e-6)
             self.own_samples.replace(self.accelerator.unwrap_model(self.model_wrapped), batch_samples, epoch)
 

@@ -22,7 +22,7 @@ _STYLE = """
 
 @dataclass(frozen=True)
 class Panel:
-    """The accordion and its fields, by the key of the training YAML that each stands for."""
+    """The accordion and its fields, by the key of the training YAML that each sets."""
 
     accordion: gr.Accordion
     fields: dict[str, Any]
@@ -52,13 +52,13 @@ class Panel:
             ours = label == stage_label
             return gr.Accordion(visible=ours), gr.Dropdown(choices=list(list_teachers()) if ours else [])
 
-        # Not when the field is opened: Gradio filters new suggestions by what stands in it.
+        # Not when the field is opened: Gradio filters new suggestions by the text in it.
         training_stage.change(show, [training_stage], [self.accordion, teacher], queue=False)
         adapters.focus(lambda name: gr.Dropdown(choices=list(list_adapters(name))), [teacher], [adapters], queue=False)
 
 
 def build_panel() -> Panel:
-    """Build the panel where the page stands, hidden."""
+    """Build the panel at the page's current place, hidden."""
     built: dict[str, Any] = {}
     with gr.Accordion(open=True, visible=False, elem_id="sekd_tab") as accordion:
         with gr.Row():

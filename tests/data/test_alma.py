@@ -241,7 +241,7 @@ def test_other_request_needs_overwrite_and_then_removes_what_it_no_longer_wants(
 ) -> None:
     prepare_alma(source, DE, out)
     one_way = make_plan(["de-en"], ["en-de"])
-    with pytest.raises(DataError, match=r"alma holds data of another request \(it differs in source, directions\)"):
+    with pytest.raises(DataError, match=r"alma was created with different options \(source, directions\)"):
         prepare_alma(source, one_way, out)
     prepare_alma(source, one_way, out, overwrite=True)
 
@@ -271,7 +271,7 @@ def test_bad_lines_of_the_source_are_left_out_in_both_directions_and_reported_on
     train = [f for f in manifest["findings"] if f["file"] == "deen/train.de-en.json"]
     assert [(f["problem"], f["outcome"], f["lines"]) for f in train] == [
         ("empty_side", "left out", [3]),
-        ("line_break", "mended", [4]),
+        ("line_break", "repaired", [4]),
         ("identical_sides", "kept", [5]),
     ]
     for name in ("alma_de_en", "alma_en_de", "wmt22_en_de"):

@@ -90,7 +90,7 @@ def test_second_run_verifies_and_another_corpus_needs_overwrite(corpus: Corpus, 
     assert (out / "mine.json").stat().st_mtime_ns == stamp
 
     (tmp_path / "train.de").write_text("uno\ndos\ntres\ncuatro\n")
-    with pytest.raises(DataError, match=r"holds data of another request \(it differs in source\)"):
+    with pytest.raises(DataError, match=r"was created with different options \(source\)"):
         prepare_pairs(corpus, EN_DE, "mine", out)
     prepare_pairs(corpus, EN_DE, "mine", out, overwrite=True)
     assert "cuatro" in (out / "mine.json").read_text()

@@ -85,7 +85,7 @@ def test_unknown_task_directory_and_set_are_one_clear_line(tmp_path: Path) -> No
 
 def test_half_a_test_set_names_the_missing_half(tmp_path: Path) -> None:
     (_write(tmp_path, "a\n", "b\n") / "en-de.de").unlink()
-    with pytest.raises(DataError, match=r"en-de\.de is missing beside its partner"):
+    with pytest.raises(DataError, match=r"en-de\.de is missing next to its partner"):
         load_test_set("wmt22", tmp_path, "en-de")
 
 
@@ -97,5 +97,5 @@ def test_misaligned_or_empty_test_set_stops(tmp_path: Path) -> None:
 
 
 def test_bad_sentence_stops_instead_of_shrinking_the_set(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"en-de\.de:2: one side is empty; a test set must be whole"):
+    with pytest.raises(DataError, match=r"en-de\.de:2: one side is empty; a test set must be complete"):
         load_test_set("wmt22", _write(tmp_path, "a\nb\n", "x\n \n"), "en-de")

@@ -291,7 +291,7 @@ def test_a_second_run_in_the_same_save_dir_is_refused(
         (["missing.yaml"], "missing.yaml cannot be read: No such file or directory."),
         (["eval.txt"], "eval.txt is not a YAML file."),
         (["{config}", "num_beams"], "'num_beams' is not an override: write key=value."),
-        (["{config}", "num_beams=many"], "`num_beams` must be a whole number of at least 1, not 'many'."),
+        (["{config}", "num_beams=many"], "`num_beams` must be an integer of at least 1, not 'many'."),
         (["{config}", "systems.one.hypotheses=x"], "`systems.one` needs either `model_name_or_path` or `hypotheses`."),
         (["{broken}"], "cannot be parsed: "),
         (["{list}"], "must hold keys and values."),

@@ -66,7 +66,7 @@ BAD_KEYS = [
     ({"teacher_deepspeed": "no.json", "deepspeed": ZERO_3}, ["teacher_deepspeed: no.json", "cannot be read"]),
     ({"teacher_model": None, "teacher_cache": "x", "teacher_offload": True}, ["teacher_offload: True", "missing"]),
     ({"teacher_model": "self"}, ["teacher_model: self", "finetuning_type: lora", "is full"]),
-    ({**SELF, "teacher_offload": True}, ["teacher_offload: True", "stands where it does"]),
+    ({**SELF, "teacher_offload": True}, ["teacher_offload: True", "shares its device"]),
     ({**SELF, "teacher_model_quantization_bit": 4}, ["teacher_model_quantization_bit: 4", "set `quantization_bit`"]),
     ({**SELF, "pissa_init": True}, ["pissa_init: true", "teacher_model: self"]),
     ({**SELF, "adapter_name_or_path": "a,b"}, ["adapter_name_or_path: a,b", "merged"]),
@@ -112,11 +112,11 @@ def test_a_bad_key_is_refused_with_key_value_and_remedy_before_any_model_is_read
 @pytest.mark.parametrize(
     ("wrong", "meant"),
     [
-        ({"kd_lamda": 0.5}, "`kd_lamda` is not a key of `stage: sekd`: did you mean `kd_lambda`?"),
-        ({"teacher_modell": "x"}, "`teacher_modell` is not a key of `stage: sekd`: did you mean `teacher_model`?"),
-        ({"kd_zzzzz": 1}, "`kd_zzzzz` is not a key of `stage: sekd`."),
-        ({"stage": "sekdd"}, "`stage: sekdd` does not exist: did you mean `sekd`?"),
-        ({"stage": "SEKD"}, "`stage: SEKD` does not exist: did you mean `sekd`?"),
+        ({"kd_lamda": 0.5}, "`kd_lamda` is not a key of `stage: sekd`: did you mean 'kd_lambda'?"),
+        ({"teacher_modell": "x"}, "`teacher_modell` is not a key of `stage: sekd`: did you mean 'teacher_model'?"),
+        ({"kd_zzzzz": 1}, "`kd_zzzzz` is not a key of `stage: sekd`: use one of " + ", ".join(KEYS) + "."),
+        ({"stage": "sekdd"}, "`stage: sekdd` does not exist: did you mean 'sekd'?"),
+        ({"stage": "SEKD"}, "`stage: SEKD` does not exist: did you mean 'sekd'?"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -128,7 +128,7 @@ def test_a_mistyped_key_or_stage_is_answered_with_the_one_that_was_meant(tmp_pat
 
 def test_a_mistyped_flag_of_ours_is_answered_as_well_and_others_stay_the_hosts(tmp_path):
     flags = ["--model_name_or_path", "x", "--stage", "sekd", "--teacher_model", "y", "--output_dir", str(tmp_path)]
-    with pytest.raises(ArgumentError, match="did you mean `kd_gamma`"):
+    with pytest.raises(ArgumentError, match="did you mean 'kd_gamma'"):
         get_train_args([*flags, "--kd_gama", "1"])
     with pytest.raises(ValueError, match="not used by the HfArgumentParser") as caught:
         get_train_args(base_config(tmp_path, output_dir=str(tmp_path / "out"), zzzzzz=1))

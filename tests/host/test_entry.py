@@ -156,7 +156,7 @@ def test_the_hosts_own_trainer_refuses_a_run_of_our_stage(tiny_root, tmp_path):
 def test_too_late_is_an_error_in_one_line_that_says_so(late, env):
     result = python(late, {"TORCH_DEVICE_BACKEND_AUTOLOAD": env})
     assert result.returncode != 0
-    assert "came too late and stays switched off: llamafactory." in result.stderr
+    assert "was loaded too late and is disabled: llamafactory." in result.stderr
     assert "python -m llamafactory_sekd" in result.stderr
     assert "Traceback" not in result.stderr or env == "0"
 
@@ -164,7 +164,7 @@ def test_too_late_is_an_error_in_one_line_that_says_so(late, env):
 def test_too_late_leaves_other_stages_alone_with_a_warning():
     result = python(HAS_OUR_KEYS)
     assert result.stdout.strip().endswith("False")
-    assert "came too late" in result.stderr
+    assert "was loaded too late" in result.stderr
 
 
 def test_a_second_application_is_an_error():

@@ -204,7 +204,7 @@ def rewrite(path, **keys):
 def test_what_is_done_again_says_why():
     run()
     _, said = run("overrides.learning_rate=0.5")
-    assert "a-seed=1: training.config.learning_rate was 0.001, now 0.5; it is done again" in said
+    assert "a-seed=1: training.config.learning_rate was 0.001, now 0.5; it will be rerun" in said
     assert write_study(opened(), find_inputs(opened()))["cells"][0]["scores"] is None  # another study's figures
 
 

@@ -24,7 +24,7 @@ def write(results: Mapping[str, Any], folder: Path, root: Path | None = None) ->
     Args:
         results: the contents of results.json (schema 1, see ``study/results.py``).
         folder: where the report goes, made if needed.
-        root: where results.json lies, to which the paths in it are relative; ``folder`` by default.
+        root: the folder of results.json, to which the paths in it are relative; ``folder`` by default.
 
     Returns:
         what was written, the reports first.

@@ -131,7 +131,7 @@ class Study:
 
 
 def read_study(results: Mapping[str, Any], root: Path) -> Study:
-    """Group the cells of results.json, which lies in ``root``.
+    """Group the cells of results.json, which is in ``root``.
 
     A cell counts once its scores are there; the others are listed as missing.
     """

@@ -49,7 +49,7 @@ class _Words:
 def word_recall(study: Study, texts: Texts, groups: Sequence[Group]) -> Recall:
     """Return the recall over all directions together, one row of shares per group.
 
-    A word is a token of BLEU's tokenizer with a letter or a digit in it. It counts as often as it stands in both the
+    A word is a token of BLEU's tokenizer with a letter or a digit in it. It counts as often as it appears in both the
     reference and the translation of a sentence. Raises :class:`DataError` where the training text cannot be read.
     """
     records = training_records(study.groups[0])

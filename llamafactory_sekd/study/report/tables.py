@@ -37,7 +37,7 @@ def columns_of(study: Study) -> tuple[str, ...]:
 
 
 def last_column(study: Study) -> str:
-    """Return what stands for the whole test: the average, or the only direction."""
+    """Return what represents the entire test: the average, or the only direction."""
     return columns_of(study)[-1]
 
 

@@ -62,7 +62,7 @@ def _read(root: Path, cell: Cell) -> _Table:
 
 
 def _classes(counts: Mapping[str, float]) -> dict[str, int]:
-    """Return token -> class. A token belongs where the middle of its mass lies."""
+    """Return token -> class. A token belongs where the middle of its mass is."""
     ordered = sorted(counts, key=lambda token: (-counts[token], int(token)))
     ends = accumulate(counts[token] for token in ordered)
     total = sum(counts.values())

@@ -25,7 +25,7 @@ class Progress:
 
 
 class EvaluationProcess:
-    """Runs ``llamafactory-cli eval`` on a YAML file that stands beside the results, as does what it prints.
+    """Runs ``llamafactory-cli eval`` on a YAML file next to the results; what it prints goes there, too.
 
     The results' own folder is the evaluation's: it refuses one that holds anything else.
     """

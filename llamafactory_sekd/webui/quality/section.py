@@ -42,7 +42,7 @@ class QualitySection:
 
 
 def build_quality_section(page: Page) -> QualitySection:
-    """Build the section where the page stands, and connect it."""
+    """Build the section at the page's current place, and connect it."""
     fields: dict[str, Any] = {}
     with gr.Accordion(open=False, **_texts("tab")) as accordion:
         with gr.Row():

@@ -36,7 +36,7 @@ def similarity_plot(study: Study, groups: Sequence[Group], looks: Mapping[str, L
 
 
 def progressive_plot(study: Study, groups: Sequence[Group], looks: Mapping[str, Look]) -> Plot | None:
-    """Draw the systems with a moving β beside those with the same objective and a fixed one (Fig. 3)."""
+    """Draw the systems with a moving β next to those with the same objective and a fixed one (Fig. 3)."""
     moving = {group.objective for group in groups if _moves(group)}
     shown = [group for group in groups if group.objective in moving]
     if all(map(_moves, shown)):

@@ -17,7 +17,7 @@ def over_key(study: Study, groups: Sequence[Group], key: str, looks: Mapping[str
     """Draw a score over the numbers of ``key``: a line per system, its sd over seeds as a band.
 
     Systems on which the key has no effect and values that are no numbers (``auto``) are horizontal lines; the teacher,
-    beside whom all else would look small, is left to the tables. None where no system has two numbers.
+    next to which all else would look small, is left to the tables. None where no system has two numbers.
     """
     metrics, column = shown_metrics(study), last_column(study)
     by_system: dict[str, list[Group]] = {}

@@ -77,7 +77,7 @@ def how_it_was_tested(views: Views) -> str:
         f"Paired bootstrap: the test sentences were resampled {SAMPLES:,} times, the same resamples for every system "
         "and seed; each seed is paired with the baseline's same seed, and the differences are averaged over pairs. "
         "Seeds were not resampled, so † and ▾ account for the choice of sentences, ± for the choice of seeds. p is "
-        "sacrebleu's, in effect one-sided; a † also asks that the 95 % interval of the difference lies above zero, a "
+        "sacrebleu's, in effect one-sided; a † also asks that the 95 % interval of the difference is above zero, a "
         "▾ below. Nothing is corrected for the number of tests."
     )
     if "comet" in shown_metrics(views.study):

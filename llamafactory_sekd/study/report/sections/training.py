@@ -48,7 +48,7 @@ def _drawn(views: Views, groups: Sequence[Group], draw: Callable[[str, Runs], Pl
         plots = [draw("", Runs(short_names(groups), baselines, looks, views.histories))]
     else:
         plots = []
-        # A baseline on which the matrix has no effect stands in every system's plot.
+        # A baseline on which the matrix has no effect appears in every system's plot.
         own_baseline = by_system.get(views.study.baseline or "", [])
         reference = own_baseline if len(own_baseline) == 1 else []
         for index, (system, own) in enumerate(by_system.items(), start=1):
@@ -85,7 +85,7 @@ def _tokens(views: Views, groups: Sequence[Group]) -> Section | None:
         ],
     )
     note = (
-        f"Means over the whole training. The response tokens are divided into {CLASSES} parts of about equal mass by "
+        f"Means over the entire training. The response tokens are divided into {CLASSES} parts of about equal mass by "
         "how frequent their entry of the vocabulary is among them, the most frequent first; a column is named by how "
         f"many different entries its part has. Single tokens are in each run's `{TOKEN_TABLE}`."
     )
@@ -139,5 +139,5 @@ def _cost(views: Views, groups: Sequence[Group]) -> Section | None:
 
 
 def _training(group: Group, key: str) -> Summary | None:
-    whole = [cell["training"] or {} for cell in group.cells.values()]
-    return summarize(times.get(key) for times in whole if key == "steps" or not times.get("resumed"))
+    trainings = [cell["training"] or {} for cell in group.cells.values()]
+    return summarize(times.get(key) for times in trainings if key == "steps" or not times.get("resumed"))
