@@ -81,7 +81,7 @@ def leaves(tree: Any, path: tuple[str, ...]) -> dict[tuple[str, ...], str]:
 
 def is_usable(code: str, path: tuple[str, ...], text: str, english: dict[tuple[str, ...], str]) -> bool:
     """Tell whether ``text`` is plain, long enough to be judged, and translated at all."""
-    if _MARKUP.search(text) or guards._letters(text) < guards.MIN_LETTERS:
+    if _MARKUP.search(text) or guards.count_letters(text) < guards.MIN_LETTERS:
         return False
     return code == "en" or english.get(path) != text
 

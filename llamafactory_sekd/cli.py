@@ -28,6 +28,7 @@ COMMANDS = {
     "data": Command("llamafactory_sekd.data.commands", "Prepare ALMA, WMT and your own parallel data.", PREPARE),
     "doctor": Command("llamafactory_sekd.host.doctor", "Estimate a run's memory before any weight is read.", PREPARE),
     "cache": Command("llamafactory_sekd.host.cache_command", "Compute a teacher once, for all runs that follow.", RUN),
+    "translate": Command("llamafactory_sekd.host.translate_command", "Translate text, or make text to train on.", RUN),
     "study": Command("llamafactory_sekd.study.commands", "Run a matrix of trainings, its tables and figures.", RUN),
     "demo": Command("llamafactory_sekd.demo.commands", "Run the complete job on a small scale.", RUN),
 }

@@ -42,6 +42,13 @@ class Problem(Enum):
     REPLACEMENT = ("replacement_character", Outcome.KEPT, "contains U+FFFD, the trace of a wrong decoding")
     LINE_BREAK = ("line_break", Outcome.REPAIRED, "a line break inside a sentence became a space")
     OUTER_SPACE = ("outer_space", Outcome.REPAIRED, "white space around a sentence was removed")
+    # Of text that a model made.
+    NO_TRANSLATION = ("no_translation", Outcome.LEFT_OUT, "the translation is empty")
+    HIT_LIMIT = ("hit_limit", Outcome.LEFT_OUT, "the translation reached the limit of tokens without an end")
+    OTHER_LANGUAGE = ("other_language", Outcome.LEFT_OUT, "the translation is in another language")
+    LOOP = ("loop", Outcome.LEFT_OUT, "the translation repeats itself")
+    LENGTH = ("length", Outcome.LEFT_OUT, "one side is more than three times as long as the other")
+    COPY = ("copy", Outcome.LEFT_OUT, "the translation is the source")
 
 
 # Bytes that are not UTF-8 arrive as lone surrogates ("surrogateescape"), as do broken escapes in JSON.
@@ -131,13 +138,17 @@ def _clean(pair: Pair, findings: Findings) -> Pair | None:
 
 
 def _unusable(pair: Pair) -> Problem | None:
-    if _SURROGATE.search(pair.source) or _SURROGATE.search(pair.target):
-        return Problem.WRONG_ENCODING
-    match is_empty(pair.source) + is_empty(pair.target):
-        case 2:
-            return Problem.BLANK
-        case 1:
-            return Problem.EMPTY_SIDE
-    if _CONTROL.search(pair.source) or _CONTROL.search(pair.target):
-        return Problem.CONTROL
+    found = [unusable_text(side) for side in (pair.source, pair.target)]
+    for problem in (Problem.WRONG_ENCODING, Problem.BLANK, Problem.CONTROL):
+        if problem in found:
+            return Problem.EMPTY_SIDE if problem is Problem.BLANK and found[0] != found[1] else problem
     return None
+
+
+def unusable_text(text: str) -> Problem | None:
+    """Return why nobody can learn from, or translate, a sentence; None where one can."""
+    if _SURROGATE.search(text):
+        return Problem.WRONG_ENCODING
+    if is_empty(text):
+        return Problem.BLANK
+    return Problem.CONTROL if _CONTROL.search(text) else None

@@ -145,7 +145,7 @@ def warn_if_made_for_another_template(
     """
     lines = []
     for name, file_name in file_names.items():
-        made_for = _prompt_in_manifest(Path(dataset_dir) / file_name)
+        made_for = prompt_in_manifest(Path(dataset_dir) / file_name)
         if made_for is None or (made_for == PARROT.name) == (template == "parrot"):
             continue
         remedy = "`template: parrot`" if made_for == PARROT.name else "a chat template"
@@ -159,7 +159,7 @@ def warn_if_made_for_another_template(
     return lines
 
 
-def _prompt_in_manifest(data: Path) -> str | None:
+def prompt_in_manifest(data: Path) -> str | None:
     """Return the name of the prompt in the manifest next to ``data``; None when no manifest is ours."""
     for path in (data.with_name(f"{data.stem}.manifest.json"), data.with_name("manifest.json")):
         manifest: Any = read_json(path)

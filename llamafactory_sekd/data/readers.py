@@ -56,6 +56,11 @@ def read_json_pairs(path: Path, direction: Direction, name: str | None = None, *
     return _not_empty(pairs, path)
 
 
+def read_json_records(path: Path) -> list[tuple[int, Any]]:
+    """Return the records of JSON Lines or of one JSON list, numbered from 1."""
+    return list(_json_records(_read_text(path), str(path)))
+
+
 def _nested(record: Any) -> Any:
     return record if not isinstance(record, dict) or "translation" in record else {"translation": record}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import GenerationConfig
@@ -61,8 +61,8 @@ def hf_translate(
             groups = greedy_search(model, prompts, stop_ids, pad_id, decoding.max_new_tokens, limits)
         else:
             groups = fixed_batches(model, prompts, pad_id, decoding, limits)
-        for group in _inference(groups):
-            rows = [_until_stop(row, stop_ids) for _, row in group]
+        for group in in_inference_mode(groups):
+            rows = [until_stop(row, stop_ids) for _, row in group]
             texts = decode([row for row, _ in rows])
             yield [
                 (index, Translation(one_line(text), len(row), hit_limit=not stopped))
@@ -95,10 +95,10 @@ def left_pad(prompts: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor, t
     return input_ids, attention_mask
 
 
-_Groups = Iterator[list[tuple[int, list[int]]]]
+_Rows = TypeVar("_Rows")
 
 
-def _inference(groups: _Groups) -> _Groups:
+def in_inference_mode(groups: Iterator[_Rows]) -> Iterator[_Rows]:
     """Pass ``groups`` on, computed without gradients; a context around the loop would leak to its consumer."""
     while True:
         try:
@@ -114,7 +114,7 @@ def _inference(groups: _Groups) -> _Groups:
         yield group
 
 
-def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> tuple[list[int], bool]:
+def until_stop(tokens: list[int], stop_ids: Sequence[int]) -> tuple[list[int], bool]:
     """Return the tokens before the first stop token, and whether there is one."""
     end = next((index for index, token in enumerate(tokens) if token in stop_ids), None)
     return (tokens, False) if end is None else (tokens[:end], True)

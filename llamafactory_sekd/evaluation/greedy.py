@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -24,6 +24,9 @@ from llamafactory_sekd.evaluation.translator import BatchLimits
 
 
 logger = logging.getLogger(__name__)
+
+# What follows: logits float32 [rows, vocab], the prompts' indices and the numbers of the new tokens in; tokens out.
+Pick = Callable[[torch.Tensor, list[int], list[int]], torch.Tensor]
 
 # The batch is repacked when this share of its sentences has ended. Repacking costs about as much as two steps.
 _ENDED_SHARE = 0.25
@@ -136,14 +139,16 @@ def greedy_search(
     pad_id: int,
     max_new_tokens: int,
     limits: BatchLimits,
+    pick: Pick | None = None,
 ) -> Iterator[list[tuple[int, list[int]]]]:
     """Yield groups of ``(index into prompts, new tokens)`` as they end, all of them in the end.
 
     The tokens are those that ``model.generate`` finds for each prompt alone, rounding aside, up to and including the
-    stop token; what stands behind that is without meaning.
+    stop token; what stands behind that is without meaning. ``pick`` chooses each token in place of the most likely
+    one.
     """
-    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
-    batch = _Batch(model, prompts, _common_prefix(prompts), stop_ids, pad_id, max_new_tokens)
+    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), prompts[index], index))
+    batch = _Batch(model, prompts, _common_prefix(prompts), stop_ids, pad_id, max_new_tokens, pick)
     waiting = 0
     while waiting < len(order) or batch.places:
         longest = max(len(prompts[index]) for index in [*batch.places, *order[waiting : waiting + 1]])
@@ -175,10 +180,12 @@ class _Batch:
         stop_ids: Sequence[int],
         pad_id: int,
         max_new_tokens: int,
+        pick: Pick | None = None,
     ) -> None:
         self.places: list[int] = []
         self.made: list[list[int]] = []
         self._forward = _Forward(model)
+        self._pick = pick
         self._prompts = prompts
         self._stop_ids = frozenset(stop_ids)
         self._stops = torch.tensor(list(stop_ids), device=model.device)
@@ -188,18 +195,26 @@ class _Batch:
         self._prefix_cache = DynamicCache(config=model.config)
         if shared:
             prefix = torch.tensor([self._prefix], device=model.device)
-            self._forward(prefix, torch.ones_like(prefix, dtype=torch.bool), self._prefix_cache)
+            self._forward.logits(prefix, torch.ones_like(prefix, dtype=torch.bool), self._prefix_cache)
         self._last = torch.empty(0, dtype=torch.long, device=model.device)
         self._mask = torch.empty((0, 0), dtype=torch.bool, device=model.device)
         self._cache = DynamicCache(config=model.config)
 
     def admit(self, places: list[int]) -> None:
         """Take in new sentences and find their first tokens."""
-        tokens, mask = self._pad_rest([self._prompts[place] for place in places])
+        # Several samples of a sentence stand next to each other, and its prompt goes through the model once.
+        different = list(dict.fromkeys(tuple(self._prompts[place]) for place in places))
+        tokens, mask = self._pad_rest([list(prompt) for prompt in different])
         cache = deepcopy(self._prefix_cache)
         if self._prefix:
-            cache.batch_repeat_interleave(len(places))
-        first = self._forward(tokens, mask, cache)
+            cache.batch_repeat_interleave(len(different))
+        logits = self._forward.logits(tokens, mask, cache)
+        if len(different) < len(places):
+            row_of = {prompt: row for row, prompt in enumerate(different)}
+            rows = torch.tensor([row_of[tuple(self._prompts[place])] for place in places], device=mask.device)
+            mask, logits = mask[rows], logits[rows.to(logits.device)]
+            cache.batch_select_indices(rows)
+        first = self._choose(logits, places, [0] * len(places))
         self._join(first, mask, cache)
         self.places += places
         self.made += [[token] for token in first.tolist()]
@@ -209,15 +224,20 @@ class _Batch:
         enough = max(1, int(len(self.places) * _ENDED_SHARE))
         ended = torch.zeros(len(self.places), dtype=torch.bool, device=self._last.device)
         new: list[torch.Tensor] = []
-        for _ in range(self._max_new_tokens - max(map(len, self.made))):
+        for step in range(self._max_new_tokens - max(map(len, self.made))):
             self._mask = pad(self._mask, (0, 1), value=True)
-            self._last = self._forward(self._last[:, None], self._mask, self._cache)
+            logits = self._forward.logits(self._last[:, None], self._mask, self._cache)
+            self._last = self._choose(logits, self.places, [len(row) + step for row in self.made])
             new.append(self._last)
             ended |= torch.isin(self._last, self._stops)
             if int(ended.sum()) >= enough:
                 break
         for row, tokens in zip(self.made, torch.stack(new, dim=1).tolist(), strict=True):
             row += tokens
+
+    def _choose(self, logits: torch.Tensor, places: list[int], numbers: list[int]) -> torch.Tensor:
+        tokens = logits.argmax(dim=-1) if self._pick is None else self._pick(logits, places, numbers)
+        return tokens.to(self._last.device)
 
     def release(self) -> list[tuple[int, list[int]]]:
         """Let the sentences go that have ended, and return them; columns that nobody needs any more go with them."""
@@ -269,7 +289,7 @@ class _Batch:
 
 
 class _Forward:
-    """Calls the model and returns the most likely next tokens."""
+    """Calls the model and returns the logits of the next tokens."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -278,15 +298,11 @@ class _Forward:
         self._keys = {"logits_to_keep": 1} if only_last else {}
         self._attention = getattr(model.config, "_attn_implementation", None)
 
-    def __call__(self, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        """Append ``tokens``, int64 ``[rows, new]``, to ``cache`` and return each row's next one, int64 ``[rows]``.
+    def logits(self, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """Append ``tokens``, int64 ``[rows, new]``, to ``cache``; return the last logits, float32 ``[rows, vocab]``.
 
         ``mask`` (bool ``[rows, cached + new]``) says which columns hold a token of the row.
         """
-        return self.logits(tokens, mask, cache).argmax(dim=-1).to(tokens.device)
-
-    def logits(self, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        """Append ``tokens`` to ``cache`` and return the last position's logits, float32 ``[rows, vocab]``."""
         positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         output = self._model(
             input_ids=tokens,

@@ -79,7 +79,7 @@ def inspect(lines: Sequence[str], language: str, hit_limit: Sequence[bool] | Non
 
 def is_other_language(line: str, language: str) -> bool:
     """Tell whether ``line`` is, with the certainty that ``language`` needs, in a language not to be taken for it."""
-    if _letters(line) < MIN_LETTERS:
+    if count_letters(line) < MIN_LETTERS:
         return False
     found, certainty = _identifier().classify(line)
     if found == language or any(found in group and language in group for group in CONFUSABLE):
@@ -87,7 +87,7 @@ def is_other_language(line: str, language: str) -> bool:
     return certainty >= NEEDED_CERTAINTY.get(language, MIN_CERTAINTY)
 
 
-def _letters(line: str) -> int:
+def count_letters(line: str) -> int:
     """Return how many letters ``line`` has, those of Chinese, Japanese and Korean counted three times."""
     return sum(3 if character >= "\u2e80" else 1 for character in line if character.isalpha())
 

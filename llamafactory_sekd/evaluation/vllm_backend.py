@@ -1,4 +1,4 @@
-"""Greedy decoding with vLLM, which batches by itself."""
+"""Greedy decoding and samples with vLLM, which batches by itself."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llamafactory_sekd.errors import one_line
+from llamafactory_sekd.evaluation.candidates import Candidates, Drawing, Request
 from llamafactory_sekd.evaluation.settings import Decoding
 from llamafactory_sekd.evaluation.translator import BatchLimits, Translate, Translation
 
@@ -37,13 +38,48 @@ def vllm_translate(engine: Any, stop_ids: Sequence[int], decoding: Decoding, lor
                 lora_request=lora_request,
                 use_tqdm=False,
             )
-            firsts = [output.outputs[0] for output in outputs]
-            yield [
-                (
-                    start + place,
-                    Translation(one_line(first.text), len(first.token_ids), first.finish_reason == "length"),
-                )
-                for place, first in enumerate(firsts)
-            ]
+            yield [(start + place, _translation(output.outputs[0])) for place, output in enumerate(outputs)]
 
     return translate
+
+
+def vllm_candidates(
+    engine: Any, stop_ids: Sequence[int], decoding: Decoding, drawing: Drawing | None, lora_request: Any = None
+) -> Candidates:
+    """Return the function that makes one translation of each request with ``engine``: a sample, or the greedy one."""
+    from vllm import SamplingParams
+
+    if drawing is None:
+        translate = vllm_translate(engine, stop_ids, decoding, lora_request)
+        return lambda requests, limits: (
+            [(index, [translation]) for index, translation in group]
+            for group in translate([request.prompt for request in requests], limits)
+        )
+
+    def sampling(request: Request) -> Any:
+        return SamplingParams(
+            temperature=drawing.temperature,
+            top_p=drawing.top_p,
+            top_k=drawing.top_k or -1,
+            seed=request.seed,
+            max_tokens=decoding.max_new_tokens,
+            stop_token_ids=list(stop_ids),
+            skip_special_tokens=True,
+        )
+
+    def several(requests: Sequence[Request], limits: BatchLimits) -> Iterator[list[tuple[int, list[Translation]]]]:
+        for start in range(0, len(requests), _SENTENCES):
+            part = requests[start : start + _SENTENCES]
+            outputs = engine.generate(
+                [{"prompt_token_ids": request.prompt} for request in part],
+                sampling_params=[sampling(request) for request in part],
+                lora_request=lora_request,
+                use_tqdm=False,
+            )
+            yield [(start + place, [_translation(output.outputs[0])]) for place, output in enumerate(outputs)]
+
+    return several
+
+
+def _translation(output: Any) -> Translation:
+    return Translation(one_line(output.text), len(output.token_ids), output.finish_reason == "length")

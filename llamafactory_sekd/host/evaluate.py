@@ -34,12 +34,12 @@ def run_eval(argv: list[str]) -> None:
     end_rank_with_launcher()
     try:
         settings = parse_settings(read_config(Path(argv[0]), argv[1:], error=EvaluationError), argv[0])
-        if _wants_torchrun(settings):
+        if wants_torchrun(settings):
             from llamafactory_sekd.evaluation.run import prepare
 
             # Whatever is wrong is said here, once, and not by every rank.
             prepare(settings, build_host(settings))
-            sys.exit(_torchrun(argv))
+            sys.exit(start_ranks("llamafactory_sekd", "eval", *argv))
         evaluate_settings(settings)
     except SekdError as error:
         print(f"llamafactory-cli eval: error: {error}", file=sys.stderr)
@@ -60,7 +60,8 @@ def _is_vllm(settings: Settings) -> bool:
     return settings.decoding.backend == "vllm"
 
 
-def _wants_torchrun(settings: Settings) -> bool:
+def wants_torchrun(settings: Settings) -> bool:
+    """Tell whether several ranks have to be started, as the host would for its training."""
     from llamafactory.extras.misc import get_device_count, is_env_enabled
 
     if "LOCAL_RANK" in os.environ:
@@ -70,8 +71,8 @@ def _wants_torchrun(settings: Settings) -> bool:
     return is_env_enabled("FORCE_TORCHRUN") or get_device_count() > 1
 
 
-def _torchrun(argv: list[str]) -> int:
-    """Start this evaluation on every device, with the variables that the host takes for its training."""
+def start_ranks(*words: str) -> int:
+    """Start a module of ours on every device, with the variables that the host takes for its training."""
     from llamafactory.extras.misc import find_available_port, get_device_count
 
     command = [
@@ -81,7 +82,7 @@ def _torchrun(argv: list[str]) -> int:
         *("--nproc-per-node", os.getenv("NPROC_PER_NODE", str(max(1, get_device_count())))),
         *("--master-addr", os.getenv("MASTER_ADDR", "127.0.0.1")),
         *("--master-port", os.getenv("MASTER_PORT", str(find_available_port()))),
-        *("-m", "llamafactory_sekd", "eval", *argv),
+        *("-m", *words),
     ]
     return subprocess.run(command, check=False, preexec_fn=end_with_parent).returncode
 
@@ -150,7 +151,7 @@ def _describe(settings: Settings, system: System) -> Description:
     )
 
 
-def _encoder(tokenizer: Any, template: Any) -> Any:
+def encoder(tokenizer: Any, template: Any) -> Any:
     """Return the function that turns a user's message into prompt ids, exactly as the host's chat engine does."""
 
     def encode(message: str) -> list[int]:
@@ -161,16 +162,22 @@ def _encoder(tokenizer: Any, template: Any) -> Any:
     return encode
 
 
-def _load_hf(settings: Settings, system: System) -> Translator:
+def load_model_for_generation(settings: Settings, system: System) -> tuple[Any, Any, Any]:
+    """Return a system's model, tokenizer and template."""
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.model import load_model, load_tokenizer
-
-    from llamafactory_sekd.evaluation.decoding import hf_translate
 
     model_args, data_args, finetuning_args, _ = _host_arguments(settings, system)
     tokenizer = load_tokenizer(model_args)["tokenizer"]
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
     model = load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
+    return model, tokenizer, template
+
+
+def _load_hf(settings: Settings, system: System) -> Translator:
+    from llamafactory_sekd.evaluation.decoding import hf_translate
+
+    model, tokenizer, template = load_model_for_generation(settings, system)
     translate = hf_translate(
         model,
         decode=lambda rows: tokenizer.batch_decode(rows, skip_special_tokens=True),
@@ -178,18 +185,16 @@ def _load_hf(settings: Settings, system: System) -> Translator:
         pad_id=tokenizer.pad_token_id,
         decoding=settings.decoding,
     )
-    return Translator(_encoder(tokenizer, template), translate)
+    return Translator(encoder(tokenizer, template), translate)
 
 
-def _load_vllm(settings: Settings, system: System) -> Translator:
-    """Build vLLM's engine with the options that the host's chat engine takes."""
+def load_vllm_engine(settings: Settings, system: System) -> tuple[Any, Any, Any, Any]:
+    """Return vLLM's engine with the options that the host's chat engine takes, its adapter, tokenizer and template."""
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.extras.misc import get_device_count
     from llamafactory.model import load_tokenizer
     from vllm import LLM
     from vllm.lora.request import LoRARequest
-
-    from llamafactory_sekd.evaluation.vllm_backend import vllm_translate
 
     model_args, data_args, _, _ = _host_arguments(settings, system)
     tokenizer = load_tokenizer(model_args)["tokenizer"]
@@ -210,6 +215,12 @@ def _load_vllm(settings: Settings, system: System) -> Translator:
     if isinstance(model_args.vllm_config, dict):
         options.update(model_args.vllm_config)
     request = LoRARequest("default", 1, adapters[0]) if adapters else None
-    stop_ids = template.get_stop_token_ids(tokenizer)
-    translate = vllm_translate(LLM(**options), stop_ids, settings.decoding, request)
-    return Translator(_encoder(tokenizer, template), translate)
+    return LLM(**options), request, tokenizer, template
+
+
+def _load_vllm(settings: Settings, system: System) -> Translator:
+    from llamafactory_sekd.evaluation.vllm_backend import vllm_translate
+
+    engine, request, tokenizer, template = load_vllm_engine(settings, system)
+    translate = vllm_translate(engine, template.get_stop_token_ids(tokenizer), settings.decoding, request)
+    return Translator(encoder(tokenizer, template), translate)

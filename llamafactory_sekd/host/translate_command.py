@@ -1,0 +1,197 @@
+"""The command line ``sekd translate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llamafactory_sekd.errors import ArgumentError
+
+
+app = typer.Typer(add_completion=False)
+_MODEL, _TEXT, _METHOD, _OUTPUT, _MACHINE = "Model", "Text", "Method", "Output", "Speed and machines"
+
+
+@app.command(epilog="Recipes: docs/translate.md")
+def translate(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Model arguments of LLaMA-Factory: infer_dtype=bfloat16, quantization_bit=4, …"),
+    ] = None,
+    model: Annotated[str, typer.Option(help="A folder or a hub id.", rich_help_panel=_MODEL)] = "",
+    adapter: Annotated[str | None, typer.Option(help="An adapter on it.", rich_help_panel=_MODEL)] = None,
+    template: Annotated[str, typer.Option(help="LLaMA-Factory's template.", rich_help_panel=_MODEL)] = "parrot",
+    source_language: Annotated[
+        str | None, typer.Option("--from", help="Language code of the text.", rich_help_panel=_TEXT)
+    ] = None,
+    target_language: Annotated[
+        str | None, typer.Option("--to", help="Language codes, such as de,cs.", rich_help_panel=_TEXT)
+    ] = None,
+    source_name: Annotated[
+        str | None, typer.Option("--from-name", help="The source language's name.", rich_help_panel=_TEXT)
+    ] = None,
+    target_name: Annotated[
+        str | None, typer.Option("--to-name", help="The target language's name.", rich_help_panel=_TEXT)
+    ] = None,
+    directions: Annotated[
+        str | None, typer.Option(help="In place of both: en-de,de-en.", rich_help_panel=_TEXT)
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option("--in", help="Plain lines, .tsv or .jsonl, packed too [default: stdin].", rich_help_panel=_TEXT),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Or a data set of dataset_info.json.", rich_help_panel=_TEXT)
+    ] = None,
+    dataset_dir: Annotated[Path, typer.Option(help="Its folder.", rich_help_panel=_TEXT)] = Path("data"),
+    alma: Annotated[Path | None, typer.Option(help="Or a clone of ALMA.", rich_help_panel=_TEXT)] = None,
+    split: Annotated[str, typer.Option(help="ALMA's train, valid or test.", rich_help_panel=_TEXT)] = "train",
+    prompt: Annotated[
+        str | None, typer.Option(help="parrot, plain, or your own with {source}.", rich_help_panel=_TEXT)
+    ] = None,
+    method: Annotated[str, typer.Option(help="greedy, beam, sample or mbr.", rich_help_panel=_METHOD)] = "greedy",
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Samples per sentence [default: 16 for mbr, else --n-best].", min=1, rich_help_panel=_METHOD
+        ),
+    ] = None,
+    beams: Annotated[
+        int | None, typer.Option(help="Width of the beam [default: 4].", min=2, rich_help_panel=_METHOD)
+    ] = None,
+    n_best: Annotated[int, typer.Option(help="Translations to write.", min=1, rich_help_panel=_METHOD)] = 1,
+    metric: Annotated[
+        str | None, typer.Option(help="Of mbr: chrf or comet [default: chrf].", rich_help_panel=_METHOD)
+    ] = None,
+    comet_model: Annotated[
+        str, typer.Option(help="A checkpoint or a hub name.", rich_help_panel=_METHOD)
+    ] = "Unbabel/wmt22-comet-da",
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="reference: the candidate closest to it by chrF, where there is one.", rich_help_panel=_METHOD
+        ),
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="[default: 1]", rich_help_panel=_METHOD)] = None,
+    top_p: Annotated[float | None, typer.Option(help="[default: 1]", rich_help_panel=_METHOD)] = None,
+    top_k: Annotated[int | None, typer.Option(help="[default: all]", rich_help_panel=_METHOD)] = None,
+    seed: Annotated[int, typer.Option(help="Of the samples.", min=0, rich_help_panel=_METHOD)] = 42,
+    max_new_tokens: Annotated[int, typer.Option(help="Limit of a translation.", min=1, rich_help_panel=_METHOD)] = 256,
+    length_penalty: Annotated[float, typer.Option(help="Of the beam.", rich_help_panel=_METHOD)] = 1.0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file: .txt, .tsv, .jsonl, packed with .gz; with --name a dataset_dir [default: stdout].",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Write a data set of this name into --out.", rich_help_panel=_OUTPUT)
+    ] = None,
+    filters: Annotated[
+        str,
+        typer.Option(
+            help="all, none, or of empty,limit,language,loop,length,copy: counted, and left out of data sets.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = "all",
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Where finished sentences are kept [default: OUT.work].", rich_help_panel=_OUTPUT),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a data set of another request.", rich_help_panel=_OUTPUT)
+    ] = False,
+    shard: Annotated[str | None, typer.Option(help="Only part I of N, written I/N.", rich_help_panel=_MACHINE)] = None,
+    join: Annotated[
+        int | None, typer.Option(help="Put N finished parts together.", min=1, rich_help_panel=_MACHINE)
+    ] = None,
+    backend: Annotated[str, typer.Option(help="hf or vllm.", rich_help_panel=_MACHINE)] = "hf",
+    batch_tokens: Annotated[
+        int, typer.Option(help="Tokens decoded at a time.", min=1, rich_help_panel=_MACHINE)
+    ] = 16384,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Translations at a time, at most.", min=1, rich_help_panel=_MACHINE)
+    ] = None,
+) -> None:
+    """Translate text with any model: to read, or to train a student on.
+
+    sekd translate --model M --from en --to de < in.txt > out.txt
+    """
+    from llamafactory_sekd.data.languages import Direction, parse_direction
+    from llamafactory_sekd.data.prompts import prompt_named
+    from llamafactory_sekd.host.translating import Inputs, Outputs, Weights, run_translate
+    from llamafactory_sekd.translation.filters import parse_filters
+    from llamafactory_sekd.translation.plan import check_name, make_plan, parse_shard
+    from llamafactory_sekd.translation.texts import SPLITS
+    from llamafactory_sekd.translation.writing import form_of
+
+    if not model:
+        raise ArgumentError("Name the model: --model FOLDER or a hub id.")
+    if sum(given is not None for given in (text, dataset, alma)) > 1:
+        raise ArgumentError("Give one of --in, --dataset and --alma.")
+    if dataset is not None and prompt is not None:
+        raise ArgumentError("`--prompt` has no effect on `--dataset`, whose records have prompts; remove it.")
+    if split not in SPLITS:
+        raise ArgumentError(f"`--split {split}`: use one of {', '.join(SPLITS)}.")
+    chosen: list[Direction] = []
+    if directions is not None:
+        if source_language or target_language:
+            raise ArgumentError("Give either --directions or --from and --to.")
+        chosen = [parse_direction(part.strip()) for part in directions.split(",")]
+    elif target_language is not None and (source_language is not None or dataset is None):
+        targets = [code.strip() for code in target_language.split(",")]
+        if target_name is not None and len(targets) > 1:
+            raise ArgumentError("`--to-name` names one language, and `--to` several.")
+        chosen = [parse_direction(f"{source_language or 'und'}-{code}", source_name, target_name) for code in targets]
+    if dataset is None and not chosen:
+        raise ArgumentError("Name the languages: --from en --to de, or --directions en-de,de-en.")
+    if (
+        dataset is None
+        and alma is None
+        and len({direction.source for direction in chosen}) > 1
+        and not _has_sides(text)
+    ):
+        raise ArgumentError("One text has one source language: use .jsonl with both sides, or one run for each.")
+    plan = make_plan(
+        method,
+        samples=samples,
+        beams=beams,
+        n_best=n_best,
+        metric=metric,
+        keep=keep,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_new_tokens=max_new_tokens,
+        length_penalty=length_penalty,
+        backend=backend,
+    )
+    if name is not None:
+        check_name(name)
+        if out is None:
+            raise ArgumentError("`--name` needs `--out`, the dataset_dir of LLaMA-Factory.")
+    elif form_of(out) != ".jsonl" and (n_best > 1 or len(chosen) > 1):
+        what = f"--n-best {n_best}" if n_best > 1 else "more than one direction"
+        raise ArgumentError(f"{what} does not fit lines of text: write `--out FILE.jsonl`, or a data set with --name.")
+    part = parse_shard(shard)
+    if (shard is not None or join is not None) and out is None and work is None:
+        raise ArgumentError("`--shard` and `--join` need `--out` (or `--work`), where the parts are kept.")
+    if shard is not None and join is not None:
+        raise ArgumentError("Give either --shard I/N or --join N.")
+    run_translate(
+        Weights(model, adapter, template, overrides or []),
+        Inputs(text, dataset, dataset_dir, alma, split, chosen, prompt_named(prompt), target_language),
+        plan,
+        Outputs(out, name, parse_filters(filters), work, overwrite, part, join),
+        comet_model=comet_model,
+        seed=seed,
+        batch_tokens=batch_tokens,
+        batch_size=batch_size,
+    )
+
+
+def _has_sides(text: Path | None) -> bool:
+    return text is not None and any(part in (".json", ".jsonl") for part in text.suffixes)

@@ -1,0 +1,1 @@
+"""`sekd translate`: text in, translations out, as text or as a data set to train on."""

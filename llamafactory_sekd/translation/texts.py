@@ -1,0 +1,188 @@
+"""What is to be translated: lines, columns, records of a data set or of ALMA, each with its place in its file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from llamafactory_sekd.data.alma import DATASET_INFO
+from llamafactory_sekd.data.checks import Problem, unusable_text
+from llamafactory_sekd.data.languages import Direction
+from llamafactory_sekd.data.layout import alma_files, alma_root, read_alma
+from llamafactory_sekd.data.prompts import AlpacaRecord, Prompt, prompt_in_manifest
+from llamafactory_sekd.data.readers import read_json_records, read_lines
+from llamafactory_sekd.errors import DataError, one_line
+from llamafactory_sekd.files import read_json, sha256_of
+
+
+STDIN = Path("/dev/stdin")
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One thing to translate.
+
+    ``source`` is None where a record does not have the sentence apart from its prompt, ``direction`` where nothing
+    says it, ``reference`` where there is none; with a ``problem`` it is not translated.
+    """
+
+    record: AlpacaRecord
+    source: str | None
+    direction: Direction | None
+    reference: str | None
+    file: str
+    line: int
+    problem: Problem | None = None
+
+    @property
+    def message(self) -> str:
+        """Return the user's turn as LLaMA-Factory builds it from the record."""
+        return "\n".join(part for part in (self.record["instruction"], self.record["input"]) if part)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """All sentences in their order, the digests of their files, and the name of the prompt for the manifest."""
+
+    sentences: list[Sentence]
+    files: dict[str, str]
+    prompt: str
+
+
+def read_file(path: Path, directions: Sequence[Direction], prompt: Prompt) -> Texts:
+    """Read plain lines, TSV (a second column is the reference) or JSON Lines, by the file's name; packed ones too.
+
+    JSON records have the sides as ALMA's do: ``{"translation": {"en": …, "de": …}}`` or ``{"en": …}``; a target side
+    is a reference. ``directions`` share the text: each sentence is translated into all of them.
+    """
+    suffix = next((part for part in reversed(path.suffixes) if part not in (".gz", ".bz2", ".xz")), "")
+    sentences = []
+    for direction in directions:
+        if suffix in (".json", ".jsonl"):
+            rows = [(number, *_sides(record, direction, path, number)) for number, record in read_json_records(path)]
+        elif suffix == ".tsv":
+            rows = [(number, *_columns(line, path, number)) for number, line in enumerate(read_lines(path), start=1)]
+        else:
+            rows = [(number, line, None) for number, line in enumerate(read_lines(path), start=1)]
+        sentences += [_sentence(*row, direction, str(path), prompt) for row in rows]
+    if not sentences:
+        raise DataError(f"{path} holds no sentences.")
+    digest = "" if path == STDIN else sha256_of(path)
+    return Texts(sentences, {path.name: digest}, _prompt_name(prompt))
+
+
+def read_alma_split(folder: Path, split: str, directions: Sequence[Direction], prompt: Prompt) -> Texts:
+    """Read a split of a clone of ALMA; its other side is the reference."""
+    root = alma_root(folder)
+    sentences: list[Sentence] = []
+    files: dict[str, str] = {}
+    for direction in directions:
+        sentences += [
+            _sentence(pair.line, pair.source, pair.target, direction, pair.file, prompt)
+            for pair in read_alma(root, direction, split)
+        ]
+        files |= {path.name: sha256_of(path) for path in alma_files(root, direction, split)}
+    return Texts(sentences, files, _prompt_name(prompt))
+
+
+def read_dataset(name: str, folder: Path, target: str | None) -> Texts:
+    """Read the records of a data set of ``dataset_info.json`` in alpaca format; their prompts stay as they are.
+
+    ``target`` is the code of the language of all of them; without it, the wording of our own prompts says it.
+    """
+    info = read_json(folder / DATASET_INFO)
+    entry = info.get(name) if isinstance(info, dict) else None
+    if not isinstance(entry, dict):
+        raise DataError(f"{folder / DATASET_INFO} declares no data set {name!r}.")
+    if entry.get("formatting", "alpaca") != "alpaca" or not isinstance(entry.get("file_name"), str):
+        raise DataError(f"Data set {name!r}: only files in alpaca format can be translated; give its text with --in.")
+    columns = {"prompt": "instruction", "query": "input", "response": "output", **(entry.get("columns") or {})}
+    for key in ("system", "history", "images"):
+        if columns.get(key):
+            raise DataError(f"Data set {name!r} has a column for {key!r}, which the translator does not pass on.")
+    path = folder / entry["file_name"]
+    made_for = prompt_in_manifest(path)
+    sentences = []
+    for number, record in read_json_records(path):
+        if not isinstance(record, dict):
+            raise DataError(f"{path}:{number}: expected a record with {columns['prompt']!r}, got {record!r:.80}.")
+        order, sentence, answer = (record.get(columns[key]) or "" for key in ("prompt", "query", "response"))
+        direction = _direction_of(order, target)
+        plain = Sentence({"instruction": order, "input": sentence, "output": ""}, None, direction, None, "", 0)
+        sentences.append(
+            Sentence(
+                plain.record,
+                sentence or None,
+                direction,
+                answer or None,
+                path.name,
+                number,
+                _unusable(plain.message),
+            )
+        )
+    if not sentences:
+        raise DataError(f"{path} holds no records.")
+    return Texts(sentences, {path.name: sha256_of(path)}, made_for or "that of the records")
+
+
+def _sentence(
+    number: int, source: str, reference: str | None, direction: Direction, file: str, prompt: Prompt
+) -> Sentence:
+    problem = _unusable(source)
+    text = "" if problem is not None else one_line(source)
+    answer = one_line(reference) if reference and unusable_text(reference) is None else None
+    return Sentence(prompt.record(text, "", direction), text, direction, answer, file, number, problem)
+
+
+def _unusable(text: str) -> Problem | None:
+    found = unusable_text(text)
+    return Problem.EMPTY_SIDE if found is Problem.BLANK else found
+
+
+def _columns(line: str, path: Path, number: int) -> tuple[str, str | None]:
+    columns = line.split("\t")
+    if len(columns) > 2:
+        raise DataError(
+            f"{path}:{number}: {len(columns)} columns, and at most 2 are read (source, reference); keep them, for "
+            "example with `cut -f1,2`."
+        )
+    return columns[0], columns[1] if len(columns) == 2 else None
+
+
+def _sides(record: Any, direction: Direction, path: Path, number: int) -> tuple[str, str | None]:
+    sides = record.get("translation", record) if isinstance(record, dict) else None
+    source = sides.get(direction.source) if isinstance(sides, dict) else None
+    if not isinstance(sides, dict) or not isinstance(source, str):
+        raise DataError(f'{path}:{number}: expected {{"{direction.source}": text, …}}, got {record!r:.80}.')
+    reference = sides.get(direction.target)
+    return source, reference if isinstance(reference, str) else None
+
+
+def _prompt_name(prompt: Prompt) -> str:
+    return prompt.name if prompt.name in ("parrot", "plain") else prompt.text
+
+
+_ORDER = re.compile(r"Translate the following sentences from (.+?) to (.+?)\.(?:\n|$)")
+
+
+def _direction_of(instruction: str, target: str | None) -> Direction | None:
+    """Return the direction that the wording of our own prompts names; ``target`` is what the user said."""
+    found = _ORDER.match(instruction)
+    codes = [_code_of(name) for name in found.groups()] if found else [None, None]
+    wanted = target or codes[1]
+    return Direction(codes[0] or "und", wanted) if wanted is not None else None
+
+
+@cache
+def _code_of(name: str) -> str | None:
+    from langcodes import find
+
+    try:
+        return str(find(name))
+    except LookupError:
+        return None
