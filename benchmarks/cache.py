@@ -157,14 +157,14 @@ def timed(function: Callable[..., Any], spent: dict[str, float], name: str) -> C
 def reading(config: dict[str, Any], directory: Path, batch_size: int) -> dict[str, float]:
     """What reading adds to collating a batch, in seconds, and to this process, in bytes, after all has been read."""
     from llamafactory_sekd.host.cache import tokenized
-    from llamafactory_sekd.teacher.cache import CacheCollator, Manifest, ShardReader
+    from llamafactory_sekd.teacher.cache import CacheCollator, Manifest, open_caches
 
     with patch.dict(os.environ):
         (dataset,) = tokenized(config).datasets
 
     examples = list(dataset)
     batches = [examples[start : start + batch_size] for start in range(0, len(examples), batch_size)]
-    collate = CacheCollator(lambda features: {}, ShardReader(directory), Manifest.load(directory).kept())
+    collate = CacheCollator(lambda features: {}, open_caches([directory], [Manifest.load(directory)]))
     collate(batches[0])
     before, times = _anonymous_memory(), []
     for _ in range(3):

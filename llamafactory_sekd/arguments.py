@@ -19,6 +19,7 @@ from llamafactory_sekd.errors import ArgumentError
 STAGE = "sekd"
 AUTO = "auto"
 SELF = "self"  # as `teacher_model`
+MEAN = "mean"  # as `teacher_mix`
 GAMMA = 0.4  # the paper's
 TEMPERATURES = (0.01, 1000.0)  # beyond them the distributions are one-hot or uniform, and nothing can be learned
 TOKEN_TABLE = "token_difficulty.csv"  # written into `output_dir`
@@ -92,7 +93,17 @@ class DistillationArguments:
         metadata={
             "help": (
                 "Folder with the teacher's answers (`sekd cache`), read instead of loading a teacher. With "
-                "teacher_model as well, what the folder lacks is computed and added in the first epoch."
+                "teacher_model as well, what the folder lacks is computed and added in the first epoch. Use commas to "
+                "separate several, each with another teacher: the one that holds an example answers it."
+            )
+        },
+    )
+    teacher_mix: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "What answers an example that several folders of teacher_cache hold: `mean`, the mean of their "
+                "distributions, or one weight for each folder, such as 2,1. Without it such an example is refused."
             )
         },
     )
@@ -258,6 +269,7 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
     if args.teacher_model_quantization_bit not in (None, 4, 8):
         _refuse(args, "teacher_model_quantization_bit", "use 4 or 8, or leave it out")
 
+    _check_caches(args)
     _check_placement(args)
     if not isinstance(args.kd_loss, str) or args.kd_loss not in KD_LOSSES:
         _refuse(args, "kd_loss", f"choose one of {', '.join(KD_LOSSES)}")
@@ -331,6 +343,46 @@ def check_no_distillation_arguments(args: DistillationArguments, stage: str, giv
                 f"`{item.name}: {value}` belongs to the distillation stage and has no effect with `stage: {stage}`: "
                 f"remove it, or set `stage: {STAGE}`."
             )
+
+
+def cache_folders(teacher_cache: str | None) -> list[str]:
+    """Return the folders that ``teacher_cache`` names."""
+    return [name.strip() for name in (teacher_cache or "").split(",") if name.strip()]
+
+
+def mixing_weights(args: DistillationArguments) -> list[float] | None:
+    """Return the weight of each folder of ``teacher_cache``, None without ``teacher_mix``.
+
+    Raises:
+        ArgumentError: it is neither ``mean`` nor one positive number for each folder.
+    """
+    if args.teacher_mix is None:
+        return None
+
+    folders = cache_folders(args.teacher_cache)
+    if args.teacher_mix == MEAN:
+        return [1.0] * len(folders)
+
+    try:
+        weights = [float(text) for text in str(args.teacher_mix).split(",")]
+    except ValueError:
+        weights = []
+
+    if len(weights) != len(folders) or not all(0 < weight < math.inf for weight in weights):
+        _refuse(args, "teacher_mix", f"use {MEAN}, or {len(folders)} weights above 0, one for each `teacher_cache`")
+
+    return weights
+
+
+def _check_caches(args: DistillationArguments) -> None:
+    folders = cache_folders(args.teacher_cache)
+    if args.teacher_model and len(folders) > 1:
+        _refuse(args, "teacher_cache", "`teacher_model` fills one folder; name that one, or remove `teacher_model`")
+
+    if args.teacher_mix is not None and len(folders) < 2:
+        _refuse(args, "teacher_mix", "it needs several folders in `teacher_cache`, separated by commas")
+
+    mixing_weights(args)
 
 
 def _check_placement(args: DistillationArguments) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from llamafactory_sekd.arguments import cache_folders, mixing_weights
 from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.host.cache import autocast_type, fingerprints_of, used_ids
 from llamafactory_sekd.teacher import Teacher
@@ -17,22 +18,23 @@ from llamafactory_sekd.teacher.cache import (
     CacheCollator,
     CachedTeacher,
     FillingTeacher,
-    Manifest,
+    OpenCache,
     Session,
-    ShardReader,
-    first_missing,
-    missing_example,
+    first_unanswered,
     on_any_rank,
+    open_caches,
     open_for_reading,
+    unanswered,
 )
 from llamafactory_sekd.teacher.source import TeacherSource
 
 
 class CacheOfRun:
-    """The cache of one training run.
+    """The cache of one training run, or its several caches.
 
-    Without ``teacher_model`` it must hold every example of the run, and this is checked here. With it, the teacher is
-    needed only where an example is missing, and what it computes is kept.
+    Without ``teacher_model`` every example of the run must be in one of them (in one only, unless ``teacher_mix`` is
+    set), and this is checked here. With it there is one cache, the teacher is needed only where an example is missing,
+    and what it computes is kept.
 
     Args:
         model_args, data_args, training_args, finetuning_args: the run's.
@@ -42,7 +44,7 @@ class CacheOfRun:
         needs_model: whether the teacher has to be loaded.
 
     Raises:
-        TeacherError: the cache is of something else, is damaged, or lacks an example.
+        TeacherError: a cache is of something else, is damaged, or no cache or several hold an example.
     """
 
     def __init__(
@@ -53,14 +55,15 @@ class CacheOfRun:
         finetuning_args: Any,
         trainer_arguments: dict[str, Any],
     ) -> None:
-        self.directory = Path(finetuning_args.teacher_cache)
+        self.directories = [Path(name) for name in cache_folders(finetuning_args.teacher_cache)]
+        self.weights = mixing_weights(finetuning_args)
         self.device = training_args.device
         self.tokenizer = trainer_arguments["tokenizer"]
         template = trainer_arguments["data_collator"].template
         run = fingerprints_of(self.tokenizer, template, model_args, data_args, finetuning_args)
         datasets = _datasets(trainer_arguments, training_args)
         self.session: Session | None = None
-        self.manifest: Manifest | None
+        self.caches: list[OpenCache] = []
         if finetuning_args.teacher_model:
             self._open_for_filling(run, datasets)
         else:
@@ -72,34 +75,25 @@ class CacheOfRun:
         return self.session is not None
 
     @property
-    def vocab_size(self) -> int | None:
-        """How many ids the teacher's answers are over; None for a cache that is not there yet."""
-        return None if self.manifest is None else self.manifest.vocab_size
+    def vocab_sizes(self) -> list[int]:
+        """How many ids each teacher's answers are over; none for a cache that is not there yet."""
+        return [cache.vocab_size for cache in self.caches]
 
     def make_teacher(self, make_online: Callable[[Any], Teacher] | None, accelerator: Any) -> TeacherSource:
         """Return the teacher that the trainer asks; `make_online` makes the one needed where something is missing."""
         if self.session is None:
-            assert self.manifest is not None
-            return CachedTeacher(self.directory, self.manifest.kept(), self.device, self._text)
+            return CachedTeacher(self.caches, self.device, self._text, self.weights)
 
         assert make_online is not None
         online = make_online(accelerator)
         probe = {"input_ids": torch.zeros(1, 8, dtype=torch.int64, device=self.device)}
-        self.manifest = self.session.admit(online, used_ids(self.tokenizer), probe, autocast_type(accelerator))
-        return FillingTeacher(
-            self.directory,
-            self.manifest.kept(),
-            self.device,
-            self._text,
-            online=online,
-            writer=self.session.writer(),
-            reader=self.reader,
-        )
+        manifest = self.session.admit(online, used_ids(self.tokenizer), probe, autocast_type(accelerator))
+        self.caches = open_caches(self.directories, [manifest])
+        return FillingTeacher(self.caches[0], self.device, self._text, online=online, writer=self.session.writer())
 
     def attach(self, trainer: Any) -> None:
         """Let the trainer's batches bring the teacher's answers, and keep what it computes."""
-        assert self.manifest is not None
-        trainer.data_collator = CacheCollator(trainer.data_collator, self.reader, self.manifest.kept())
+        trainer.data_collator = CacheCollator(trainer.data_collator, self.caches)
         if self.session is not None:
             trainer.add_callback(_Keep(trainer.teacher))
 
@@ -111,16 +105,20 @@ class CacheOfRun:
             self.session.close()
 
     def _open_for_reading(self, run: Any, datasets: list[Any], *, verify: bool) -> None:
-        self.manifest = open_for_reading(self.directory, run, verify=verify)
-        self.reader = ShardReader(self.directory)
-        missing = first_missing(datasets, self.reader)
-        if missing is not None:
-            raise TeacherError(missing_example(self.directory, self._text(torch.from_numpy(missing.ids))))
+        manifests = [open_for_reading(directory, run, verify=verify) for directory in self.directories]
+        self.caches = open_caches(self.directories, manifests)
+        readers = [cache.reader for cache in self.caches]
+        found = first_unanswered(datasets, readers, mixes=self.weights is not None)
+        if found is not None:
+            segment, holders = found
+            raise TeacherError(unanswered(self.directories, holders, self._text(torch.from_numpy(segment.ids))))
 
     def _open_for_filling(self, run: Any, datasets: list[Any]) -> None:
-        session = Session(self.directory, run)
-        self.manifest, self.reader = session.manifest, session.reader
-        lacks = not session.head_is_intact or not datasets or first_missing(datasets, self.reader) is not None
+        session = Session(self.directories[0], run)
+        if session.manifest is not None:
+            self.caches = open_caches(self.directories, [session.manifest])
+
+        lacks = not session.head_is_intact or not datasets or first_unanswered(datasets, [session.reader]) is not None
         if on_any_rank(torch.tensor(lacks, device=self.device)):
             self.session = session
         else:

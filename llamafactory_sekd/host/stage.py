@@ -133,8 +133,8 @@ def _our_trainer(
         if cache is None or cache.needs_model:
             make_online, rows = online_teacher(model_args, training_args, finetuning_args, kwargs["model"])
 
-        teacher_rows = (cache.vocab_size if cache is not None else None) or rows
-        vocab_size, explanation = common_vocabulary(kwargs["tokenizer"], student_rows, teacher_rows)
+        teachers_rows = (cache.vocab_sizes if cache is not None else None) or [rows]
+        vocab_size, explanation = common_vocabulary(kwargs["tokenizer"], student_rows, *teachers_rows)
         if explanation:
             logging.get_logger(__name__).warning(explanation)
 

@@ -10,7 +10,7 @@ from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
-from llamafactory_sekd.arguments import KEYS, SELF, STAGE
+from llamafactory_sekd.arguments import KEYS, SELF, STAGE, cache_folders
 from llamafactory_sekd.errors import SekdError
 
 
@@ -130,7 +130,8 @@ def _check_teacher_files(args: dict[str, Any]) -> None:
     if args.get("teacher_model"):
         check_teacher_files(args["teacher_model"])
     else:  # with a teacher the cache may be empty
-        Manifest.load(Path(args["teacher_cache"]))
+        for folder in cache_folders(args["teacher_cache"]):
+            Manifest.load(Path(folder))
 
 
 _SHOWN_AT_THE_END = ("output_box", "progress_bar")

@@ -32,6 +32,7 @@ class Teacher:
     """
 
     collated_keys: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module, accelerator: Any, placement: Placement | None = None) -> None:
         placement = placement or Placement()
@@ -93,6 +94,10 @@ class Teacher:
                 yield product(hidden, weight.to(hidden.device), bias, vocab_size, self.transform or IDENTITY)
 
         return opened
+
+    def who_answers(self, inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
+        """Return no column: this is one teacher."""
+        return rows.new_empty(int(rows.sum()), 0)
 
     @contextmanager
     def head_parameters(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:

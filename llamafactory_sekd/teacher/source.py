@@ -19,9 +19,11 @@ class TeacherSource(Protocol):
 
     Attributes:
         collated_keys: entries of a batch that are the teacher's alone; the student must not see them.
+        names: of the teachers that this one consists of; none where it is one alone.
     """
 
     collated_keys: tuple[str, ...]
+    names: tuple[str, ...]
 
     def can_answer_in_chunks(self, inputs: dict[str, Any]) -> bool:
         """Whether :meth:`answers` works: the logits of a few tokens can be had without those of all."""
@@ -41,6 +43,9 @@ class TeacherSource(Protocol):
             A function from the size of the common vocabulary (None for the teacher's own) to a context in which the
             logits can be read, a few tokens at a time; a sharded head is gathered inside of it.
         """
+
+    def who_answers(self, inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
+        """Return which of the teachers in `names` have a say on each response token, bool ``[tokens, names]``."""
 
 
 def product(

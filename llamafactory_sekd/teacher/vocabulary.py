@@ -74,27 +74,29 @@ def _mismatch(difference: str) -> TeacherError:
     )
 
 
-def common_vocabulary(student_tokenizer: Any, student_rows: int, teacher_rows: int) -> tuple[int | None, str]:
-    """Decide how many rows of the two heads the objective reads.
+def common_vocabulary(student_tokenizer: Any, student_rows: int, *teachers_rows: int) -> tuple[int | None, str]:
+    """Decide how many rows of the heads the objective reads.
 
-    Model families pad their vocabulary differently (Qwen 2.5: 151,936 and 152,064 rows for 151,665 tokens). Where the
-    heads differ, both are cut to the ids that the tokenizer really uses, and the probabilities are renormalised there.
+    Model families pad their vocabulary differently (Qwen 2.5: 151,936 and 152,064 rows for 151,665 tokens). Where
+    heads differ, all are cut to the ids that the tokenizer really uses, and the probabilities are renormalised there.
 
     Args:
-        student_tokenizer: the student's tokenizer; every one of its tokens is known to the teacher.
+        student_tokenizer: the student's tokenizer; every one of its tokens is known to the teachers.
         student_rows: rows of the student's head.
-        teacher_rows: rows of the teacher's head.
+        teachers_rows: rows of each teacher's head.
 
     Returns:
-        The number of rows to read, None where both heads have equally many; and a line for the log, empty then.
+        The number of rows to read, None where all heads have equally many; and a line for the log, empty then.
 
     Raises:
         TeacherError: a head is smaller than the tokenizer.
     """
-    if student_rows == teacher_rows:
+    others = [rows for rows in teachers_rows if rows != student_rows]
+    if not others:
         return None, ""
 
     used = max(student_tokenizer.get_vocab().values()) + 1
+    teacher_rows = min(others)
     for who, rows in (("student", student_rows), ("teacher", teacher_rows)):
         if rows < used:
             raise TeacherError(

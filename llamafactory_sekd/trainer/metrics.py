@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,22 +25,40 @@ METRICS: dict[str, str] = {
 NONFINITE = "kd/teacher_nonfinite"
 
 
-class TokenMeans:
-    """Sums of token statistics since the last reading; adding costs no synchronization with the host."""
+# What is reported of each of several teachers, over the response tokens that it has a say on.
+OF_TEACHER: dict[str, str] = {"teacher_kl": "teacher_kl", "teacher_ce": "teacher_ce"}
+SHARE = "share"  # of the response tokens, those that a teacher has a say on
 
-    def __init__(self) -> None:
+
+class TokenMeans:
+    """Sums of token statistics since the last reading; adding costs no synchronization with the host.
+
+    Args:
+        teachers: the names of several teachers; their own means are ``kd/<name>/…``.
+    """
+
+    def __init__(self, teachers: Sequence[str] = ()) -> None:
+        self.teachers = teachers
         self.sums: torch.Tensor | None = None
 
-    def add(self, statistics: TokenStatistics, loss: torch.Tensor) -> None:
+    def add(self, statistics: TokenStatistics, loss: torch.Tensor, who: torch.Tensor | None = None) -> None:
         """Add a micro-batch.
 
         Args:
             statistics: per token, each ``[tokens]``; a `teacher_ce` of NaN marks a token that was left out.
             loss: the objective summed over these tokens, a scalar.
+            who: bool ``[tokens, teachers]``, which of several teachers have a say on each token.
         """
         left_out = statistics.teacher_ce.isnan()
         columns = [getattr(statistics, name).masked_fill(left_out, 0.0) for name in METRICS.values()]
         totals = [(~left_out).sum(), left_out.sum(), loss, *(column.sum(dtype=torch.float64) for column in columns)]
+        for number in range(len(self.teachers)):
+            assert who is not None
+            lacks = left_out | ~who[:, number].to(left_out.device)
+            totals.append((~lacks).sum())
+            for name in OF_TEACHER.values():
+                totals.append(getattr(statistics, name).masked_fill(lacks, 0.0).sum(dtype=torch.float64))
+
         sums = torch.stack([total.double() for total in totals])
         self.sums = sums if self.sums is None else self.sums + sums
 
@@ -54,13 +73,32 @@ class TokenMeans:
         if count == 0:
             return None, nonfinite
 
-        return loss / count, {name: total / count for name, total in zip(METRICS, rest, strict=True)} | nonfinite
+        means = {name: total / count for name, total in zip(METRICS, rest, strict=False)}
+        return loss / count, means | self._of_teachers(count, rest[len(METRICS) :]) | nonfinite
 
     def total(self, accelerator: Any) -> list[float]:
         """Return the sums of all ranks, which call this together, and keep them."""
-        sums = self.sums if self.sums is not None else torch.zeros(len(METRICS) + 3, dtype=torch.float64)
+        sums = self.sums if self.sums is not None else torch.zeros(self._length(), dtype=torch.float64)
         return accelerator.reduce(sums.to(accelerator.device, copy=True), reduction="sum").tolist()
 
     def restore(self, sums: list[float], device: torch.device) -> None:
-        """Continue from what `total` returned; an empty list starts over. One rank does this for all."""
-        self.sums = torch.tensor(sums, dtype=torch.float64, device=device) if sums else None
+        """Continue from what `total` returned; an empty list, or one of other teachers, starts over.
+
+        One rank does this for all.
+        """
+        fits = len(sums) == self._length()
+        self.sums = torch.tensor(sums, dtype=torch.float64, device=device) if fits else None
+
+    def _length(self) -> int:
+        return 3 + len(METRICS) + len(self.teachers) * (1 + len(OF_TEACHER))
+
+    def _of_teachers(self, count: float, sums: Sequence[float]) -> dict[str, float]:
+        means: dict[str, float] = {}
+        width = 1 + len(OF_TEACHER)
+        for number, teacher in enumerate(self.teachers):
+            own, *totals = sums[number * width : (number + 1) * width]
+            means[f"kd/{teacher}/{SHARE}"] = own / count
+            if own:
+                means |= {f"kd/{teacher}/{name}": total / own for name, total in zip(OF_TEACHER, totals, strict=True)}
+
+        return means

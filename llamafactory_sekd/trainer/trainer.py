@@ -91,8 +91,8 @@ class DistillationTrainer(Seq2SeqTrainer):
         self.add_callback(WriteTokenTable(self.token_sums, self.accelerator))
         self.router_loss = RouterLoss(self.accelerator.unwrap_model(self.model))
         self.add_callback(WarnOfIdleRun(distillation))
-        self.train_means = TokenMeans()
-        self.eval_means = TokenMeans()
+        self.train_means = TokenMeans(self.teacher.names)
+        self.eval_means = TokenMeans(self.teacher.names)
         self.own_samples = make_own_samples(self.accelerator) if make_own_samples else None
         self._fused: bool | None = None
         self._chunk_size: int | None = None
@@ -154,7 +154,8 @@ class DistillationTrainer(Seq2SeqTrainer):
                 self.own_samples.judge(numbers, rows, statistics.teacher_ce)
 
         means = self.train_means if model.training else self.eval_means
-        means.add(statistics, loss.detach() * num_items)
+        who = self.teacher.who_answers(batch, rows) if self.teacher.names else None
+        means.add(statistics, loss.detach() * num_items, who)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks, `num_items` counts all
 
@@ -332,7 +333,7 @@ class DistillationTrainer(Seq2SeqTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate, with the loss and the metrics as means over all response tokens, whatever the batches were."""
-        self.eval_means = TokenMeans()
+        self.eval_means = TokenMeans(self.teacher.names)
         output = super().evaluation_loop(*args, **kwargs)
         loss, metrics = self.eval_means.read(self.accelerator)
         self._refuse_a_broken_teacher(metrics)

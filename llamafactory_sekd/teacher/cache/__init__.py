@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llamafactory_sekd.ranks import on_any_rank
-from llamafactory_sekd.teacher.cache.build import Plan, collate, fill, first_missing, make_plan
+from llamafactory_sekd.teacher.cache.build import Plan, collate, fill, make_plan
 from llamafactory_sekd.teacher.cache.collator import CacheCollator
 from llamafactory_sekd.teacher.cache.formats import (
     DTYPES,
@@ -17,8 +17,9 @@ from llamafactory_sekd.teacher.cache.formats import (
 from llamafactory_sekd.teacher.cache.manifest import Manifest
 from llamafactory_sekd.teacher.cache.opening import Fingerprints, Settings, open_for_reading
 from llamafactory_sekd.teacher.cache.session import Session
+from llamafactory_sekd.teacher.cache.several import OpenCache, first_unanswered, open_caches, unanswered
 from llamafactory_sekd.teacher.cache.store import ShardReader, ShardWriter
-from llamafactory_sekd.teacher.cache.teacher import CachedTeacher, FillingTeacher, missing_example
+from llamafactory_sekd.teacher.cache.teacher import CachedTeacher, FillingTeacher
 
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Format",
     "HiddenFormat",
     "Manifest",
+    "OpenCache",
     "Plan",
     "Session",
     "Settings",
@@ -41,9 +43,10 @@ __all__ = [
     "bytes_per_token",
     "collate",
     "fill",
-    "first_missing",
+    "first_unanswered",
     "make_plan",
-    "missing_example",
     "on_any_rank",
+    "open_caches",
     "open_for_reading",
+    "unanswered",
 ]

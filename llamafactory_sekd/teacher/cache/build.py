@@ -73,17 +73,6 @@ def make_plan(
     return plan
 
 
-def first_missing(datasets: Sequence[Any], known: Container[Key]) -> Segment | None:
-    """Return the first segment that the cache lacks, None where it has all."""
-    for dataset in datasets:
-        for example in dataset:
-            for segment in segments(example):
-                if segment.key() not in known:
-                    return segment
-
-    return None
-
-
 def collate(parts: Sequence[Segment], pad_id: int, device: torch.device) -> tuple[dict[str, Any], torch.Tensor]:
     """Pad segments on the right: the teacher's inputs and the response positions ``[batch, length]``."""
     length = max(len(part.ids) for part in parts)
