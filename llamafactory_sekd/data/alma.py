@@ -118,7 +118,7 @@ def build(source: Source, plan: Plan, step: Callable[[str], None]) -> Product:
     files = _training_files(plan, train) | _validation_files(plan, valid)
     for direction, pairs in test.items():
         files[f"{dataset_info.wmt22_name(direction)}.json"] = alpaca_file({direction: pairs})
-        files |= _plain_files("wmt22", direction, pairs)
+        files |= plain_files("wmt22", direction, pairs)
     return Product(files, findings, source.revision(), LICENSE)
 
 
@@ -146,11 +146,12 @@ def _validation_files(plan: Plan, valid: dict[Direction, list[Pair]]) -> dict[st
     if joint:
         files[f"{dataset_info.VALIDATION_NAME}.json"] = alpaca_file({d: valid[d] for d in joint})
     for direction, pairs in valid.items():
-        files |= _plain_files(dataset_info.VALIDATION_NAME, direction, pairs)
+        files |= plain_files(dataset_info.VALIDATION_NAME, direction, pairs)
     return files
 
 
-def _plain_files(task: str, direction: Direction, pairs: list[Pair]) -> dict[str, tuple[bytes, int]]:
+def plain_files(task: str, direction: Direction, pairs: list[Pair]) -> dict[str, tuple[bytes, int]]:
+    """Return a test set in the evaluation's layout: each file's bytes and number of lines."""
     source, target = text_files(Path(task), direction)
     sides = {source: [pair.source for pair in pairs], target: [pair.target for pair in pairs]}
     return {

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+from typing import Any, NamedTuple
 
 
 class Outcome(StrEnum):
@@ -42,6 +43,16 @@ class Problem(Enum):
     REPLACEMENT = ("replacement_character", Outcome.KEPT, "contains U+FFFD, the trace of a wrong decoding")
     LINE_BREAK = ("line_break", Outcome.REPAIRED, "a line break inside a sentence became a space")
     OUTER_SPACE = ("outer_space", Outcome.REPAIRED, "white space around a sentence was removed")
+    NEAR_DUPLICATE = (
+        "near_duplicate",
+        Outcome.LEFT_OUT,
+        "nearly the same as a pair that is held out for validation or test",
+    )
+    QUOTED = (
+        "quotation_marks",
+        Outcome.KEPT,
+        "has doubled quotation marks inside of quotation marks, as a spreadsheet writes them (--quoted reads them so)",
+    )
     # Of text that a model made.
     NO_TRANSLATION = ("no_translation", Outcome.LEFT_OUT, "the translation is empty")
     HIT_LIMIT = ("hit_limit", Outcome.LEFT_OUT, "the translation reached the limit of tokens without an end")
@@ -59,8 +70,13 @@ _LINE_BREAK = re.compile("\r\n|[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]")
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
 
 
-@dataclass(frozen=True)
-class Pair:
+# Characters that call for a closer look. Most sentences have none of them.
+_SUSPECT = re.compile("[\x00-\x08\n\r\v\f\x0e-\x1e\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffd]")
+# So many lines of a finding are kept: a crawled corpus can have millions.
+KEPT_LINES = 1000
+
+
+class Pair(NamedTuple):
     """A source sentence, its translation, and where they were read (``line`` counts from 1)."""
 
     source: str
@@ -76,21 +92,27 @@ class Pair:
 
 @dataclass
 class Findings:
-    """The findings of one corpus, in order, as (problem, file, line)."""
+    """The findings of one corpus: how many, and the first :data:`KEPT_LINES` of each as (problem, file, line)."""
 
     items: list[tuple[Problem, str, int]] = field(default_factory=list)
+    counts: Counter[tuple[Problem, str]] = field(default_factory=Counter)
 
     def add(self, problem: Problem, pair: Pair) -> None:
         """Record a problem of a pair."""
-        self.items.append((problem, pair.file, pair.line))
+        kind = problem, pair.file
+        self.counts[kind] += 1
+        if self.counts[kind] <= KEPT_LINES:
+            self.items.append((problem, pair.file, pair.line))
 
     def summary(self) -> str:
         """Return the number of pairs with each problem, as one line."""
-        found = Counter(problem for problem, _, _ in self.items)
+        found: Counter[Problem] = Counter()
+        for (problem, _), count in self.counts.items():
+            found[problem] += count
         return ", ".join(f"{found[problem]} times: {problem.words}" for problem in Problem if found[problem])
 
-    def as_json(self) -> list[dict[str, object]]:
-        """Return one entry per problem and file with all its line numbers, for the manifest."""
+    def as_json(self) -> list[dict[str, Any]]:
+        """Return one entry per problem and file with its first line numbers, for the manifest."""
         lines: dict[tuple[Problem, str], list[int]] = {}
         for problem, file, line in self.items:
             lines.setdefault((problem, file), []).append(line)
@@ -100,11 +122,22 @@ class Findings:
                 "words": problem.words,
                 "outcome": problem.outcome.value,
                 "file": file,
-                "count": len(numbers),
+                "count": self.counts[problem, file],
                 "lines": numbers,
             }
             for (problem, file), numbers in lines.items()
         ]
+
+    @classmethod
+    def from_json(cls, entries: list[dict[str, Any]]) -> Findings:
+        """Return what :meth:`as_json` wrote down."""
+        problems = {problem.key: problem for problem in Problem}
+        found = cls()
+        for entry in entries:
+            problem, file = problems[entry["problem"]], entry["file"]
+            found.items += [(problem, file, line) for line in entry["lines"]]
+            found.counts[problem, file] = entry["count"]
+        return found
 
 
 def is_empty(text: str) -> bool:
@@ -114,10 +147,23 @@ def is_empty(text: str) -> bool:
 
 def clean_pairs(pairs: Iterable[Pair], findings: Findings) -> list[Pair]:
     """Return the usable pairs, repaired; whatever was found goes to ``findings``."""
-    return [cleaned for pair in pairs if (cleaned := _clean(pair, findings)) is not None]
+    return [cleaned for pair in pairs if (cleaned := clean_pair(pair, findings)) is not None]
 
 
-def _clean(pair: Pair, findings: Findings) -> Pair | None:
+def clean_pair(pair: Pair, findings: Findings) -> Pair | None:
+    """Return the pair, repaired, or None where it is not usable; whatever was found goes to ``findings``."""
+    source, target = pair.source, pair.target
+    if (
+        source[:1].isalnum()  # so not empty, and no white space comes first
+        and target[:1].isalnum()
+        and source != target
+        and source.rstrip() == source
+        and target.rstrip() == target
+        and _SUSPECT.search(source) is None
+        and _SUSPECT.search(target) is None
+    ):
+        return pair
+
     unusable = _unusable(pair)
     if unusable is not None:
         findings.add(unusable, pair)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +15,8 @@ from llamafactory_sekd.errors import ArgumentError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from llamafactory_sekd.data.pairs import Progress
 
 app = typer.Typer(help="Prepare parallel text for training and evaluation.", no_args_is_help=True)
 
@@ -71,6 +76,9 @@ def pairs(
     both: Annotated[bool, typer.Option("--both", help="Add the opposite direction.")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="No heading of Parrot's: for chat templates.")] = False,
     prompt: Annotated[str | None, typer.Option(help="A prompt of your own, with {source}.")] = None,
+    quoted: Annotated[bool, typer.Option("--quoted", help="The TSV has a spreadsheet's quotation marks.")] = False,
+    valid: Annotated[int, typer.Option(help="Pairs to hold out for validation, as NAME_valid.", min=0)] = 0,
+    test: Annotated[int, typer.Option(help="Pairs to hold out for testing, as NAME_test.", min=0)] = 0,
     out: Annotated[Path, typer.Option(help="The dataset_dir of LLaMA-Factory.")] = Path("data"),
     overwrite: Overwrite = False,
 ) -> None:
@@ -87,10 +95,45 @@ def pairs(
     console = Console()
     direction = parse_direction(f"{source_language}-{target_language}", source_name, target_name)
     worded = prompt_named("plain" if plain else prompt)
-    corpus = Corpus.of(src, tgt, tsv, json_file)
-    with console.status(f"Reading {name}"):
-        manifest, fresh = prepare_pairs(corpus, direction, name, out, overwrite, prompt=worded, both=both)
+    corpus = Corpus.of(src, tgt, tsv, json_file, quoted=quoted)
+    with _progress_bars() as progress:
+        manifest, fresh = prepare_pairs(
+            corpus,
+            direction,
+            name,
+            out,
+            overwrite,
+            prompt=worded,
+            both=both,
+            valid=valid,
+            test=test,
+            progress=progress,
+        )
     _report(console, manifest, fresh, out, "parrot" if worded == PARROT else "that of your model (qwen, llama3, …)")
+
+
+@contextmanager
+def _progress_bars() -> Iterator[Progress]:
+    """Give what shows how far the corpus has been read and how long the rest takes: a bar, or lines of a log."""
+    from tqdm import tqdm
+
+    bars: dict[str, tqdm[Any]] = {}
+
+    def progress(what: str, done: int, total: int, pairs: int) -> None:
+        if what not in bars:
+            seconds = 0.5 if sys.stderr.isatty() else 30
+            often = {"mininterval": seconds, "maxinterval": seconds}
+            bars[what] = tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, **often)
+        bars[what].set_postfix_str(f"{pairs:,} pairs", refresh=False)
+        bars[what].update(done - bars[what].n)
+        if done == total:
+            bars[what].close()
+
+    try:
+        yield progress
+    finally:
+        for bar in bars.values():
+            bar.close()
 
 
 def _listed(text: str) -> list[str]:
@@ -102,12 +145,16 @@ def _report(console: Console, manifest: dict[str, Any], fresh: bool, out: Path, 
 
     table = Table("Data set", "Pairs", "SHA-256", title=f"{'Written to' if fresh else 'Verified in'} {out}")
     table.columns[1].justify = "right"
-    datasets = {Path(name).stem: entry for name, entry in manifest["files"].items() if name.endswith(".json")}
+    datasets = {
+        Path(name).stem: entry for name, entry in manifest["files"].items() if name.endswith((".json", ".jsonl"))
+    }
     for name, entry in datasets.items():
         table.add_row(name, f"{entry['records']:,}", entry["sha256"][:12])
     console.print(table)
     for finding in manifest["findings"]:
         console.print(_finding(finding), highlight=False, markup=False, soft_wrap=True)
+    for folder in sorted({str(Path(name).parent) for name in manifest["files"]} - {"."}):
+        console.print(f"Test set: task: {folder}, task_dir: {out}", highlight=False, markup=False, soft_wrap=True)
     largest = max(datasets, key=lambda name: datasets[name]["records"])
     usage = f"In LLaMA-Factory: dataset_dir: {out}, dataset: {largest}, template: {template}"
     console.print(usage, highlight=False, markup=False, soft_wrap=True)
@@ -116,6 +163,6 @@ def _report(console: Console, manifest: dict[str, Any], fresh: bool, out: Path, 
 def _finding(finding: dict[str, Any]) -> str:
     lines = finding["lines"]
     shown = ", ".join(str(line) for line in lines[:SHOWN_LINES])
-    more = f" and {len(lines) - SHOWN_LINES} more (all in the manifest)" if len(lines) > SHOWN_LINES else ""
+    more = f" and {finding['count'] - SHOWN_LINES:,} more (see the manifest)" if len(lines) > SHOWN_LINES else ""
     pairs = "pair" if finding["count"] == 1 else "pairs"
-    return f"{finding['count']} {pairs} {finding['outcome']}: {finding['words']}: {finding['file']}:{shown}{more}"
+    return f"{finding['count']:,} {pairs} {finding['outcome']}: {finding['words']}: {finding['file']}:{shown}{more}"

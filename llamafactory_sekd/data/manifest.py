@@ -9,19 +9,21 @@ It is written last, so its presence says that a run was finished. Its keys:
 ``files``
     for each file, relative to the manifest: ``records`` (pairs), ``bytes`` and ``sha256``.
 ``findings``
-    what was left out, kept or repaired: problem, outcome, file, count, and the lines.
+    what was left out, kept or repaired: problem, outcome, file, count, and the first thousand lines.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import llamafactory_sekd
 from llamafactory_sekd.data.checks import Findings
+from llamafactory_sekd.data.resumable import Written
 from llamafactory_sekd.errors import DataError, one_line
 from llamafactory_sekd.files import sha256_of, write_atomic
 
@@ -31,9 +33,9 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Product:
-    """What a run makes: for each relative path its bytes and its number of pairs."""
+    """What a run makes: for each relative path its bytes, or where they were written, and its number of pairs."""
 
-    files: dict[str, tuple[bytes, int]]
+    files: Mapping[str, tuple[bytes | Written, int]]
     findings: Findings
     source: dict[str, Any] = field(default_factory=dict)
     licence: str = ""
@@ -108,7 +110,10 @@ def write_product(path: Path, request: dict[str, Any], product: Product, overwri
             file.unlink(missing_ok=True)
     path.unlink(missing_ok=True)  # from here to the end, the data is incomplete
     for file, data in to_write.items():
-        write_atomic(file, data)
+        if isinstance(data, Written):
+            data.partial.replace(file)
+        else:
+            write_atomic(file, data)
 
     manifest = _manifest(request, product)
     write_atomic(path, json.dumps(manifest, ensure_ascii=False, indent=2).encode("utf-8") + b"\n")
@@ -124,8 +129,15 @@ def inside(directory: Path, name: str) -> Path:
     return file
 
 
-def _holds(file: Path, data: bytes) -> bool:
-    return file.is_file() and file.stat().st_size == len(data) and file.read_bytes() == data
+def _holds(file: Path, data: bytes | Written) -> bool:
+    size, digest = _measures(data)
+    return file.is_file() and file.stat().st_size == size and sha256_of(file) == digest
+
+
+def _measures(data: bytes | Written) -> tuple[int, str]:
+    if isinstance(data, Written):
+        return data.size, data.sha256
+    return len(data), hashlib.sha256(data).hexdigest()
 
 
 def _manifest(request: dict[str, Any], product: Product) -> dict[str, Any]:
@@ -136,7 +148,7 @@ def _manifest(request: dict[str, Any], product: Product) -> dict[str, Any]:
         "source": product.source,
         "licence": product.licence,
         "files": {
-            name: {"records": records, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            name: {"records": records, **dict(zip(("bytes", "sha256"), _measures(data), strict=True))}
             for name, (data, records) in product.files.items()
         },
         "findings": product.findings.as_json(),

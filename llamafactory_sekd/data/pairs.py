@@ -1,21 +1,32 @@
-"""``sekd data pairs``: a user's own parallel text as instruction records."""
+"""``sekd data pairs``: a user's own parallel text as instruction records, in as little memory for any size."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.data.alma import DATASET_INFO, alpaca_file
-from llamafactory_sekd.data.checks import Findings, Pair, clean_pairs
+from llamafactory_sekd.data.alma import DATASET_INFO, plain_files
+from llamafactory_sekd.data.checks import Findings, Pair, Problem, clean_pair
 from llamafactory_sekd.data.dataset_info import check_entries, merge_entries
+from llamafactory_sekd.data.heldout import HeldOut, hold_out
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.manifest import Product, read_manifest, same_request, verify, write_product
 from llamafactory_sekd.data.prompts import PARROT, PLAIN, Prompt
-from llamafactory_sekd.data.readers import read_json_pairs, read_text_pairs, read_tsv_pairs
+from llamafactory_sekd.data.readers import Meter, json_pairs, text_pairs, tsv_pairs
+from llamafactory_sekd.data.resumable import ResumableFile, Written
 from llamafactory_sekd.errors import ArgumentError, DataError
 from llamafactory_sekd.files import locked, sha256_of
+
+
+# What is done, bytes read, bytes in all, pairs read.
+Progress = Callable[[str, int, int, int], None]
+
+_BLOCK = 5000  # pairs between two writes and two reports
+_NOTED = 500_000  # pairs between two notes of how far it is
 
 
 @dataclass(frozen=True)
@@ -24,30 +35,59 @@ class Corpus:
 
     files: tuple[Path, ...]
     json: bool = False
+    quoted: bool = False
 
     @classmethod
-    def of(cls, source: Path | None, target: Path | None, tsv: Path | None, json_file: Path | None = None) -> Corpus:
-        """Take the options ``--src``, ``--tgt``, ``--tsv`` and ``--json``; raises :class:`ArgumentError`."""
+    def of(
+        cls,
+        source: Path | None,
+        target: Path | None,
+        tsv: Path | None,
+        json_file: Path | None = None,
+        *,
+        quoted: bool = False,
+    ) -> Corpus:
+        """Take the options ``--src``, ``--tgt``, ``--tsv``, ``--json`` and ``--quoted``.
+
+        Raises:
+            ArgumentError: they do not go together.
+        """
+        if quoted and tsv is None:
+            raise ArgumentError("--quoted is about the quotation marks of a --tsv FILE, which is missing.")
         match (source, target, tsv, json_file):
             case (Path(), Path(), None, None):
                 return cls((source, target))
             case (None, None, Path(), None):
-                return cls((tsv,))
+                return cls((tsv,), quoted=quoted)
             case (None, None, None, Path()):
                 return cls((json_file,), json=True)
         raise ArgumentError("Give either --src FILE and --tgt FILE, or --tsv FILE, or --json FILE.")
 
-    def read(self, direction: Direction) -> list[Pair]:
-        """Return the pairs of the files."""
+    def read(self, direction: Direction, meter: Meter | None = None) -> Iterator[Pair]:
+        """Give the pairs of the files one by one."""
         if self.json:
-            return read_json_pairs(self.files[0], direction, self.files[0].name, columns=True)
+            return json_pairs(self.files[0], direction, self.files[0].name, columns=True, meter=meter)
         if len(self.files) == 1:
-            return read_tsv_pairs(self.files[0], direction)
+            return tsv_pairs(self.files[0], direction, quoted=self.quoted, meter=meter)
         source, target = self.files
-        return read_text_pairs(source, target, names=(source.name, target.name))
+        return text_pairs(source, target, names=(source.name, target.name), meter=meter)
+
+    @property
+    def may_hold_quotes(self) -> bool:
+        """Whether the quotation marks of a spreadsheet would be taken for text."""
+        return len(self.files) == 1 and not self.json and not self.quoted
+
+    @property
+    def size(self) -> int:
+        """The bytes of the files."""
+        return sum(path.stat().st_size for path in self.files)
 
     def identity(self) -> list[dict[str, str]]:
         """Return the names and digests of the files, for the manifest."""
+        for path in self.files:
+            if path.exists() and not path.is_file():
+                kind = "a folder" if path.is_dir() else "a pipe, and is read more than once"
+                raise DataError(f"{path} is {kind}: give a file.")
         return [{"name": path.name, "sha256": sha256_of(path)} for path in self.files]
 
 
@@ -60,42 +100,152 @@ def prepare_pairs(
     *,
     prompt: Prompt = PARROT,
     both: bool = False,
+    valid: int = 0,
+    test: int = 0,
+    progress: Progress = lambda *_: None,
 ) -> tuple[dict[str, Any], bool]:
-    """Write ``out/NAME.json`` and its manifest and declare it in ``out/dataset_info.json``, or verify an earlier run.
+    """Write ``out/NAME.jsonl`` and its manifest and declare it in ``out/dataset_info.json``, or verify an earlier run.
 
-    ``prompt`` words the records; ``both`` adds the opposite direction, pair by pair as many records again. Returns the
-    manifest and whether the data was made now. Raises :class:`ArgumentError` and :class:`DataError`.
+    An interrupted run is continued. Raises :class:`ArgumentError` and :class:`DataError`.
+
+    Args:
+        corpus: the files.
+        direction: what they hold.
+        name: the data set's name.
+        out: where it goes.
+        overwrite: whether what is there is replaced.
+        prompt: words the records.
+        both: whether each pair becomes a record of the opposite direction as well.
+        valid: pairs to hold out as the data set and test set ``NAME_valid``.
+        test: pairs to hold out as the test set ``NAME_test``.
+        progress: called now and then.
+
+    Returns:
+        The manifest, and whether the data was made now.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise ArgumentError(f"--name {name!r} must consist of letters, digits, '-' and '_'.")
     request: dict[str, Any] = {"command": "pairs", "source": corpus.identity(), "direction": str(direction)}
     # Only what differs from the usual: data of earlier versions is still the same request.
     request |= {} if prompt == PARROT else {"prompt": prompt.name if prompt == PLAIN else prompt.text}
-    request |= {"both": True} if both else {}
     names = [direction.source_name, direction.target_name]
     request |= {"names": names} if any(names) else {}
-    entries = {name: {"file_name": f"{name}.json"}}
+    others = {"both": both, "quoted": corpus.quoted, "valid": valid, "test": test}
+    request |= {key: value for key, value in others.items() if value}
     path = out / f"{name}.manifest.json"
     with locked(out / ".sekd.lock"):
-        check_entries(out / DATASET_INFO, entries, overwrite)
         manifest = read_manifest(path)
         fresh = manifest is None or overwrite
         if manifest is not None and not overwrite:
             same_request(path, manifest.get("request"), request)
             verify(path, manifest)
+            entries = _entries(manifest["files"])
         else:
-            manifest = write_product(path, request, _build(corpus, direction, name, prompt, both), overwrite)
+            build = _Build(corpus, direction, prompt, both, progress)
+            entries = _entries([f"{name}.jsonl", *([f"{name}_valid.jsonl"] if valid else [])])
+            check_entries(out / DATASET_INFO, entries, overwrite)
+            manifest = build.make(path, request, overwrite, valid, test)
         merge_entries(out / DATASET_INFO, entries, overwrite)
         return manifest, fresh
 
 
-def _build(corpus: Corpus, direction: Direction, name: str, prompt: Prompt, both: bool) -> Product:
-    findings = Findings()
-    pairs = clean_pairs(corpus.read(direction), findings)
-    if not pairs:
-        raise DataError(f"{corpus.files[0]} has no usable pair: {findings.summary()}.")
-    source = {"kind": "files", "revision": None}
-    sides = {direction: pairs}
-    if both:
-        sides[direction.reversed] = [pair.reversed for pair in pairs]
-    return Product({f"{name}.json": alpaca_file(sides, prompt)}, findings, source, "the owner's")
+def _entries(files: Any) -> dict[str, dict[str, str]]:
+    return {Path(name).stem: {"file_name": name} for name in files if name.endswith((".json", ".jsonl"))}
+
+
+@dataclass(frozen=True)
+class _Build:
+    corpus: Corpus
+    direction: Direction
+    prompt: Prompt
+    both: bool
+    progress: Progress
+
+    def make(self, manifest: Path, request: dict[str, Any], overwrite: bool, valid: int, test: int) -> dict[str, Any]:
+        """Write everything; return the manifest."""
+        name = manifest.name.removesuffix(".manifest.json")
+        out = manifest.parent
+        with ResumableFile(out / f"{name}.jsonl", request) as train:
+            if train.path.exists() and not overwrite:
+                raise DataError(
+                    f"{train.path} exists without a manifest: add --overwrite to replace it, or choose another --out."
+                )
+            held = hold_out(self._read("Choosing"), valid + test) if valid + test else None
+            findings = Findings.from_json(train.noted.get("findings", []))
+            written, records = self._train(train, held, findings)
+            files: dict[str, tuple[bytes | Written, int]] = {f"{name}.jsonl": (written, records)}
+            if held is not None:
+                files |= self._held_out(f"{name}_valid", held.pairs[:valid], with_records=True)
+                files |= self._held_out(f"{name}_test", held.pairs[valid:], with_records=False)
+            product = Product(files, findings, {"kind": "files", "revision": None}, "the owner's")
+            made = write_product(manifest, request, product, overwrite)
+            train.discard()
+            return made
+
+    def _read(self, what: str, skip: int = 0) -> Iterator[Pair]:
+        meter, total = Meter(), self.corpus.size
+        for number, pair in enumerate(self.corpus.read(self.direction, meter), start=1):
+            if number > skip:
+                yield pair
+            if number % _BLOCK == 0:
+                self.progress(what, meter.position(), total, number)
+        self.progress(what, total, total, number)
+
+    def _train(self, train: ResumableFile, held: HeldOut | None, findings: Findings) -> tuple[Written, int]:
+        forward, backward = self.prompt.lines(self.direction), self.prompt.lines(self.direction.reversed)
+        held_lines = {pair.line for pair in held.pairs} if held is not None else set()
+        may_hold_quotes = self.corpus.may_hold_quotes
+        done, records = train.noted.get("pairs", 0), train.noted.get("records", 0)
+        pairs = self._read("Writing" if not done else f"Continuing at pair {done:,}", skip=done)
+        while block := list(islice(pairs, _BLOCK)):
+            usable = []
+            for pair in block:
+                if pair.line in held_lines:
+                    continue
+                if may_hold_quotes and (_is_quoted(pair.source) or _is_quoted(pair.target)):
+                    findings.add(Problem.QUOTED, pair)
+                cleaned = clean_pair(pair, findings)
+                if cleaned is not None:
+                    usable.append(cleaned)
+            if held is not None:
+                is_near = held.near(usable)
+                for pair in compress(usable, is_near):
+                    findings.add(Problem.NEAR_DUPLICATE, pair)
+                usable = [pair for pair, near in zip(usable, is_near, strict=True) if not near]
+
+            lines = [forward(pair.source, pair.target) for pair in usable]
+            if self.both:
+                opposite = [backward(pair.target, pair.source) for pair in usable]
+                lines = [line for both in zip(lines, opposite, strict=True) for line in both]
+            if lines:
+                train.write(("\n".join(lines) + "\n").encode())
+            before, done, records = done, done + len(block), records + len(lines)
+            if done // _NOTED > before // _NOTED:
+                train.note({"pairs": done, "records": records, "findings": findings.as_json()})
+
+        if not records:
+            raise DataError(f"{self.corpus.files[0]} has no usable pair: {findings.summary()}.")
+        return train.finish({"pairs": done, "records": records, "findings": findings.as_json()}), records
+
+    def _held_out(self, name: str, pairs: list[Pair], *, with_records: bool) -> dict[str, tuple[bytes, int]]:
+        """Return a test set in the evaluation's layout and, to validate on in training, the same as a data set."""
+        files: dict[str, tuple[bytes, int]] = {}
+        if not pairs:
+            return files
+        sides = {self.direction: pairs}
+        if self.both:
+            sides[self.direction.reversed] = [pair.reversed for pair in pairs]
+        for direction, oriented in sides.items():
+            files |= plain_files(name, direction, oriented)
+        if with_records:
+            lines = [
+                self.prompt.lines(direction)(pair.source, pair.target)
+                for direction, oriented in sides.items()
+                for pair in oriented
+            ]
+            files[f"{name}.jsonl"] = "".join(f"{line}\n" for line in lines).encode(), len(lines)
+        return files
+
+
+def _is_quoted(text: str) -> bool:
+    return len(text) > 3 and text[0] == text[-1] == '"' and '""' in text[1:-1]

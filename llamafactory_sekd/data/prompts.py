@@ -7,10 +7,12 @@ is the end of the instruction, and the template ``parrot`` holds everything arou
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from json.encoder import encode_basestring as encode
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -81,6 +83,14 @@ class Prompt:
         if self.ends_with_source:
             return {"instruction": self.instruction(direction), "input": source, "output": target}
         return {"instruction": self.user_message(source, direction), "input": "", "output": target}
+
+    def lines(self, direction: Direction) -> Callable[[str, str], str]:
+        """Return what makes the line of a JSON Lines file of a source and a target: :meth:`record`, only faster."""
+        if not self.ends_with_source:
+            return lambda source, target: json.dumps(self.record(source, target, direction), ensure_ascii=False)
+
+        start = f'{{"instruction": {encode(self.instruction(direction))}, "input": '
+        return lambda source, target: f'{start}{encode(source)}, "output": {encode(target)}}}'
 
     def _fill(self, text: str, source: str, direction: Direction) -> str:
         values = {

@@ -1,33 +1,41 @@
 """Read parallel text: JSON records, two plain text files, or a TSV file; compressed with gzip, bzip2 or xz as well.
 
-Every reader returns :class:`~llamafactory_sekd.data.checks.Pair` objects with the file name as it was given and the
-line (in a JSON list: the record), counted from 1. Bytes that are not UTF-8 become lone surrogates, which
-:func:`~llamafactory_sekd.data.checks.clean_pairs` finds; a file that cannot be right raises
-:class:`~llamafactory_sekd.errors.DataError`.
+Every reader gives :class:`~llamafactory_sekd.data.checks.Pair` objects with the file name as it was given and the
+line (in a JSON list: the record), counted from 1, and holds no more of a file in memory than it needs for one pair.
+Bytes that are not UTF-8 become lone surrogates, which :func:`~llamafactory_sekd.data.checks.clean_pair` finds; a file
+that cannot be right raises :class:`~llamafactory_sekd.errors.DataError`.
 """
 
 from __future__ import annotations
 
 import bz2
 import codecs
+import csv
 import gzip
+import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TextIO, cast
 
 from llamafactory_sekd.data.checks import Pair
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.errors import DataError, one_line
 
 
-_PACKED: dict[bytes, Callable[[bytes], bytes]] = {
-    b"\x1f\x8b": gzip.decompress,
-    b"BZh": bz2.decompress,
-    b"\xfd7zXZ\x00": lzma.decompress,
+_PACKED: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
+    b"\x1f\x8b": lambda raw: cast(IO[bytes], gzip.GzipFile(fileobj=raw)),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\x00": lzma.LZMAFile,
 }
+_SPACE = re.compile(r"[ \t\n\r]*")
+_HEAD = 4096  # bytes that tell what a file is
+_CHUNK = 1 << 18  # characters that are read at a time
 _NO_TEXT: dict[bytes, str] = {
     b"PK\x03\x04": "a zip archive (unpack it first)",
     b"PAR1": "a Parquet file",
@@ -41,24 +49,47 @@ _NO_TEXT: dict[bytes, str] = {
 }
 
 
+class Meter:
+    """How far the files that are being read have been read, in bytes on the disk."""
+
+    def __init__(self) -> None:
+        self._streams: list[tuple[IO[bytes], int]] = []
+
+    def watch(self, stream: IO[bytes], size: int) -> None:
+        """Add a file that is read from now on."""
+        self._streams.append((stream, size))
+
+    def position(self) -> int:
+        """Return the bytes that were read of all files together."""
+        return sum(size if stream.closed else stream.tell() for stream, size in self._streams)
+
+
 def read_json_pairs(path: Path, direction: Direction, name: str | None = None, *, columns: bool = False) -> list[Pair]:
+    """Return the pairs of :func:`json_pairs` as a list."""
+    return list(json_pairs(path, direction, name, columns=columns))
+
+
+def json_pairs(
+    path: Path, direction: Direction, name: str | None = None, *, columns: bool = False, meter: Meter | None = None
+) -> Iterator[Pair]:
     """Read ALMA's format: records ``{"translation": {"de": …, "en": …}}``, one per line or as one JSON list.
 
     ``direction`` says which side is the source; ``name`` is the file's name in reports (default: its path). With
     ``columns``, records without ``translation`` may have the two sides themselves: ``{"de": …, "en": …}``.
     """
     name = name or str(path)
-    text = _read_text(path)
-    pairs = [
-        pair_from_record(_nested(record) if columns else record, "translation", direction, name, number)
-        for number, record in _json_records(text, name)
-    ]
-    return _not_empty(pairs, path)
+    return _not_empty(
+        (
+            pair_from_record(_nested(record) if columns else record, "translation", direction, name, number)
+            for number, record in _json_records(path, name, meter)
+        ),
+        path,
+    )
 
 
 def read_json_records(path: Path) -> list[tuple[int, Any]]:
     """Return the records of JSON Lines or of one JSON list, numbered from 1."""
-    return list(_json_records(_read_text(path), str(path)))
+    return list(_json_records(path, str(path), None))
 
 
 def _nested(record: Any) -> Any:
@@ -79,28 +110,75 @@ def pair_from_record(record: Any, key: str, direction: Direction, name: str, num
 
 
 def read_text_pairs(source: Path, target: Path, names: tuple[str, str] | None = None) -> list[Pair]:
-    """Read two files with one sentence per line; different numbers of lines raise :class:`DataError`."""
-    source_lines, target_lines = read_lines(source), read_lines(target)
-    if len(source_lines) != len(target_lines):
-        raise DataError(
-            f"Misaligned files: {source} has {len(source_lines)} lines and {target} has {len(target_lines)}; "
-            "line n of one must be the translation of line n of the other."
-        )
+    """Return the pairs of :func:`text_pairs` as a list."""
+    return list(text_pairs(source, target, names))
+
+
+def text_pairs(
+    source: Path, target: Path, names: tuple[str, str] | None = None, *, meter: Meter | None = None
+) -> Iterator[Pair]:
+    """Read two files with one sentence per line; different numbers of lines raise :class:`DataError` at their end."""
     name = " / ".join(names or (str(source), str(target)))
-    lines = enumerate(zip(source_lines, target_lines, strict=True), start=1)
-    return _not_empty([Pair(left, right, name, number) for number, (left, right) in lines], source)
+    return _not_empty(_side_by_side(source, target, name, meter), source)
+
+
+def _side_by_side(source: Path, target: Path, name: str, meter: Meter | None) -> Iterator[Pair]:
+    lines = zip_longest(iterate_lines(source, meter), iterate_lines(target, meter))
+    for number, (left, right) in enumerate(lines, start=1):
+        if left is None or right is None:
+            raise _misaligned(source, target)
+        yield Pair(left, right, name, number)
+
+
+def _misaligned(source: Path, target: Path) -> DataError:
+    lines, others = (sum(1 for _ in iterate_lines(path)) for path in (source, target))
+    return DataError(
+        f"Misaligned files: {source} has {lines} lines and {target} has {others}; "
+        "line n of one must be the translation of line n of the other."
+    )
 
 
 def read_tsv_pairs(path: Path, direction: Direction | None = None) -> list[Pair]:
+    """Return the pairs of :func:`tsv_pairs` as a list."""
+    return list(tsv_pairs(path, direction))
+
+
+def tsv_pairs(
+    path: Path, direction: Direction | None = None, *, quoted: bool = False, meter: Meter | None = None
+) -> Iterator[Pair]:
     """Read lines of ``source<TAB>target``; another number of columns raises :class:`DataError`.
 
     A first line with the names of columns is refused, since which column is the source must not be guessed.
-    ``direction`` adds its codes and languages to the names that are known.
+    ``direction`` adds its codes and languages to the names that are known. Quotation marks are text, except with
+    ``quoted``: then they are those that a spreadsheet writes.
     """
-    pairs = []
-    for number, line in enumerate(read_lines(path), start=1):
+    rows = _quoted_rows(path, meter) if quoted else _plain_rows(path, meter)
+    return _not_empty(_two_columns(rows, path, direction), path)
+
+
+def _plain_rows(path: Path, meter: Meter | None) -> Iterator[tuple[int, list[str]]]:
+    for number, line in enumerate(iterate_lines(path, meter), start=1):
         # A blank line is a finding, not another layout.
-        columns = line.split("\t") if line.strip() else ["", ""]
+        yield number, line.split("\t") if line.strip() else ["", ""]
+
+
+def _quoted_rows(path: Path, meter: Meter | None) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader((f"{line}\n" for line in iterate_lines(path, meter)), delimiter="\t", strict=True)
+    number = 1
+    try:
+        for row in reader:
+            yield number, row or ["", ""]
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{path}:{number}: the quotation marks are not those of a spreadsheet ({error}): leave out --quoted, or "
+            "fix the line."
+        ) from error
+
+
+def _two_columns(rows: Iterator[tuple[int, list[str]]], path: Path, direction: Direction | None) -> Iterator[Pair]:
+    name = str(path)
+    for number, columns in rows:
         if len(columns) != 2:
             raise DataError(
                 f"{path}:{number}: {len(columns)} columns instead of 2 (source, tab, target); "
@@ -111,8 +189,7 @@ def read_tsv_pairs(path: Path, direction: Direction | None = None) -> list[Pair]
                 f"{path}:1: {columns[0]!r} and {columns[1]!r} look like the names of the columns, not like a pair: "
                 "remove the line, for example with `tail -n +2`."
             )
-        pairs.append(Pair(columns[0], columns[1], str(path), number))
-    return _not_empty(pairs, path)
+        yield Pair(columns[0], columns[1], name, number)
 
 
 def _is_header(columns: list[str], direction: Direction | None) -> bool:
@@ -124,69 +201,145 @@ def _is_header(columns: list[str], direction: Direction | None) -> bool:
 
 
 def read_lines(path: Path) -> list[str]:
-    r"""Return the lines of a text file without their ends; only ``\n`` and ``\r\n`` end a line."""
-    text = _read_text(path)
-    lines = text.split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    return [line.removesuffix("\r") for line in lines]
+    """Return the lines of :func:`iterate_lines` as a list."""
+    return list(iterate_lines(path))
 
 
-def _read_text(path: Path) -> str:
-    data = _read_bytes(path)
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or _is_utf16(data):
-        raise DataError(f"{path} is UTF-16: convert it to UTF-8, for example with `iconv -f UTF-16 -t UTF-8`.")
-    return data.removeprefix(codecs.BOM_UTF8).decode("utf-8", errors="surrogateescape")
+def iterate_lines(path: Path, meter: Meter | None = None) -> Iterator[str]:
+    r"""Read the lines of a text file without their ends; only ``\n`` and ``\r\n`` end a line."""
+    rest = ""
+    with _open_text(path, meter) as text:
+        while chunk := text.read(_CHUNK):
+            chunk = rest + chunk
+            lines = chunk.split("\n")
+            rest = lines.pop()
+            if "\r" in chunk:
+                lines = [line.removesuffix("\r") for line in lines]
+            yield from lines
+    if rest:
+        yield rest.removesuffix("\r")
 
 
-def _read_bytes(path: Path) -> bytes:
-    """Return the content, unpacked where the first bytes are those of gzip, bzip2 or xz, whatever the file's name."""
+@contextmanager
+def _open_text(path: Path, meter: Meter | None = None) -> Iterator[TextIO]:
+    """Open a text file, unpacked where its first bytes are those of gzip, bzip2 or xz, whatever its name."""
+    packed = False
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror}.") from error
-    try:
-        for start, unpack in _PACKED.items():
-            if data.startswith(start):
-                data = unpack(data)
-                break
-    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"Cannot unpack {path} ({one_line(str(error))}): copy or download it again.") from error
-    for start, what in _NO_TEXT.items():
-        if data.startswith(start):
+        with ExitStack() as open_files:
+            raw = open_files.enter_context(open(path, "rb"))
+            if meter is not None:
+                meter.watch(raw, path.stat().st_size)
+            stream: Any = raw
+            start = raw.peek(_HEAD)[:_HEAD]
+            for mark, unpack in _PACKED.items():
+                if start.startswith(mark):
+                    packed = True
+                    stream = open_files.enter_context(unpack(raw))
+                    start = stream.peek(_HEAD)[:_HEAD]
+                    break
+            _refuse_what_is_no_text(path, start)
+            if start.startswith(codecs.BOM_UTF8):
+                stream.read(len(codecs.BOM_UTF8))
+            yield open_files.enter_context(
+                io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="\n")
+            )
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        if packed:
+            raise DataError(f"Cannot unpack {path} ({one_line(str(error))}): copy or download it again.") from error
+        raise DataError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def _refuse_what_is_no_text(path: Path, start: bytes) -> None:
+    for mark, what in _NO_TEXT.items():
+        if start.startswith(mark):
             raise DataError(f"{path} is {what}: give plain text, TSV or JSON Lines.")
-    if data[:512].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+    if start[:512].lstrip().lower().startswith((b"<!doctype html", b"<html")):
         raise DataError(f"{path} is an HTML page, probably a download's error message: download it again.")
-    return data
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or _is_utf16(start):
+        raise DataError(f"{path} is UTF-16: convert it to UTF-8, for example with `iconv -f UTF-16 -t UTF-8`.")
 
 
-def _is_utf16(data: bytes) -> bool:
+def _is_utf16(head: bytes) -> bool:
     """Tell UTF-16 without a mark by its NUL bytes, nearly all at even or nearly all at odd places.
 
     Text in a Latin script with stray NUL characters has few of them; those pairs are findings.
     """
-    head = data[:4096]
     even, odd = head[0::2].count(0), head[1::2].count(0)
     return max(even, odd) > 0.2 * len(head) and min(even, odd) <= 0.1 * max(even, odd)
 
 
-def _json_records(text: str, name: str) -> Iterator[tuple[int, Any]]:
-    if text.lstrip().startswith("["):
-        yield from enumerate(_parse(text, name, 1), start=1)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield number, _parse(line, name, number)
+def _json_records(path: Path, name: str, meter: Meter | None) -> Iterator[tuple[int, Any]]:
+    with _open_text(path, meter) as text:
+        skipped, first = 0, ""
+        for line in text:
+            if line.strip():
+                first = line
+                break
+            skipped += 1
+        if first.lstrip().startswith("["):
+            yield from enumerate(_list_items(text, first, name, skipped + 1), start=1)
+            return
+        for number, line in enumerate(chain([first], text), start=skipped + 1):
+            if line.strip():
+                yield number, _parse(line, name, number)
+
+
+def _list_items(text: TextIO, first: str, name: str, line: int) -> Iterator[Any]:
+    """Read a JSON list item by item, with one item and a chunk of the file in memory."""
+    decode = json.JSONDecoder().raw_decode
+    buffer, at, ended = first, first.index("[") + 1, False
+
+    def skip_space() -> None:
+        nonlocal buffer, at, line, ended
+        while True:
+            end = _SPACE.match(buffer, at).end()  # type: ignore[union-attr]
+            if end < len(buffer) or ended:
+                at = end
+                return
+            line += buffer.count("\n")
+            more = text.read(_CHUNK)
+            buffer, at, ended = more, 0, not more
+
+    def wrong(words: str, place: int) -> DataError:
+        return DataError(f"{name}:{line + buffer.count(chr(10), 0, place)}: not valid JSON ({words}).")
+
+    skip_space()
+    while not buffer.startswith("]", at):
+        while True:
+            try:
+                item, at = decode(buffer, at)
+                break
+            except json.JSONDecodeError as error:
+                more = text.read(max(_CHUNK, len(buffer) - at))
+                if not more:
+                    raise wrong(error.msg, error.pos) from error
+                line += buffer.count("\n", 0, at)
+                buffer, at = buffer[at:] + more, 0
+        yield item
+        skip_space()
+        if buffer.startswith(",", at):
+            at += 1
+            skip_space()
+            if buffer.startswith("]", at):
+                raise wrong("Expecting value", at)
+        elif not buffer.startswith("]", at):
+            raise wrong("Expecting ',' delimiter", at)
+    at += 1
+    skip_space()
+    if at < len(buffer):
+        raise wrong("Extra data", at)
 
 
 def _parse(text: str, name: str, number: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{name}:{number + error.lineno - 1}: not valid JSON ({error.msg}).") from error
+        raise DataError(f"{name}:{number}: not valid JSON ({error.msg}).") from error
 
 
-def _not_empty(pairs: list[Pair], path: Path) -> list[Pair]:
-    if not pairs:
+def _not_empty(pairs: Iterator[Pair], path: Path) -> Iterator[Pair]:
+    first = next(pairs, None)
+    if first is None:
         raise DataError(f"{path} holds no sentences.")
-    return pairs
+    yield first
+    yield from pairs

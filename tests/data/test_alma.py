@@ -432,7 +432,7 @@ def test_every_command_of_the_documentation_is_one() -> None:
     commands = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("sekd data ")]
     group = typer.main.get_command(app)
 
-    assert len(commands) == 8
+    assert len(commands) == 9
     for _, _, name, *arguments in commands:
         group.commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
     for name, count in COUNTS.items():

@@ -70,7 +70,7 @@ def test_names_of_columns_are_not_a_pair(tmp_path: Path, header: str) -> None:
 def _run(folder: Path, *arguments: str) -> list[dict[str, str]]:
     result = CliRunner().invoke(app, ["pairs", *arguments, "--name", "mine", "--out", str(folder)])
     assert result.exit_code == 0, result.output + repr(result.exception)
-    return json.loads((folder / "mine.json").read_text(encoding="utf-8"))
+    return [json.loads(line) for line in (folder / "mine.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.parametrize("nested", [True, False])

@@ -34,8 +34,8 @@ def test_text_and_tsv_give_the_same_records(corpus: Corpus, out: Path, tmp_path:
     prepare_pairs(corpus, EN_DE, "text", out)
     prepare_pairs(Corpus.of(None, None, tmp_path / "train.tsv"), EN_DE, "tsv", out)
 
-    records = json.loads((out / "text.json").read_text(encoding="utf-8"))
-    assert (out / "text.json").read_bytes() == (out / "tsv.json").read_bytes()
+    records = [json.loads(line) for line in (out / "text.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert (out / "text.jsonl").read_bytes() == (out / "tsv.jsonl").read_bytes()
     assert [(record["input"], record["output"]) for record in records] == [
         ("one", "eins"),
         ("two", "zwei"),
@@ -47,7 +47,7 @@ def test_text_and_tsv_give_the_same_records(corpus: Corpus, out: Path, tmp_path:
 def test_left_out_lines_stand_in_the_manifest_with_file_and_line(corpus: Corpus, out: Path) -> None:
     manifest, _ = prepare_pairs(corpus, EN_DE, "mine", out)
 
-    assert manifest["files"]["mine.json"]["records"] == 3
+    assert manifest["files"]["mine.jsonl"]["records"] == 3
     found = [(f["problem"], f["outcome"], f["file"], f["lines"]) for f in manifest["findings"]]
     assert found == [("empty_side", "left out", "train.en / train.de", [3])]
 
@@ -59,7 +59,7 @@ def test_declaration_joins_what_others_declared(corpus: Corpus, out: Path) -> No
     prepare_pairs(corpus, EN_DE, "mine", out)
 
     info = json.loads((out / "dataset_info.json").read_text(encoding="utf-8"))
-    assert info == {**others, "mine": {"file_name": "mine.json"}}
+    assert info == {**others, "mine": {"file_name": "mine.jsonl"}}
     assert list(info) == ["zeta", "alpha", "mine"]
 
 
@@ -71,7 +71,7 @@ def test_foreign_declaration_of_the_same_name_stops_before_anything_is_written(c
         prepare_pairs(corpus, EN_DE, "mine", out)
 
     assert (out / "dataset_info.json").read_text() == before
-    assert not (out / "mine.json").exists()
+    assert not (out / "mine.jsonl").exists()
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])
@@ -85,15 +85,15 @@ def test_broken_declarations_are_not_replaced(corpus: Corpus, out: Path, content
 
 def test_second_run_verifies_and_another_corpus_needs_overwrite(corpus: Corpus, out: Path, tmp_path: Path) -> None:
     assert prepare_pairs(corpus, EN_DE, "mine", out)[1] is True
-    stamp = (out / "mine.json").stat().st_mtime_ns
+    stamp = (out / "mine.jsonl").stat().st_mtime_ns
     assert prepare_pairs(corpus, EN_DE, "mine", out)[1] is False
-    assert (out / "mine.json").stat().st_mtime_ns == stamp
+    assert (out / "mine.jsonl").stat().st_mtime_ns == stamp
 
     (tmp_path / "train.de").write_text("uno\ndos\ntres\ncuatro\n")
     with pytest.raises(DataError, match=r"was created with different options \(source\)"):
         prepare_pairs(corpus, EN_DE, "mine", out)
     prepare_pairs(corpus, EN_DE, "mine", out, overwrite=True)
-    assert "cuatro" in (out / "mine.json").read_text()
+    assert "cuatro" in (out / "mine.jsonl").read_text()
 
 
 def test_wrong_options_are_one_clear_line(corpus: Corpus, out: Path, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_corpus_without_a_usable_pair_stops(out: Path, tmp_path: Path) -> None:
     (tmp_path / "x.tsv").write_text("a\t\n\tb\n")
     with pytest.raises(DataError, match=r"x\.tsv has no usable pair: 2 times: one side is empty"):
         prepare_pairs(Corpus.of(None, None, tmp_path / "x.tsv"), EN_DE, "mine", out)
-    assert not (out / "mine.json").exists()
+    assert not (out / "mine.jsonl").exists()
 
 
 def test_command_line_writes_reports_and_explains(corpus: Corpus, out: Path, tmp_path: Path) -> None:
@@ -129,4 +129,4 @@ def test_command_line_stops_at_misaligned_files(corpus: Corpus, out: Path, tmp_p
 
     assert isinstance(result.exception, DataError)
     assert "has 4 lines" in str(result.exception)
-    assert not (out / "mine.json").exists()
+    assert not (out / "mine.jsonl").exists()
