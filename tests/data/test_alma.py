@@ -252,7 +252,7 @@ def test_other_request_needs_overwrite_and_then_removes_what_it_no_longer_wants(
 def test_changed_source_is_another_request(source: DirectorySource, out: Path) -> None:
     prepare_alma(source, DE, out)
     write_alma(source.directory, TRICKY[:3])
-    with pytest.raises(DataError, match=r"another request \(it differs in source\)"):
+    with pytest.raises(DataError, match=r"created with different options \(source\)"):
         prepare_alma(source, DE, out)
 
 

@@ -94,4 +94,4 @@ def test_plain_records_have_no_heading_and_the_manifest_says_so(tmp_path: Path) 
     manifest = json.loads((tmp_path / "out" / "mine.manifest.json").read_text(encoding="utf-8"))
     assert manifest["request"]["prompt"] == "plain"
     again = CliRunner().invoke(app, ["pairs", *options[:-1], "--name", "mine", "--out", str(tmp_path / "out")])
-    assert "it differs in prompt" in str(again.exception)
+    assert "different options (prompt)" in str(again.exception)
