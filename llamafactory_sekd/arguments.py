@@ -8,36 +8,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeGuard
 
-from llamafactory_sekd.errors import ArgumentError
+from llamafactory_sekd.errors import ArgumentError, one_line
+from llamafactory_sekd.formula import FIRST_MEANS, MEAN, TEMPERATURES, Formula
+from llamafactory_sekd.presets import PRESETS, expand, preset_of
 
 
 STAGE = "sekd"
 AUTO = "auto"
 SELF = "self"  # as `teacher_model`
-MEAN = "mean"  # as `teacher_mix`
-GAMMA = 0.4  # the paper's
-TEMPERATURES = (0.01, 1000.0)  # beyond them the distributions are one-hot or uniform, and nothing can be learned
+GAMMA = FIRST_MEANS["difficulty"]  # the paper's
 TOKEN_TABLE = "token_difficulty.csv"  # written into `output_dir`
 HARD_SCALES: tuple[str, ...] = ("none", "balanced")
-
-# Objective -> (what a token's loss is, which keys it reads). `(7)` and `(8)` are the hard and the easy loss.
-KD_LOSSES: dict[str, tuple[str, frozenset[str]]] = {
-    "self_evolution": ("(7) where d > Γ, else (8)", frozenset({"kd_lambda", "kd_beta", "kd_gamma", "kd_hard_scale"})),
-    "self_evolution_topk": (
-        "(7) for the kd_topk share with the largest d",
-        frozenset({"kd_lambda", "kd_beta", "kd_topk", "kd_hard_scale"}),
-    ),
-    "no_evolution": ("(8) for all tokens", frozenset({"kd_lambda"})),
-    "skew": ("(7) for all tokens", frozenset({"kd_lambda", "kd_beta"})),
-    "skew_teacher": ("(1-λ)(-log q_y) + λ KL(p ‖ βq + (1-β)p), equation 10", frozenset({"kd_lambda", "kd_beta"})),
-    "forward_kl": ("(1-λ)(-log q_y) + λ KL(p ‖ q), equation 3", frozenset({"kd_lambda"})),
-    "reverse_kl": ("(1-λ)(-log q_y) + λ KL(q ‖ p)", frozenset({"kd_lambda"})),
-}
 
 
 @dataclass
@@ -116,10 +102,15 @@ class DistillationArguments:
             )
         },
     )
-    kd_loss: str = field(
+    # With `str` in the middle the host's parser takes text from the command line, whatever else a YAML may hold.
+    kd_loss: dict[str, Any] | str | None = field(
         default="self_evolution",
         metadata={
-            "help": "The distillation objective: " + "; ".join(f"{k}: {v[0]}" for k, v in KD_LOSSES.items()) + "."
+            "help": (
+                "The distillation objective, a name or a mapping of the formula (docs/objectives.md): "
+                + "; ".join(f"{name}: {preset.equation}" for name, preset in PRESETS.items()).replace("%", "%%")
+                + "."
+            )
         },
     )
     kd_lambda: float = field(
@@ -219,24 +210,62 @@ class DistillationArguments:
         if isinstance(self.kd_gamma, str):  # as the command line and a field of the web UI hold it
             with suppress(ValueError):
                 self.kd_gamma = float(self.kd_gamma)
+        if isinstance(self.kd_loss, str) and self.kd_loss.lstrip().startswith("{"):
+            self.kd_loss = _flow_mapping(self.kd_loss)
 
-    def objective_keywords(self) -> dict[str, Any]:
-        """Return the keyword arguments of ``objectives.distillation_loss``, those that move as at the start."""
-        return {
-            "kd_loss": self.kd_loss,
+    @property
+    def follows_mean(self) -> bool:
+        """Whether tokens are hard by the running mean of a signal."""
+        gate = self.formula().gate
+        return gate is not None and gate.threshold == MEAN
+
+    def formula(self) -> Formula:
+        """Return what `kd_loss` stands for, with the numbers that move as they are in the YAML.
+
+        Raises:
+            ArgumentError: it cannot work.
+        """
+        moving_beta = {"from": self.kd_beta, "to": self.kd_beta_end}
+        keys = {
             "kd_lambda": self.kd_lambda,
-            "kd_beta": self.kd_beta,
-            "kd_gamma": GAMMA if self.kd_gamma == AUTO else self.kd_gamma,
+            "kd_beta": self.kd_beta if self.kd_beta_end is None else moving_beta,
+            "kd_gamma": MEAN if self.kd_gamma == AUTO else self.kd_gamma,
+            "kd_topk": self.kd_topk,
+            "kd_temperature": self.kd_temperature,
+        }
+        return expand(self.kd_loss, keys)
+
+    def objective_keywords(self, move: Callable[[float, float], float] = lambda start, _: start) -> dict[str, Any]:
+        """Return the keyword arguments of ``objectives.distillation_loss``.
+
+        Args:
+            move: from where a number starts and ends to where it is; without it they are as at the start, and so are
+                the keys that follow the training.
+        """
+        formula = None if isinstance(self.kd_loss, str) else self.formula().at(move)
+        gate = None if formula is None else formula.gate
+        return {
+            "kd_loss": formula or self.kd_loss,
+            "kd_lambda": self.kd_lambda,
+            "kd_beta": self.kd_beta if self.kd_beta_end is None else move(self.kd_beta, self.kd_beta_end),
+            "kd_gamma": FIRST_MEANS[gate.signal if gate else "difficulty"] if self.follows_mean else self.kd_gamma,
             "kd_topk": self.kd_topk,
             "kd_temperature": self.kd_temperature,
             "kd_hard_scale": None if self.kd_hard_scale == "none" else 1.0,
         }
 
 
-def keys_read_by(kd_loss: str) -> frozenset[str]:
-    """Return the keys of the stage that say anything to an objective, those that every objective reads included."""
-    read = KD_LOSSES[kd_loss][1]
-    of_some = frozenset().union(*(keys for _, keys in KD_LOSSES.values()))
+def keys_read_by(kd_loss: Any) -> frozenset[str]:
+    """Return the keys of the stage that say anything to an objective, those that every objective reads included.
+
+    Raises:
+        ArgumentError: there is no such preset.
+    """
+    name = preset_of(kd_loss)
+    read = frozenset({"kd_lambda"}) if name is None else PRESETS[name].keys
+    if not isinstance(kd_loss, str):
+        read -= {"kd_hard_scale"}
+    of_some = frozenset().union(*(preset.keys for preset in PRESETS.values()))
     moves_beta = frozenset({"kd_beta_end"})  # follows `kd_beta`, so the table need not name it
     return (frozenset(KEYS) - of_some - moves_beta) | read | (moves_beta if "kd_beta" in read else frozenset())
 
@@ -271,9 +300,7 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
 
     _check_caches(args)
     _check_placement(args)
-    if not isinstance(args.kd_loss, str) or args.kd_loss not in KD_LOSSES:
-        _refuse(args, "kd_loss", f"choose one of {', '.join(KD_LOSSES)}")
-
+    preset_of(args.kd_loss)
     _check_range(args, "teacher_max_nonfinite", 0, 1)
     _check_range(args, "kd_lambda", 0, 1)
     _check_range(args, "kd_beta", 0, 1)
@@ -299,6 +326,8 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
         _check_read(args, "kd_hard_scale", "does not tell hard tokens from easy ones")
 
     _check_topk(args)
+    _check_temperature(args)
+    formula = args.formula()
     _check_range(args, "kd_on_policy", 0, 1)
     if args.kd_on_policy_truncated not in ("keep", "drop"):
         _refuse(args, "kd_on_policy_truncated", "choose keep or drop")
@@ -309,10 +338,6 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
         )
 
     _check_range(args, "kd_max_cut", 0, 1)
-    low, high = TEMPERATURES
-    if not _is_number(args.kd_temperature) or not low <= args.kd_temperature <= high:
-        _refuse(args, "kd_temperature", f"use a number above 0, from {low} to {high:g}; the paper uses 1.0")
-
     size = args.kd_chunk_size
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         _refuse(args, "kd_chunk_size", "use an integer of at least 1, or leave it out")
@@ -320,8 +345,9 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
     if not isinstance(args.kd_compile, (bool, type(None))):
         _refuse(args, "kd_compile", "use true or false, or leave it out")
 
-    if args.kd_compile and args.kd_beta_end is not None:
-        _refuse(args, "kd_compile", "a β that moves (`kd_beta_end`) would recompile in every step; remove one of them")
+    if args.kd_compile and formula.moves:
+        what = "a β that moves (`kd_beta_end`)" if args.kd_beta_end is not None else "a number of `kd_loss` that moves"
+        _refuse(args, "kd_compile", f"{what} would recompile in every step; remove one of them")
 
 
 def check_no_distillation_arguments(args: DistillationArguments, stage: str, given: Iterable[str] = ()) -> None:
@@ -414,8 +440,14 @@ def _check_placement(args: DistillationArguments) -> None:
         _refuse(args, "teacher_deepspeed", f"`teacher_model_device: {device}` takes the teacher apart; remove one")
 
 
+def _check_temperature(args: DistillationArguments) -> None:
+    low, high = TEMPERATURES
+    if not _is_number(args.kd_temperature) or not low <= args.kd_temperature <= high:
+        _refuse(args, "kd_temperature", f"use a number above 0, from {low} to {high:g}; the paper uses 1.0")
+
+
 def _check_topk(args: DistillationArguments) -> None:
-    wants_topk = args.kd_loss == "self_evolution_topk"
+    wants_topk = "kd_topk" in keys_read_by(args.kd_loss)
     if wants_topk and args.kd_topk is None:
         raise ArgumentError(
             "`kd_topk` is missing: `kd_loss: self_evolution_topk` needs the share of hard tokens, e.g. 0.5."
@@ -425,7 +457,7 @@ def _check_topk(args: DistillationArguments) -> None:
         return
 
     if not wants_topk:
-        _refuse(args, "kd_topk", f"`kd_loss: {args.kd_loss}` does not use it; leave it out or use self_evolution_topk")
+        _refuse(args, "kd_topk", f"`kd_loss: {_named(args)}` does not use it; leave it out or use self_evolution_topk")
 
     if not _is_number(args.kd_topk) or not 0 < args.kd_topk <= 1:
         _refuse(args, "kd_topk", "use a share above 0 and up to 1, for example 0.5 for half of the tokens")
@@ -434,8 +466,24 @@ def _check_topk(args: DistillationArguments) -> None:
 def _check_read(args: DistillationArguments, key: str, lack: str) -> None:
     """Refuse a key that the objective does not read."""
     if key not in keys_read_by(args.kd_loss):
-        others = ", ".join(name for name in KD_LOSSES if key in keys_read_by(name))
-        _refuse(args, key, f"`kd_loss: {args.kd_loss}` {lack}; leave it out or use one of {others}")
+        others = ", ".join(name for name in PRESETS if key in keys_read_by(name))
+        _refuse(args, key, f"`kd_loss: {_named(args)}` {lack}; leave it out or use one of {others}")
+
+
+def _named(args: DistillationArguments) -> str:
+    """Return the preset, or a word for a mapping of the user's own."""
+    return preset_of(args.kd_loss) or "{…}"
+
+
+def _flow_mapping(text: str) -> Any:
+    """Read a mapping on one line, as the command line and a field of the web UI hold it."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = one_line(str(error))
+        raise ArgumentError(f"`kd_loss: {one_line(text)}` cannot be read as a mapping: {reason}.") from None
 
 
 def _check_range(args: DistillationArguments, key: str, low: float, high: float) -> None:

@@ -15,7 +15,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from llamafactory_sekd.arguments import KD_LOSSES, DistillationArguments, keys_read_by
+from llamafactory_sekd.arguments import DistillationArguments, keys_read_by
+from llamafactory_sekd.presets import PRESETS
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -83,7 +84,7 @@ def keys_page() -> str:
         "",
         "| `kd_loss` | loss of a token | keys that it reads in addition to the common ones |",
         "|---|---|---|",
-        *(f"| `{name}` | {loss} | {_names(sorted(keys))} |" for name, (loss, keys) in KD_LOSSES.items()),
+        *(f"| `{name}` | {preset.equation} | {_names(sorted(preset.keys))} |" for name, preset in PRESETS.items()),
         "",
         "## The keys",
         "",
@@ -115,8 +116,8 @@ def _default(item: Field[Any]) -> str:
 def _readers(key: str) -> str:
     if not key.startswith("kd_"):
         return "every run"
-    readers = [name for name in KD_LOSSES if key in keys_read_by(name)]
-    return "every objective" if len(readers) == len(KD_LOSSES) else _names(readers)
+    readers = [name for name in PRESETS if key in keys_read_by(name)]
+    return "every objective" if len(readers) == len(PRESETS) else _names(readers)
 
 
 def _names(names: list[str]) -> str:

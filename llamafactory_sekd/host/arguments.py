@@ -90,6 +90,16 @@ def extend_finetuning_arguments(host_class: type) -> type:
     return FinetuningArguments
 
 
+def _try_own_divergences(finetuning_args: Any) -> None:
+    """Call a divergence of the user's own once, before anything is loaded."""
+    from llamafactory_sekd.objectives import try_user_function
+
+    names = {name for side in finetuning_args.formula().sides for name, _ in side.divergences}
+    for name in sorted(names):
+        if ":" in name:
+            try_user_function(name)
+
+
 def _check_other_finetuning_arguments(args: Any) -> None:
     for key in ("use_dft_loss", "use_eaft_loss", "use_asft_loss"):
         if getattr(args, key, False):
@@ -119,6 +129,7 @@ def check_together(host_parse: Callable[..., tuple[Any, ...]]) -> Callable[..., 
         model_args, data_args, training_args, finetuning_args, generating_args = parsed
         if finetuning_args.use_sekd:
             check_in_effect()
+            _try_own_divergences(finetuning_args)
             if finetuning_args.kd_on_policy:
                 set_sampling_defaults(args, generating_args)
                 check_own_samples(data_args, training_args, generating_args)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from llamafactory_sekd.arguments import KD_LOSSES, SELF, STAGE, DistillationArguments
+from llamafactory_sekd.arguments import SELF, STAGE, DistillationArguments, keys_read_by
 from llamafactory_sekd.host.teacher import teacher_identity
+from llamafactory_sekd.presets import PRESETS, preset_of
 
 
 _SIGNS = {"kd_lambda": "λ", "kd_beta": "β", "kd_gamma": "Γ", "kd_topk": "hard share", "kd_hard_scale": "hard scale"}
@@ -18,7 +19,7 @@ def print_opening(model_args: Any, finetuning_args: DistillationArguments, train
 
 
 def opening_lines(model_args: Any, finetuning_args: DistillationArguments, trainer: Any) -> list[str]:
-    """Return the lines: objective and its equation, its keys, teacher, student, chunk size.
+    """Return the lines: objective, its equation and its formula, its keys, teacher, student, chunk size.
 
     Args:
         model_args: the host's model arguments, which name the student.
@@ -30,7 +31,8 @@ def opening_lines(model_args: Any, finetuning_args: DistillationArguments, train
     with trainer.autocast_smart_context_manager():  # the type of the products decides how many tokens fit
         size = trainer.chunk_size()
     rows = {
-        "objective": f"{finetuning_args.kd_loss}: {KD_LOSSES[finetuning_args.kd_loss][0]}",
+        "objective": _objective(finetuning_args.kd_loss),
+        "formula": f"kd_loss: {finetuning_args.formula()}",
         "keys": _keys(finetuning_args),
         "teacher": _teacher(model_args, finetuning_args, trainer.teacher),
         "student": (
@@ -42,8 +44,15 @@ def opening_lines(model_args: Any, finetuning_args: DistillationArguments, train
     return [f"Knowledge distillation (`stage: {STAGE}`)", *(f"  {name:<11}{text}" for name, text in rows.items())]
 
 
+def _objective(kd_loss: Any) -> str:
+    name = preset_of(kd_loss)
+    if name is None:
+        return "a mapping of your own"
+    return f"{name}, changed" if isinstance(kd_loss, dict) else f"{name}: {PRESETS[name].equation}"
+
+
 def _keys(keys: DistillationArguments) -> str:
-    read = KD_LOSSES[keys.kd_loss][1]
+    read = keys_read_by(keys.kd_loss)
     shown = {sign: getattr(keys, key) for key, sign in _SIGNS.items() if key in read}
     if "β" in shown and keys.kd_beta_end is not None:
         shown["β"] = f"{keys.kd_beta} to {keys.kd_beta_end}"

@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal, Union
 
 import typer
 
-from llamafactory_sekd.arguments import KD_LOSSES
 from llamafactory_sekd.evaluation.settings import BACKENDS, METRICS, Decoding, Settings
 from llamafactory_sekd.files import write_atomic
+from llamafactory_sekd.formula import DIVERGENCES, PARAMETERS, SIGNALS, TARGETS
+from llamafactory_sekd.presets import PRESET_KEY, PRESETS
 
 
 app = typer.Typer(help="Write JSON schemas of the YAML files, for editors.", add_completion=False)
@@ -55,8 +56,31 @@ def training_schema() -> Schema:
 
     classes = parser._TRAIN_ARGS
     properties = {name: entry for cls in classes for name, entry in _properties(cls)}
-    properties["kd_loss"]["enum"] = list(KD_LOSSES)
+    description, default = (properties["kd_loss"][key] for key in ("description", "default"))
+    properties["kd_loss"] = {
+        "anyOf": [{"enum": list(PRESETS)}, _formula_schema()],
+        "default": default,
+        "description": description,
+    }
     return _closed("A training run of LLaMA-Factory", properties)
+
+
+def _formula_schema() -> Schema:
+    number: Schema = {"anyOf": [{"type": "number"}, _object({"from": {"type": "number"}, "to": {"type": "number"}})]}
+    threshold: Schema = {"anyOf": [{"const": "mean"}, *number["anyOf"]]}
+    names: Schema = {"anyOf": [{"enum": list(DIVERGENCES)}, {"type": "string", "pattern": ":"}]}
+    side = {
+        "divergence": {"anyOf": [*names["anyOf"], {"type": "object", "additionalProperties": number}]},
+        **dict.fromkeys(("skew", "weight", "lambda", "temperature", *PARAMETERS), number),
+    }
+    gate = {
+        "signal": {"enum": list(SIGNALS)},
+        **dict.fromkeys(("above", "below"), threshold),
+        **dict.fromkeys(("share", "width"), number),
+    }
+    sides = {key: _object(side) for key in ("easy", "hard")}
+    whole = {PRESET_KEY: {"enum": list(PRESETS)}, "target": {"enum": list(TARGETS)}, "gate": _object(gate), **sides}
+    return _object({**whole, **side})
 
 
 def evaluation_schema() -> Schema:

@@ -6,6 +6,7 @@ from llamafactory_sekd.objectives.chunking import default_chunk_size
 from llamafactory_sekd.objectives.fused import FusedOutput, fused_distillation, fused_linear_distillation
 from llamafactory_sekd.objectives.linear_head import IDENTITY, Head, LogitsSource, LogitTransform, SomeTokens
 from llamafactory_sekd.objectives.losses import OBJECTIVES
+from llamafactory_sekd.objectives.losses.elementwise import try_user_function
 from llamafactory_sekd.objectives.plain import DistillationOutput, distillation_loss
 from llamafactory_sekd.objectives.products import product_type
 from llamafactory_sekd.objectives.statistics import TokenStatistics
@@ -26,4 +27,5 @@ __all__ = [
     "fused_distillation",
     "fused_linear_distillation",
     "product_type",
+    "try_user_function",
 ]

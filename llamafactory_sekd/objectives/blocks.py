@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 
 from llamafactory_sekd.objectives.compiling import compiled, may_look, row_sums
-from llamafactory_sekd.objectives.losses.closed_forms import HUGE, INFINITE, Block
+from llamafactory_sekd.objectives.losses.closed_forms import HUGE, INFINITE, Block, Logits, difficulty
 from llamafactory_sekd.objectives.selection import above_threshold
 from llamafactory_sekd.objectives.settings import Settings
 
@@ -60,6 +60,8 @@ class BlockProcessor:
         numbers = CPU_BUFFER if device.type == "cpu" else ACCELERATOR_BUFFER
         self.rows = max(1, min(numbers // vocab_size, tokens))
         values = 9 if wants_gradient and settings.kd_hard_scale is not None else 7
+        if settings.formula is not None:
+            values = 8
         self.nothing = torch.empty(values, 0, dtype=precision, device=device)
         self._precision, self._vocab_size = precision, vocab_size
         self._block = compiled(BlockProcessor._process) if compile else BlockProcessor._process
@@ -76,20 +78,26 @@ class BlockProcessor:
             hard: bool `[tokens]` where the selection has been made already.
 
         Returns:
-            `[7, tokens]`, with a factor of the hard loss and a gradient `[9, tokens]`: the statistics in the order of
-            `TokenStatistics`, then the loss. Where the teacher's logits hold NaN or +inf the loss and its gradient
-            are 0 and `teacher_ce` is NaN.
+            `[7, tokens]`, for a formula `[8, tokens]`, with a factor of the hard loss and a gradient `[9, tokens]`:
+            the statistics as `TokenStatistics.from_rows` takes them, then the loss. Where the teacher's logits hold
+            NaN or +inf the loss and its gradient are 0 and `teacher_ce` is NaN.
         """
         blocks = (
             (z[rows], w[rows], labels[rows], None if hard is None else hard[rows]) for rows in self._split(labels)
         )
-        return torch.cat([self._block(self, *block) for block in blocks], dim=1)
+        return torch.cat([self.nothing, *(self._block(self, *block) for block in blocks)], dim=1)
 
-    def difficulty(self, z: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Equation 5 of one chunk, `[tokens]`, for a selection that spans all chunks. May destroy the logits."""
-        blocks = [self._measure(z[rows], w[rows], labels[rows].unsqueeze(-1)) for rows in self._split(labels)]
-        difficulties = [block.difficulty.masked_fill(block.teacher_ce.isnan(), -math.inf) for block in blocks]
-        return torch.cat(difficulties)
+    def scores(self, z: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return what a selection that spans all chunks goes by, of one chunk, `[tokens]`. May destroy the logits.
+
+        It is the difficulty, or the signal of the formula's gate.
+        """
+        scores = [self.nothing[0]]
+        for rows in self._split(labels):
+            block = self._measure(z[rows], w[rows], labels[rows].unsqueeze(-1))
+            score = block.difficulty if block.signal is None else block.signal
+            scores.append(score.masked_fill(block.teacher_ce.isnan(), -math.inf))
+        return torch.cat(scores)
 
     @cached_property
     def _kept(self) -> torch.Tensor:
@@ -115,14 +123,14 @@ class BlockProcessor:
                 z.copy_(block.gradient)
         statistics = (
             block.difficulty,
-            block.hard.to(loss.dtype),
+            block.hard.to(loss.dtype),  # a formula's gate may have made it a degree
             block.ce,
             block.teacher_kl,
             block.teacher_ce,
             block.agreement,
         )
-        norms = [norm for norm in (block.easy_norm, block.hard_norm) if norm is not None]
-        return torch.stack([*statistics, *norms, loss])
+        further = [row for row in (block.signal, block.easy_norm, block.hard_norm) if row is not None]
+        return torch.stack([*statistics, *further, loss])
 
     def _measure(self, z: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> Block:
         compiling = torch.compiler.is_compiling()
@@ -133,7 +141,7 @@ class BlockProcessor:
         # Compiled code would carry out what is written to its inputs, and copies cost it nothing.
         z = z if z.dtype == z_copy.dtype and not compiling else z_copy.copy_(z)
         w = w if w.dtype == w_copy.dtype and not compiling else w_copy.copy_(w)
-        temperature = self.settings.kd_temperature
+        temperature, formula = self.settings.kd_temperature, self.settings.formula
 
         # An entry that is the largest of both models is the only way to reach the sum of the two largest logits; this
         # takes a fraction of the time of an argmax. (Near-ties within the rounding of the sum count as ties.)
@@ -143,13 +151,25 @@ class BlockProcessor:
         log_ratio = torch.sub(w, z, out=log_ratio)
         if self.may_be_infinite:
             log_ratio.nan_to_num_(nan=0.0, posinf=HUGE, neginf=-HUGE)
+            if formula is not None:  # so that zero times a logarithm is zero
+                z.clamp_min_(-HUGE)
+                w.clamp_min_(-HUGE)
 
         student_norm, teacher_norm = _softmax(z, z_largest, q, exact), _softmax(w, w_largest, p, exact)
         ce = student_norm - _pick(z, labels)
         teacher_ce = teacher_norm - _pick(w, labels)
+        if formula is not None and self.may_be_infinite:
+            ce, teacher_ce = (value.masked_fill(value > INFINITE, math.inf) for value in (ce, teacher_ce))
+            teacher_ce = teacher_ce.masked_fill(w_largest == -math.inf, math.nan)  # a row of -inf is no distribution
         shift = student_norm - teacher_norm
-        teacher_kl = self._kl(p, log_ratio, shift, spare=w if temperature == 1.0 else plain_q)
+        keeps_teacher = temperature != 1.0 or formula is not None
+        teacher_kl = self._kl(p, log_ratio, shift, spare=plain_q if keeps_teacher else w)
         tempered_ce, kl = ce, teacher_kl
+        signal = untempered = None
+        if formula is not None:
+            signal = self._signal(z, w, p, q, student_norm, teacher_norm, ce, teacher_ce, agreement)
+            if any(side.temperature != temperature for side in formula.sides):
+                untempered = (z.clone(), w.clone())
         if temperature == 1.0:
             plain_q = q
         else:
@@ -158,8 +178,14 @@ class BlockProcessor:
             teacher_norm = _softmax(w.div_(temperature), w_largest / temperature, p, exact)
             shift = student_norm - teacher_norm
             tempered_ce = student_norm - _pick(z, labels)
-            kl = self._kl(p, log_ratio.div_(temperature), shift, spare=w)
-        difficulty = _difficulty(kl, tempered_ce, _pick(p, labels), self.settings.kd_lambda)
+            spare = w if formula is None else torch.empty_like(w)
+            kl = self._kl(p, log_ratio.div_(temperature), shift, spare=spare)
+        target_kl = difficulty(kl, tempered_ce, _pick(p, labels), self.settings.kd_lambda)
+        score, logits = None, None
+        if formula is not None:
+            signal = target_kl if signal is None else signal
+            score = signal if formula.gate is None else formula.gate.sign * signal
+            logits = Logits(z, w, student_norm, teacher_norm, untempered)
         return Block(
             settings=self.settings,
             wants_gradient=self.wants_gradient,
@@ -171,14 +197,45 @@ class BlockProcessor:
             shift=shift,
             gradient=z,
             spare=w,
-            difficulty=difficulty,
+            difficulty=target_kl,
             kl=kl,
             ce=ce,
             teacher_kl=teacher_kl,
             teacher_ce=teacher_ce,
             agreement=agreement,
-            hard=above_threshold(difficulty, self.settings.kd_gamma),
+            hard=above_threshold(target_kl if score is None else score, self.settings.kd_gamma),
+            signal=signal,
+            logits=logits,
         )
+
+    def _signal(
+        self,
+        z: torch.Tensor,
+        w: torch.Tensor,
+        p: torch.Tensor,
+        q: torch.Tensor,
+        z_norm: torch.Tensor,
+        w_norm: torch.Tensor,
+        ce: torch.Tensor,
+        teacher_ce: torch.Tensor,
+        agreement: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Return what the formula's gate looks at, at T = 1, `[rows]`; None where that is the difficulty."""
+        gate = self.settings.formula.gate if self.settings.formula is not None else None
+        match None if gate is None else gate.signal:
+            case "teacher_probability":
+                return torch.exp(-teacher_ce)
+            case "student_probability":
+                return torch.exp(-ce)
+            case "teacher_entropy":
+                return (w_norm - row_sums(p * w)).clamp_min(0.0)
+            case "student_entropy":
+                return (z_norm - row_sums(q * z)).clamp_min(0.0)
+            case "hellinger":
+                return (1.0 - row_sums((p * q).sqrt_())).clamp_min(0.0).sqrt()
+            case "agreement":
+                return agreement
+        return None
 
     def _kl(self, p: torch.Tensor, log_ratio: torch.Tensor, shift: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
         """`KL(p ‖ q) = Σ p (log p - log q)`, `[rows]`."""
@@ -211,18 +268,3 @@ def _clear(gradient: torch.Tensor, rows: torch.Tensor) -> None:
 
 def _pick(matrix: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return matrix.gather(-1, labels).squeeze(-1)
-
-
-def _difficulty(kl: torch.Tensor, ce: torch.Tensor, p_label: torch.Tensor, kd_lambda: float) -> torch.Tensor:
-    """Equation 5 from quantities that are there already.
-
-    `y~` differs from `λ p` in one entry, so with `t = (1-λ) + λ p_y` the target's probability of the ground truth
-    `KL(y~ ‖ q) = λ KL(p ‖ q) + (1-λ) (-log q_y) + λ log λ (1 - p_y) - λ p_y log p_y + t log t`.
-    """
-    if kd_lambda <= 0.0:
-        return ce
-    if kd_lambda >= 1.0:
-        return kl
-    target_label = (1.0 - kd_lambda) + kd_lambda * p_label
-    mixing = kd_lambda * (math.log(kd_lambda) * (1.0 - p_label) - torch.xlogy(p_label, p_label))
-    return kd_lambda * kl + (1.0 - kd_lambda) * ce + mixing + torch.xlogy(target_label, target_label)

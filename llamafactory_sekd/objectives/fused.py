@@ -7,6 +7,7 @@ head. The backward pass only multiplies them with the incoming gradient.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from llamafactory_sekd.errors import ArgumentError
+from llamafactory_sekd.formula import Formula
+from llamafactory_sekd.objectives.chunking import default_chunk_size
 from llamafactory_sekd.objectives.linear_head import IDENTITY, Head, HeadGradients, LogitsSource, LogitTransform
-from llamafactory_sekd.objectives.losses import OBJECTIVES, check_objective
+from llamafactory_sekd.objectives.losses import closed_form_of, settings_of
 from llamafactory_sekd.objectives.products import product_type
 from llamafactory_sekd.objectives.settings import Settings, check_same_vocabulary, check_tokens
 from llamafactory_sekd.objectives.statistics import TokenStatistics
@@ -55,14 +58,14 @@ def fused_linear_distillation(
     labels: torch.Tensor,
     *,
     num_items: int | torch.Tensor,
-    chunk_size: int,
+    chunk_size: int | None = None,
     student_bias: torch.Tensor | None = None,
     teacher_bias: torch.Tensor | None = None,
     student_transform: LogitTransform = IDENTITY,
     teacher_transform: LogitTransform = IDENTITY,
     vocab_size: int | None = None,
     compile: bool = False,
-    kd_loss: str = "self_evolution",
+    kd_loss: str | Mapping[str, Any] | Formula = "self_evolution",
     kd_lambda: float = 0.5,
     kd_beta: float = 0.5,
     kd_gamma: float | torch.Tensor = 0.4,
@@ -88,7 +91,7 @@ def fused_linear_distillation(
         labels: class ids `[tokens]`, in `[0, vocab_size)`.
         num_items: the divisor, the number of response tokens of the global batch; a 0-dimensional tensor on an
             accelerator is not synchronized with. Zero counts as one.
-        chunk_size: tokens whose logits exist at a time, see `default_chunk_size`.
+        chunk_size: tokens whose logits exist at a time; None for `default_chunk_size`.
         student_bias, teacher_bias: `[vocab]`.
         student_transform, teacher_transform: what the models do to the products of their heads, a scale or a soft cap.
         vocab_size: use the first entries of both heads only, the common vocabulary; the gradient of the others is
@@ -98,10 +101,9 @@ def fused_linear_distillation(
         kd_loss, kd_lambda, kd_beta, kd_gamma, kd_topk, kd_temperature, kd_hard_scale: see `distillation_loss`.
 
     Raises:
-        ArgumentError: shapes that do not fit, different vocabularies, an unknown `kd_loss`, a missing `kd_topk`, a
-            `kd_hard_scale` for another objective.
+        ArgumentError: shapes that do not fit, different vocabularies, an unknown `kd_loss` or a mapping that cannot
+            work, a missing `kd_topk`, a `kd_hard_scale` for another objective.
     """
-    check_objective(kd_loss, kd_hard_scale)
     check_tokens(student_hidden, teacher_hidden, labels, ("student_hidden", "teacher_hidden"))
     used = _used_vocabulary(student_head, teacher_head, vocab_size)
     return fused_distillation(
@@ -131,7 +133,7 @@ def fused_distillation(
     labels: torch.Tensor,
     *,
     num_items: int | torch.Tensor,
-    chunk_size: int,
+    chunk_size: int | None = None,
     student_bias: torch.Tensor | None = None,
     student_transform: LogitTransform = IDENTITY,
     compile: bool = False,
@@ -147,11 +149,10 @@ def fused_distillation(
         settings: the `kd_*` arguments of `distillation_loss`.
 
     Raises:
-        ArgumentError: shapes that do not fit, an unknown `kd_loss`, a missing `kd_topk`, a `kd_hard_scale` for another
-            objective.
+        ArgumentError: shapes that do not fit, an unknown `kd_loss` or a mapping that cannot work, a missing
+            `kd_topk`, a `kd_hard_scale` for another objective.
     """
-    chosen = Settings(**settings)
-    check_objective(chosen.kd_loss, chosen.kd_hard_scale)
+    chosen = settings_of(**settings)
     check_tokens(student_hidden, student_hidden, labels, ("student_hidden", "student_hidden"))
     if len(teacher) != len(labels) or teacher.vocab_size > len(student_head):
         raise ArgumentError(
@@ -161,7 +162,7 @@ def fused_distillation(
     plan = _Plan(
         settings=chosen,
         num_items=_divisor(num_items),
-        chunk_size=chunk_size,
+        chunk_size=chunk_size or default_chunk_size(len(student_head)),
         vocab_size=teacher.vocab_size,
         may_be_infinite=student_bias is not None or teacher.may_be_infinite,
         grad_enabled=torch.is_grad_enabled(),
@@ -169,7 +170,7 @@ def fused_distillation(
         transform=student_transform,
     )
     loss, values = _FusedDistillation.apply(student_hidden, student_head, student_bias, teacher, labels, plan)
-    return FusedOutput(loss=loss, statistics=TokenStatistics(*values.unbind()))
+    return FusedOutput(loss=loss, statistics=TokenStatistics.from_rows(values.unbind()))
 
 
 class _FusedDistillation(torch.autograd.Function):
@@ -202,7 +203,7 @@ class _FusedDistillation(torch.autograd.Function):
                 teacher,
                 labels,
                 plan.settings,
-                OBJECTIVES[plan.settings.kd_loss].closed_form,
+                closed_form_of(plan.settings),
                 chunk_size=plan.chunk_size,
                 may_be_infinite=plan.may_be_infinite,
                 gradients=gradients if any(wants) else None,

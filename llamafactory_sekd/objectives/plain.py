@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
+from llamafactory_sekd.formula import Formula
+from llamafactory_sekd.objectives.blocks import BlockProcessor
 from llamafactory_sekd.objectives.divergences import cross_entropy, kl_divergence
-from llamafactory_sekd.objectives.losses import OBJECTIVES, check_objective
+from llamafactory_sekd.objectives.losses import OBJECTIVES, closed_form_of, settings_of
 from llamafactory_sekd.objectives.losses.equations import Terms, gradient_norms
 from llamafactory_sekd.objectives.selection import select_hard
 from llamafactory_sekd.objectives.settings import Settings, check_same_vocabulary, check_tokens
@@ -42,7 +47,7 @@ def distillation_loss(
     teacher_logits: torch.Tensor,
     labels: torch.Tensor,
     *,
-    kd_loss: str = "self_evolution",
+    kd_loss: str | Mapping[str, Any] | Formula = "self_evolution",
     kd_lambda: float = 0.5,
     kd_beta: float = 0.5,
     kd_gamma: float | torch.Tensor = 0.4,
@@ -60,7 +65,7 @@ def distillation_loss(
         student_logits: `[tokens, vocab]`, floating.
         teacher_logits: `[tokens, vocab]`, floating; no gradient flows into them.
         labels: the ground truth's class ids `[tokens]`, integers in `[0, vocab)`: response tokens only, no padding.
-        kd_loss: the objective, a key of `OBJECTIVES`.
+        kd_loss: the objective: a preset's name, a mapping of the formula, or a `Formula` (docs/objectives.md).
         kd_lambda: λ of equations 3, 4 and 10, the teacher's share, in `[0, 1]`.
         kd_beta: β of equations 6 and 10, the student's share of the proxy, in `[0, 1]`.
         kd_gamma: Γ, the difficulty above which a token is hard; a number or a 0-dimensional tensor.
@@ -71,25 +76,72 @@ def distillation_loss(
             Self-Evolution objectives. With one the statistics hold the gradient norms that it can be chosen from.
 
     Raises:
-        ArgumentError: shapes that do not fit, different vocabularies, an unknown `kd_loss`, a missing `kd_topk`, a
-            `kd_hard_scale` for another objective.
+        ArgumentError: shapes that do not fit, different vocabularies, an unknown `kd_loss` or a mapping that cannot
+            work, a missing `kd_topk`, a `kd_hard_scale` for another objective.
     """
-    check_objective(kd_loss, kd_hard_scale)
+    settings = settings_of(
+        kd_loss=kd_loss,
+        kd_lambda=kd_lambda,
+        kd_beta=kd_beta,
+        kd_gamma=kd_gamma,
+        kd_topk=kd_topk,
+        kd_temperature=kd_temperature,
+        kd_hard_scale=kd_hard_scale,
+    )
     check_tokens(student_logits, teacher_logits, labels, ("student_logits", "teacher_logits"))
     check_same_vocabulary(
         student_logits.shape[-1], teacher_logits.shape[-1], "cut both logits to the common vocabulary first."
     )
-    settings = Settings(kd_loss, kd_lambda, kd_beta, kd_gamma, kd_topk, kd_temperature, kd_hard_scale)
     precision = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
     student_logits, teacher_logits = student_logits.to(precision), teacher_logits.detach().to(precision)
 
+    if settings.formula is not None:
+        loss, rows = _FormulaOnLogits.apply(student_logits, teacher_logits, labels, settings)
+        statistics = TokenStatistics.from_rows(rows.unbind())
+        return DistillationOutput(loss=loss, hard=statistics.hard > 0.5, statistics=statistics)
+
     terms = _terms(student_logits, teacher_logits, labels, settings)
     statistics = token_statistics(student_logits.detach(), teacher_logits, labels, terms.difficulty, terms.hard)
-    loss = OBJECTIVES[kd_loss].equation(terms)
+    loss = OBJECTIVES[settings.kd_loss].equation(terms)
     if kd_hard_scale is not None and loss.requires_grad:
         easy_norm, hard_norm = gradient_norms(terms)
         statistics = replace(statistics, easy_norm=easy_norm, hard_norm=hard_norm)
     return DistillationOutput(loss=loss, hard=terms.hard, statistics=statistics)
+
+
+class _FormulaOnLogits(torch.autograd.Function):
+    """A formula on logits at hand: its gradient is formed with the loss, as in the fused path."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student_logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor, settings: Settings
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        processor = BlockProcessor(
+            settings,
+            closed_form_of(settings),
+            vocab_size=student_logits.shape[-1],
+            tokens=len(labels),
+            precision=student_logits.dtype,
+            device=student_logits.device,
+            may_be_infinite=True,
+            wants_gradient=ctx.needs_input_grad[0],
+        )
+        hard = None
+        if settings.share is not None:
+            scores = processor.scores(student_logits.clone(), teacher_logits.clone(), labels)
+            hard = select_hard(scores, settings)
+        gradient = student_logits.clone()
+        values = processor.process(gradient, teacher_logits.clone(), labels, hard)
+        ctx.save_for_backward(gradient)
+        loss, statistics = values[-1], values[:-1]
+        ctx.mark_non_differentiable(statistics)
+        return loss, statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_loss.unsqueeze(-1), None, None, None
 
 
 def _terms(

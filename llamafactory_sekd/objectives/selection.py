@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.objectives.settings import Settings
 
 
@@ -41,35 +40,22 @@ def largest_share(difficulty: torch.Tensor, share: float) -> torch.Tensor:
     return hard
 
 
-def share_threshold(difficulty: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """Return a difficulty above which about the share `kd_topk` of these tokens lies, 0-dimensional.
-
-    Raises:
-        ArgumentError: `kd_topk` is missing.
-    """
-    number = int(_share(settings) * len(difficulty) + 0.5)
+def share_threshold(scores: torch.Tensor, share: float) -> torch.Tensor:
+    """Return a score above which about this share of these tokens lies, 0-dimensional."""
+    number = int(share * len(scores) + 0.5)
     # The place after the last hard token; where all are hard there is none.
-    return torch.cat([difficulty.sort(descending=True).values, difficulty.new_full((1,), -torch.inf)])[number]
+    return torch.cat([scores.sort(descending=True).values, scores.new_full((1,), -torch.inf)])[number]
 
 
-def select_hard(difficulty: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """Return the selection that `kd_loss` asks for, bool `[tokens]`.
+def select_hard(scores: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """Return the selection that an objective asks for, bool `[tokens]`.
 
-    Every objective but `self_evolution_topk` reports the tokens with `d > Γ` as hard, so that the hard share can be
-    compared between objectives, also where its loss treats all tokens alike.
+    Every objective of the paper but `self_evolution_topk` reports the tokens with `d > Γ` as hard, so that the hard
+    share can be compared between objectives, also where its loss treats all tokens alike.
 
-    Raises:
-        ArgumentError: `self_evolution_topk` without `kd_topk`.
+    Args:
+        scores: the difficulty, or what a formula's gate looks at, `[tokens]`.
+        settings: Γ or the share.
     """
-    if settings.kd_loss != "self_evolution_topk":
-        return above_threshold(difficulty, settings.kd_gamma)
-    return largest_share(difficulty, _share(settings))
-
-
-def _share(settings: Settings) -> float:
-    if settings.kd_topk is None:
-        raise ArgumentError(
-            "`kd_topk` is missing: `kd_loss: self_evolution_topk` needs the share of hard tokens, above 0 and "
-            "up to 1, such as 0.5."
-        )
-    return settings.kd_topk
+    share = settings.share
+    return above_threshold(scores, settings.kd_gamma) if share is None else largest_share(scores, share)

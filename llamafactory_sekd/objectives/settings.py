@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from llamafactory_sekd.errors import ArgumentError
+from llamafactory_sekd.formula import MEAN, Formula, Gate
+from llamafactory_sekd.presets import expand
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The `kd_*` keys under their YAML names. Their ranges are checked where the YAML is read."""
+    """The `kd_*` keys under their YAML names. Their ranges are checked where the YAML is read.
+
+    With a `formula` they are what the measurements need: λ and T of its easy tokens, and what its gate's signal, times
+    the gate's sign, is held against.
+    """
 
     kd_loss: str = "self_evolution"
     kd_lambda: float = 0.5
@@ -20,6 +28,41 @@ class Settings:
     kd_topk: float | None = None
     kd_temperature: float = 1.0
     kd_hard_scale: float | torch.Tensor | None = None
+    formula: Formula | None = None
+
+    @property
+    def share(self) -> float | None:
+        """The share of tokens that are hard, None where a threshold decides."""
+        if self.formula is None:
+            return self.kd_topk if self.kd_loss == "self_evolution_topk" else None
+        return None if self.formula.gate is None else self.formula.gate.share
+
+
+def formula_settings(kd_loss: str | Mapping[str, Any] | Formula, **keys: Any) -> Settings:
+    """Return the settings of an objective that is computed by the formula.
+
+    Args:
+        kd_loss: the name of a preset, a mapping, or a formula; of numbers that move it takes where they start.
+        keys: the other `kd_*` keys; `kd_gamma` is the running mean where the gate's threshold is that.
+
+    Raises:
+        ArgumentError: the preset is unknown, or the mapping cannot work.
+    """
+    if keys.pop("kd_hard_scale", None) is not None:
+        raise ArgumentError(f"`kd_loss: {kd_loss}` does not read `kd_hard_scale`: leave it out.")
+    formula = kd_loss if isinstance(kd_loss, Formula) else expand(kd_loss, keys)
+    formula = formula.at(lambda start, _: start)
+    gate: Gate | None = formula.gate
+    gamma: Any = float("inf")
+    if gate is not None and gate.threshold is not None:
+        gamma = gate.sign * (keys["kd_gamma"] if gate.threshold == MEAN else gate.threshold)
+    return Settings(
+        kd_loss=kd_loss if isinstance(kd_loss, str) else "formula",
+        kd_lambda=formula.easy.kd_lambda,
+        kd_gamma=gamma,
+        kd_temperature=formula.easy.temperature,
+        formula=formula,
+    )
 
 
 def check_tokens(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, names: tuple[str, str]) -> None:

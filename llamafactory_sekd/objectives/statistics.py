@@ -25,6 +25,8 @@ class TokenStatistics:
         easy_norm, hard_norm: of hard tokens `‖q - y~‖` and `‖q Σr - r‖`, the Euclidean norms of the gradients that
             the easy and the hard loss have with respect to the logits, but for a factor T; 0 for easy tokens. None
             without `kd_hard_scale` or without a gradient.
+        signal: what the gate of a formula looks at; the difficulty without a gate. None for other objectives. Where
+            the gate has a width, `hard` is the degree to which the token is hard, from 0 to 1.
     """
 
     difficulty: torch.Tensor
@@ -35,6 +37,14 @@ class TokenStatistics:
     agreement: torch.Tensor
     easy_norm: torch.Tensor | None = None
     hard_norm: torch.Tensor | None = None
+    signal: torch.Tensor | None = None
+
+    @classmethod
+    def from_rows(cls, rows: tuple[torch.Tensor, ...]) -> TokenStatistics:
+        """Take apart what a pass returns: the six that there always are, then the signal or both norms or neither."""
+        if len(rows) == 7:
+            return cls(*rows[:6], signal=rows[6])
+        return cls(*rows)
 
     @classmethod
     def joined(cls, parts: list[TokenStatistics], numbers: list[torch.Tensor]) -> TokenStatistics:

@@ -18,9 +18,9 @@ from llamafactory_sekd.objectives.settings import Settings
 class Sweep:
     """Goes once through the tokens of a batch.
 
-    `self_evolution_topk` knows its hard tokens only when all have been seen. The pass therefore takes those above the
-    difficulty that the share had among the tokens before, and in the end does the few again that it took wrongly, so
-    that the result is that of the exact selection.
+    A gate by share knows its hard tokens only when all have been seen. The pass therefore takes those above the score
+    (the difficulty for `self_evolution_topk`) that the share had among the tokens before, and in the end does the few
+    again that it took wrongly, so that the result is that of the exact selection.
 
     Args:
         student, teacher: where the logits come from.
@@ -67,8 +67,8 @@ class Sweep:
         )
 
     def run(self) -> torch.Tensor:
-        """Return what `BlockProcessor.process` returns, of all tokens: `[7 or 9, tokens]`."""
-        by_share = self.settings.kd_loss == "self_evolution_topk" and len(self.labels) > 0
+        """Return what `BlockProcessor.process` returns, of all tokens: `[7 to 9, tokens]`."""
+        by_share = self.settings.share is not None and len(self.labels) > 0
         seen = self._sample() if by_share else None
         results = [self.processor.nothing]
         for start in range(0, len(self.labels), max(self.chunk, 1)):
@@ -80,7 +80,7 @@ class Sweep:
             if self.gradients is not None:
                 self.gradients.add(tokens, z)
             if seen is not None:
-                seen = torch.cat([_difficulty(values) for values in results])
+                seen = torch.cat([self._scores(values) for values in results])
         values = torch.cat(results, dim=1)
         if by_share:
             self._correct(values)
@@ -91,16 +91,17 @@ class Sweep:
         return self.student.logits(tokens, self.student_logits), self.teacher.logits(tokens, self.teacher_logits)
 
     def _sample(self) -> torch.Tensor:
-        """Return the difficulty of the first tokens."""
+        """Return the scores of the first tokens."""
         tokens = slice(0, sample_size(self.chunk))
-        return self.processor.difficulty(*self._logits(tokens), self.labels[tokens])
+        return self.processor.scores(*self._logits(tokens), self.labels[tokens])
 
     def _guess(self, seen: torch.Tensor) -> None:
-        self.processor.settings = replace(self.settings, kd_gamma=share_threshold(seen, self.settings))
+        assert self.settings.share is not None
+        self.processor.settings = replace(self.settings, kd_gamma=share_threshold(seen, self.settings.share))
 
     def _correct(self, values: torch.Tensor) -> None:
         """Put right, in `values` and in the gradients, the tokens that were taken for hard or easy and are not."""
-        hard = select_hard(_difficulty(values), self.settings)
+        hard = select_hard(self._scores(values), self.settings)
         wrong = (hard != values[1].bool()).nonzero().squeeze(-1)
         if len(wrong) == 0:
             return
@@ -113,6 +114,11 @@ class Sweep:
             if self.gradients is not None:
                 self.gradients.replace(rows, before=z, after=z_again)
 
+    def _scores(self, values: torch.Tensor) -> torch.Tensor:
+        """Of tokens whose teacher is broken the smallest there is, so that they are no hard ones."""
+        scores = values[0] if self.settings.formula is None else values[6]
+        return scores.masked_fill(values[4].isnan(), -torch.inf)
+
 
 def sample_size(chunk: int) -> int:
     """How many tokens to look at, to guess the threshold of the first chunk.
@@ -121,8 +127,3 @@ def sample_size(chunk: int) -> int:
     and to do one of these again costs about 1.5 times. The sum is least where n is 0.6 chunk^(2/3).
     """
     return math.ceil(0.6 * chunk ** (2 / 3))
-
-
-def _difficulty(values: torch.Tensor) -> torch.Tensor:
-    """Of tokens whose teacher is broken the smallest there is, so that they are no hard ones."""
-    return values[0].masked_fill(values[4].isnan(), -torch.inf)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.arguments import (
-    KD_LOSSES,
     KEYS,
     STAGE,
     DistillationArguments,
@@ -103,9 +102,10 @@ def has_effect(key: str, config: Mapping[str, Any]) -> bool:
     if not _is_ours(config):
         return False
     loss = config.get("kd_loss") or DistillationArguments.kd_loss
-    if loss not in KD_LOSSES:  # refused later, with the names of the objectives
+    try:
+        return key in keys_read_by(loss)
+    except ArgumentError:  # refused later, by the checks of all keys
         return True
-    return key in keys_read_by(loss)
 
 
 def _is_ours(config: Mapping[str, Any]) -> bool:

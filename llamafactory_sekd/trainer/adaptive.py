@@ -1,4 +1,4 @@
-"""Keys that follow the training: Γ as the running mean of the difficulty, and the factor of the hard loss.
+"""Keys that follow the training: Γ as the running mean of what a gate looks at, and the factor of the hard loss.
 
 Both are ratios of two sums over response tokens in which older steps weigh less. The sums stay on the device, are
 reduced over the ranks once per optimizer step, and take effect in the next one: no extra pass, no wait for the device,
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from llamafactory_sekd.arguments import AUTO, GAMMA, DistillationArguments
+from llamafactory_sekd.arguments import DistillationArguments
+from llamafactory_sekd.formula import FIRST_MEANS
 from llamafactory_sekd.objectives import TokenStatistics
 
 
@@ -41,9 +42,10 @@ class _Ratio:
     terms: Callable[[TokenStatistics, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def _mean_difficulty(statistics: TokenStatistics, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    counts = counts & statistics.difficulty.isfinite()  # one infinite token would raise Γ to infinity for good
-    return statistics.difficulty.masked_fill(~counts, 0.0), counts
+def _mean_signal(statistics: TokenStatistics, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    signal = statistics.difficulty if statistics.signal is None else statistics.signal
+    counts = counts & signal.isfinite()  # one infinite token would raise Γ to infinity for good
+    return signal.masked_fill(~counts, 0.0), counts
 
 
 def _gradient_norms(statistics: TokenStatistics, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,25 +55,29 @@ def _gradient_norms(statistics: TokenStatistics, counts: torch.Tensor) -> tuple[
     return easy.masked_fill(~counts, 0.0), hard.masked_fill(~counts, 0.0)
 
 
-_RATIOS = {
-    # The first step has no step before it. The paper's Γ is a number that all ranks and micro-batches know without a
-    # pass over the step's data, which its own mean would need.
-    "kd_gamma": _Ratio(GAMMA, float("inf"), _mean_difficulty),
-    "kd_hard_scale": _Ratio(1.0, LARGEST_SCALE, _gradient_norms),
-}
+def _followed(distillation: DistillationArguments) -> dict[str, _Ratio]:
+    followed = {}
+    gate = distillation.formula().gate
+    if gate is not None and distillation.follows_mean:
+        # The first step has no step before it, and its own mean would need a pass over the step's data. All ranks and
+        # micro-batches know this number.
+        followed["kd_gamma"] = _Ratio(FIRST_MEANS[gate.signal], float("inf"), _mean_signal)
+    if distillation.kd_hard_scale != "none":
+        followed["kd_hard_scale"] = _Ratio(1.0, LARGEST_SCALE, _gradient_norms)
+    return followed
 
 
 class AdaptiveKeys:
     """The present values of the keys that follow the training.
 
     Args:
-        distillation: the stage's keys; `kd_gamma: auto` and `kd_hard_scale: balanced` are followed.
+        distillation: the stage's keys; a gate by the mean, which `kd_gamma: auto` is, and `kd_hard_scale: balanced`
+            are followed.
         device: where the sums are kept.
     """
 
     def __init__(self, distillation: DistillationArguments, device: torch.device) -> None:
-        follows = {"kd_gamma": distillation.kd_gamma == AUTO, "kd_hard_scale": distillation.kd_hard_scale != "none"}
-        self._ratios = {name: ratio for name, ratio in _RATIOS.items() if follows[name]}
+        self._ratios = _followed(distillation)
         ratios = self._ratios.values()
         self._starts = torch.tensor([ratio.start for ratio in ratios], dtype=torch.float64, device=device)
         self._bounds = torch.tensor([ratio.largest for ratio in ratios], dtype=torch.float64, device=device)

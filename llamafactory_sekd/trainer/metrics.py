@@ -35,11 +35,13 @@ class TokenMeans:
 
     Args:
         teachers: the names of several teachers; their own means are ``kd/<name>/…``.
+        signal: what the gate of a formula looks at, which is then a metric too; None for what is one anyway.
     """
 
-    def __init__(self, teachers: Sequence[str] = ()) -> None:
+    def __init__(self, teachers: Sequence[str] = (), signal: str | None = None) -> None:
         self.teachers = teachers
         self.sums: torch.Tensor | None = None
+        self.metrics = METRICS | ({f"kd/{signal}": "signal"} if signal else {})
 
     def add(self, statistics: TokenStatistics, loss: torch.Tensor, who: torch.Tensor | None = None) -> None:
         """Add a micro-batch.
@@ -50,7 +52,7 @@ class TokenMeans:
             who: bool ``[tokens, teachers]``, which of several teachers have a say on each token.
         """
         left_out = statistics.teacher_ce.isnan()
-        columns = [getattr(statistics, name).masked_fill(left_out, 0.0) for name in METRICS.values()]
+        columns = [getattr(statistics, name).masked_fill(left_out, 0.0) for name in self.metrics.values()]
         totals = [(~left_out).sum(), left_out.sum(), loss, *(column.sum(dtype=torch.float64) for column in columns)]
         for number in range(len(self.teachers)):
             assert who is not None
@@ -73,8 +75,8 @@ class TokenMeans:
         if count == 0:
             return None, nonfinite
 
-        means = {name: total / count for name, total in zip(METRICS, rest, strict=False)}
-        return loss / count, means | self._of_teachers(count, rest[len(METRICS) :]) | nonfinite
+        means = {name: total / count for name, total in zip(self.metrics, rest, strict=False)}
+        return loss / count, means | self._of_teachers(count, rest[len(self.metrics) :]) | nonfinite
 
     def total(self, accelerator: Any) -> list[float]:
         """Return the sums of all ranks, which call this together, and keep them."""
@@ -82,7 +84,7 @@ class TokenMeans:
         return accelerator.reduce(sums.to(accelerator.device, copy=True), reduction="sum").tolist()
 
     def restore(self, sums: list[float], device: torch.device) -> None:
-        """Continue from what `total` returned; an empty list, or one of other teachers, starts over.
+        """Continue from what `total` returned; an empty list, or one of other metrics or teachers, starts over.
 
         One rank does this for all.
         """
@@ -90,7 +92,7 @@ class TokenMeans:
         self.sums = torch.tensor(sums, dtype=torch.float64, device=device) if fits else None
 
     def _length(self) -> int:
-        return 3 + len(METRICS) + len(self.teachers) * (1 + len(OF_TEACHER))
+        return 3 + len(self.metrics) + len(self.teachers) * (1 + len(OF_TEACHER))
 
     def _of_teachers(self, count: float, sums: Sequence[float]) -> dict[str, float]:
         means: dict[str, float] = {}

@@ -18,6 +18,7 @@ from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.checkpoints import DistillationState, forget_completion
 from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.files import read_json
+from llamafactory_sekd.formula import Formula
 from llamafactory_sekd.lm_head import (
     IGNORE_INDEX,
     is_plain_product,
@@ -40,7 +41,7 @@ from llamafactory_sekd.objectives.schedules import linear
 from llamafactory_sekd.teacher import TeacherSource
 from llamafactory_sekd.trainer.adaptive import AdaptiveKeys, EndOfStep
 from llamafactory_sekd.trainer.health import Finished, StopWhenFinished, WarnOfIdleRun
-from llamafactory_sekd.trainer.metrics import NONFINITE, TokenMeans
+from llamafactory_sekd.trainer.metrics import METRICS, NONFINITE, TokenMeans
 from llamafactory_sekd.trainer.on_policy import OWN, OwnSamples, TokenGroup, groups_of_tokens, joined_statistics
 from llamafactory_sekd.trainer.order import hold_epoch
 from llamafactory_sekd.trainer.router import RouterLoss
@@ -91,8 +92,8 @@ class DistillationTrainer(Seq2SeqTrainer):
         self.add_callback(WriteTokenTable(self.token_sums, self.accelerator))
         self.router_loss = RouterLoss(self.accelerator.unwrap_model(self.model))
         self.add_callback(WarnOfIdleRun(distillation))
-        self.train_means = TokenMeans(self.teacher.names)
-        self.eval_means = TokenMeans(self.teacher.names)
+        self.formula = distillation.formula()
+        self.train_means, self.eval_means = self._new_means(), self._new_means()
         self.own_samples = make_own_samples(self.accelerator) if make_own_samples else None
         self._fused: bool | None = None
         self._chunk_size: int | None = None
@@ -212,7 +213,7 @@ class DistillationTrainer(Seq2SeqTrainer):
                         num_items=num_items,
                         chunk_size=self.chunk_size(),
                         compile=bool(self.distillation.kd_compile),
-                        **{**self._objective_keywords(), **group.keywords},
+                        **self._objective_keywords(group),
                     )
                     for group in groups
                 ]
@@ -243,7 +244,7 @@ class DistillationTrainer(Seq2SeqTrainer):
                 student_logits if group.numbers is None else student_logits[group.numbers],
                 teacher_logits if group.numbers is None else teacher_logits[group.numbers],
                 targets if group.numbers is None else targets[group.numbers],
-                **{**self._objective_keywords(), **group.keywords},
+                **self._objective_keywords(group),
             )
             for group in groups
         ]
@@ -299,13 +300,20 @@ class DistillationTrainer(Seq2SeqTrainer):
     def _without_the_teachers(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in batch.items() if name not in self.teacher.collated_keys}
 
-    def _objective_keywords(self) -> dict[str, Any]:
-        beta = self._beta(self.state.global_step)
-        return {**self.distillation.objective_keywords(), "kd_beta": beta, **self.adaptive.keywords()}
+    def _objective_keywords(self, group: TokenGroup) -> dict[str, Any]:
+        keywords = self.distillation.objective_keywords(lambda a, b: self._moved(a, b, self.state.global_step))
+        keywords |= {**self.adaptive.keywords(), **group.keywords}
+        if group.keywords and isinstance(keywords["kd_loss"], Formula):
+            keywords["kd_loss"] = keywords["kd_loss"].without_reference()
+        return keywords
 
-    def _beta(self, step: int) -> float:
-        keys = self.distillation
-        return linear(keys.kd_beta, keys.kd_beta_end, step, self.state.max_steps)
+    def _moved(self, start: float, end: float, step: int) -> float:
+        return linear(start, end, step, self.state.max_steps)
+
+    def _new_means(self) -> TokenMeans:
+        gate = self.formula.gate
+        signal = None if gate is None or f"kd/{gate.signal}" in METRICS else gate.signal
+        return TokenMeans(self.teacher.names, signal)
 
     def chunk_size(self) -> int:
         """Return the number of response tokens that the objective takes at a time in the student's head."""
@@ -326,14 +334,15 @@ class DistillationTrainer(Seq2SeqTrainer):
                 metrics |= self.own_samples.logs()
                 self.own_samples.write(self.state.global_step)
             logs = {**logs, **{name: round(value, 6) for name, value in metrics.items()}}
-            if self.distillation.kd_beta_end is not None:
-                logs["kd/beta"] = round(self._beta(self.state.global_step - 1), 6)  # of the step that just ended
+            beta, end = self.distillation.kd_beta, self.distillation.kd_beta_end
+            if end is not None:
+                logs["kd/beta"] = round(self._moved(beta, end, self.state.global_step - 1), 6)  # the step that ended
 
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate, with the loss and the metrics as means over all response tokens, whatever the batches were."""
-        self.eval_means = TokenMeans(self.teacher.names)
+        self.eval_means = self._new_means()
         output = super().evaluation_loop(*args, **kwargs)
         loss, metrics = self.eval_means.read(self.accelerator)
         self._refuse_a_broken_teacher(metrics)

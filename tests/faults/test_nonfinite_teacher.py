@@ -12,16 +12,16 @@ from helpers.runs import base_config, logged, train, weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from llamafactory_sekd.arguments import KD_LOSSES
 from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.objectives import fused_linear_distillation
+from llamafactory_sekd.presets import PRESETS
 
 
 TOKENS, WIDTH, VOCABULARY = 9, 8, 32
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("kd_loss", KD_LOSSES)
+@pytest.mark.parametrize("kd_loss", PRESETS)
 def test_the_other_tokens_lose_and_learn_as_if_the_broken_ones_were_not_there(kd_loss, value):
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
@@ -47,7 +47,7 @@ def test_the_other_tokens_lose_and_learn_as_if_the_broken_ones_were_not_there(kd
             labels[keep],
             num_items=TOKENS,
             chunk_size=4,
-            kd_loss=kd_loss,
+            kd_loss={"preset": kd_loss, "gate": {"share": topk}} if kd_loss == "entropy_gate" else kd_loss,
             kd_topk=topk if kd_loss == "self_evolution_topk" else None,
         )
         output.loss.backward()

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llamafactory.hparams.parser import get_train_args
 
-from llamafactory_sekd.arguments import KD_LOSSES, KEYS, DistillationArguments, check_distillation_arguments
+from llamafactory_sekd.arguments import KEYS, DistillationArguments, check_distillation_arguments
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.objectives import fused_linear_distillation
+from llamafactory_sekd.presets import PRESETS
 
 
 ANYTHING = st.one_of(
@@ -29,7 +30,7 @@ SENSIBLE = {
     "teacher_model": st.just("some/teacher"),
     "teacher_model_device": st.sampled_from(["auto", "cpu", "cuda:0"]),
     "teacher_offload": st.booleans(),
-    "kd_loss": st.sampled_from(list(KD_LOSSES)),
+    "kd_loss": st.sampled_from(list(PRESETS)),
     "kd_lambda": st.floats(0, 1),
     "kd_beta": st.floats(0, 1),
     "kd_gamma": st.one_of(st.just("auto"), st.floats(-1, 10), st.floats(-1, 10).map(str)),

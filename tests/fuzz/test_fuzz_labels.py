@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamafactory_sekd.arguments import KD_LOSSES
 from llamafactory_sekd.lm_head import IGNORE_INDEX, response_positions
 from llamafactory_sekd.objectives import distillation_loss, fused_linear_distillation
+from llamafactory_sekd.presets import PRESETS
 
 
 VOCABULARY, WIDTH = 13, 6
@@ -26,7 +26,7 @@ LABELS = st.integers(1, 4).flatmap(
 
 
 @settings(max_examples=200, deadline=None)
-@given(LABELS, st.sampled_from(list(KD_LOSSES)), st.integers(1, 12), st.integers(0, 3))
+@given(LABELS, st.sampled_from(list(PRESETS)), st.integers(1, 12), st.integers(0, 3))
 def test_exactly_the_positions_before_response_tokens_count(labels, kd_loss, chunk_size, seed):
     generator = torch.Generator().manual_seed(seed)
     tensor = torch.tensor(labels)

@@ -13,13 +13,13 @@ from helpers.runs import base_config, write_yaml
 from llamafactory.hparams.parser import _TRAIN_ARGS, get_train_args
 
 from llamafactory_sekd.arguments import (
-    KD_LOSSES,
     KEYS,
     DistillationArguments,
     check_distillation_arguments,
     keys_read_by,
 )
 from llamafactory_sekd.errors import ArgumentError
+from llamafactory_sekd.presets import PRESETS
 from llamafactory_sekd.study.matrix import has_effect
 from llamafactory_sekd.webui.settings import unused_keys
 
@@ -29,7 +29,7 @@ ZERO_3 = str(Path(__file__).parents[2] / "examples" / "deepspeed" / "ds_z3_confi
 SELF = {"teacher_model": "self", "finetuning_type": "lora"}
 BAD_KEYS = [
     ({"teacher_model": None}, ["teacher_model", "missing", "hub id"]),
-    ({"kd_loss": "jsd"}, ["kd_loss: jsd", *KD_LOSSES]),
+    ({"kd_loss": "sft"}, ["kd_loss: sft", *PRESETS]),
     ({"kd_lambda": 1.5}, ["kd_lambda: 1.5", "0 to 1"]),
     ({"kd_lambda": -0.1}, ["kd_lambda: -0.1"]),
     ({"kd_lambda": math.nan}, ["kd_lambda: nan"]),
@@ -201,7 +201,7 @@ def test_infinite_gamma_is_a_number():
         assert FinetuningArguments(stage="sekd", teacher_model="x", kd_gamma=gamma).kd_gamma == gamma
 
 
-@pytest.mark.parametrize("kd_loss", KD_LOSSES)
+@pytest.mark.parametrize("kd_loss", PRESETS)
 def test_a_beta_of_zero_is_refused_where_the_objective_reads_it_and_nowhere_else(kd_loss):
     topk = 0.5 if kd_loss == "self_evolution_topk" else None
     args = DistillationArguments(teacher_model="t", kd_loss=kd_loss, kd_topk=topk, kd_beta=0.0)
@@ -212,10 +212,10 @@ def test_a_beta_of_zero_is_refused_where_the_objective_reads_it_and_nowhere_else
         check_distillation_arguments(args)
 
 
-@pytest.mark.parametrize("kd_loss", KD_LOSSES)
+@pytest.mark.parametrize("kd_loss", PRESETS)
 def test_the_web_ui_and_a_study_agree_with_the_checks_about_what_an_objective_reads(kd_loss):
     config = {"stage": "sekd", "kd_loss": kd_loss}
     assert {key for key in KEYS if has_effect(key, config)} == keys_read_by(kd_loss)
     assert unused_keys(kd_loss) == frozenset(KEYS) - keys_read_by(kd_loss)
-    assert ("kd_beta_end" in keys_read_by(kd_loss)) == ("kd_beta" in KD_LOSSES[kd_loss][1])
-    assert KD_LOSSES[kd_loss][1] | {"teacher_model", "kd_temperature"} <= keys_read_by(kd_loss)
+    assert ("kd_beta_end" in keys_read_by(kd_loss)) == ("kd_beta" in PRESETS[kd_loss].keys)
+    assert PRESETS[kd_loss].keys | {"teacher_model", "kd_temperature"} <= keys_read_by(kd_loss)

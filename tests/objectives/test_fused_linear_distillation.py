@@ -617,8 +617,8 @@ def test_different_heads_are_refused_unless_a_common_vocabulary_is_given() -> No
 def test_a_missing_share_and_an_unknown_objective_are_refused() -> None:
     with pytest.raises(ArgumentError, match="`kd_topk` is missing"):
         fused(problem(), kd_loss="self_evolution_topk")
-    with pytest.raises(ArgumentError, match="`kd_loss: jsd` is unknown"):
-        fused(problem(), kd_loss="jsd")
+    with pytest.raises(ArgumentError, match="`kd_loss: sft` is unknown"):
+        fused(problem(), kd_loss="sft")
 
 
 def test_a_large_vocabulary_costs_no_precision():

@@ -10,11 +10,12 @@ from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
 
-from llamafactory_sekd.arguments import KD_LOSSES, DistillationArguments
+from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.planner import Blueprint, Run
 from llamafactory_sekd.planner.contentless import build_without_content, to_fake
 from llamafactory_sekd.planner.live import LiveMemory
 from llamafactory_sekd.planner.rehearsal import rehearse
+from llamafactory_sekd.presets import PRESETS
 
 
 SIZES = {
@@ -89,7 +90,7 @@ def test_tied_parameters_stay_tied_and_others_keep_type_and_state():
         assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
-@pytest.mark.parametrize("kd_loss", KD_LOSSES)
+@pytest.mark.parametrize("kd_loss", PRESETS)
 def test_every_objective_can_be_rehearsed_in_the_head_and_on_logits(kd_loss):
     fused = rehearse(replace(RUN, distillation=distillation(kd_loss)))
     assert fused.fused

@@ -16,7 +16,7 @@ import yaml
 from helpers import small_board_models, tiny
 from helpers.board import CHROMIUM, Board, served
 
-from llamafactory_sekd.arguments import KD_LOSSES
+from llamafactory_sekd.presets import PRESETS
 from llamafactory_sekd.webui.labels import LANGUAGES, alert, element_labels, words
 
 
@@ -180,7 +180,7 @@ def test_only_the_fields_that_the_objective_reads_can_be_edited(board: Board) ->
         board.choose("Objective", choices[objective])
         for key, label in labels.items():
             expected = playwright.expect(board.field(label))
-            expected.to_be_enabled() if key in KD_LOSSES[objective][1] else expected.to_be_disabled()
+            expected.to_be_enabled() if key in PRESETS[objective].keys else expected.to_be_disabled()
 
     picture(board.page.locator("#sekd_tab"), "panel")
     board.page.evaluate("document.body.classList.add('dark')")

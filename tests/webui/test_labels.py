@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from llamafactory_sekd.arguments import KD_LOSSES
+from llamafactory_sekd.presets import PRESETS, Preset
 from llamafactory_sekd.webui import labels
 from llamafactory_sekd.webui.labels import LANGUAGES, alert, element_labels, objective_choices, words
 
@@ -15,12 +15,12 @@ def test_every_element_has_the_same_properties_in_every_language():
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_objective_has_a_line_of_explanation(language):
-    assert [value for _, value in objective_choices(language)] == list(KD_LOSSES)
+    assert [value for _, value in objective_choices(language)] == list(PRESETS)
     assert all(text.startswith(f"{value}: ") for text, value in objective_choices(language))
 
 
 def test_an_objective_without_words_is_shown_with_its_formula(monkeypatch):
-    monkeypatch.setitem(KD_LOSSES, "new", ("(1-λ) x", frozenset()))
+    monkeypatch.setitem(PRESETS, "new", Preset("(1-λ) x", frozenset(), "", {}))
     assert objective_choices("zh")[-1] == ("new: (1-λ) x", "new")
 
 

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from llamafactory_sekd.arguments import KD_LOSSES, KEYS, DistillationArguments, check_distillation_arguments
+from llamafactory_sekd.arguments import KEYS, DistillationArguments, check_distillation_arguments
 from llamafactory_sekd.errors import ArgumentError
+from llamafactory_sekd.presets import PRESETS
 from llamafactory_sekd.webui.settings import check_keys, distillation_keys, unused_keys
 
 
@@ -25,12 +26,12 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize("kd_loss", KD_LOSSES)
+@pytest.mark.parametrize("kd_loss", PRESETS)
 def test_the_untouched_panel_gives_keys_that_every_objective_accepts(kd_loss):
     keys = distillation_keys({**FIELDS, "kd_loss": kd_loss})
     check_distillation_arguments(DistillationArguments(**keys))
     assert not unused_keys(kd_loss) & keys.keys()
-    assert KD_LOSSES[kd_loss][1] <= keys.keys()
+    assert PRESETS[kd_loss].keys <= keys.keys()
 
 
 def test_fields_become_numbers_lists_become_commas_and_empty_fields_nothing():

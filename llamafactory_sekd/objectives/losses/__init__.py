@@ -1,14 +1,16 @@
-"""The objectives by their `kd_loss` name."""
+"""The objectives with closed forms of their own, by their `kd_loss` name; all others are computed by the formula."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from llamafactory_sekd.errors import ArgumentError
-from llamafactory_sekd.objectives.losses import closed_forms, equations
+from llamafactory_sekd.objectives.losses import closed_forms, equations, generic
+from llamafactory_sekd.objectives.settings import Settings, formula_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +38,31 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def check_objective(kd_loss: str, kd_hard_scale: float | torch.Tensor | None) -> None:
-    """Refuse an unknown `kd_loss`, naming the known ones, and a factor that it does not read."""
-    if kd_loss not in OBJECTIVES:
-        raise ArgumentError(f"`kd_loss: {kd_loss}` is unknown: choose one of {', '.join(OBJECTIVES)}.")
-    if kd_hard_scale is not None and OBJECTIVES[kd_loss].equation is not equations.self_evolution:
+def is_formula(kd_loss: Any) -> bool:
+    """Whether an objective has no closed form of its own and is computed by the formula."""
+    return not isinstance(kd_loss, str) or kd_loss not in OBJECTIVES
+
+
+def settings_of(**keys: Any) -> Settings:
+    """Return the settings of an objective, from the `kd_*` arguments of `distillation_loss`.
+
+    Raises:
+        ArgumentError: an unknown `kd_loss` or a mapping that cannot work, a missing `kd_topk`, or a `kd_hard_scale`
+            for an objective without hard tokens.
+    """
+    kd_loss = keys.get("kd_loss", "self_evolution")
+    if is_formula(kd_loss):
+        return formula_settings(**keys)
+    if keys.get("kd_hard_scale") is not None and OBJECTIVES[kd_loss].equation is not equations.self_evolution:
         raise ArgumentError(f"`kd_loss: {kd_loss}` treats all tokens alike: leave `kd_hard_scale` out.")
+    if kd_loss == "self_evolution_topk" and keys.get("kd_topk") is None:
+        raise ArgumentError(
+            "`kd_topk` is missing: `kd_loss: self_evolution_topk` needs the share of hard tokens, above 0 and "
+            "up to 1, such as 0.5."
+        )
+    return Settings(**keys)
+
+
+def closed_form_of(settings: Settings) -> Callable[[closed_forms.Block], torch.Tensor]:
+    """Return what turns a block of tokens into losses and gradients."""
+    return generic.formula if settings.formula is not None else OBJECTIVES[settings.kd_loss].closed_form

@@ -14,6 +14,7 @@ every token. They work in place on the block's buffers: a pass over memory costs
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,23 @@ from llamafactory_sekd.objectives.settings import Settings
 # tells that one of them had a weight.
 HUGE = 1e30
 INFINITE = 1e20
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """What a formula needs beyond probabilities: logarithms that do not underflow. Matrices are `[rows, vocab]`.
+
+    Attributes:
+        z, w: logits of student and teacher at temperature T.
+        z_norm, w_norm: their `log Σ exp`, `[rows]`.
+        untempered: z and w at T = 1 where the two sides of a gate have temperatures of their own, else None.
+    """
+
+    z: torch.Tensor
+    w: torch.Tensor
+    z_norm: torch.Tensor
+    w_norm: torch.Tensor
+    untempered: tuple[torch.Tensor, torch.Tensor] | None
 
 
 @dataclass(slots=True)
@@ -44,6 +62,7 @@ class Block:
         hard: bool `[rows]`.
         wants_gradient: False in evaluation, where only the loss is needed.
         easy_norm, hard_norm: see `TokenStatistics`; filled in where the loss of the hard tokens has a factor.
+        signal, logits: for a formula, see `TokenStatistics` and `Logits`; `gradient` and `logits.z` share memory.
     """
 
     settings: Settings
@@ -65,6 +84,23 @@ class Block:
     hard: torch.Tensor
     easy_norm: torch.Tensor | None = None
     hard_norm: torch.Tensor | None = None
+    signal: torch.Tensor | None = None
+    logits: Logits | None = None
+
+
+def difficulty(kl: torch.Tensor, ce: torch.Tensor, p_label: torch.Tensor, kd_lambda: float) -> torch.Tensor:
+    """Equation 5 from quantities that are there already.
+
+    `y~` differs from `λ p` in one entry, so with `t = (1-λ) + λ p_y` the target's probability of the ground truth
+    `KL(y~ ‖ q) = λ KL(p ‖ q) + (1-λ) (-log q_y) + λ log λ (1 - p_y) - λ p_y log p_y + t log t`.
+    """
+    if kd_lambda <= 0.0:
+        return ce
+    if kd_lambda >= 1.0:
+        return kl
+    target_label = (1.0 - kd_lambda) + kd_lambda * p_label
+    mixing = kd_lambda * (math.log(kd_lambda) * (1.0 - p_label) - torch.xlogy(p_label, p_label))
+    return kd_lambda * kl + (1.0 - kd_lambda) * ce + mixing + torch.xlogy(target_label, target_label)
 
 
 def no_evolution(block: Block) -> torch.Tensor:
@@ -187,7 +223,7 @@ def _self_evolution_everywhere(block: Block) -> torch.Tensor:
 def _mixed_target(p: torch.Tensor, labels: torch.Tensor, kd_lambda: float) -> torch.Tensor:
     """Equation 4, in place, but for the smallest normal number: see `_skewed`."""
     torch.add(p.new_full((), torch.finfo(p.dtype).tiny), p, alpha=kd_lambda, out=p)
-    return _add_at_labels(p, labels, 1.0 - kd_lambda)
+    return add_at_labels(p, labels, 1.0 - kd_lambda)
 
 
 def _skewed(
@@ -228,10 +264,10 @@ def _add_cross_entropy_gradient(block: Block) -> None:
 
 
 def _subtract_truth(block: Block, share: float) -> None:
-    _add_at_labels(block.gradient, block.labels, -share)
+    add_at_labels(block.gradient, block.labels, -share)
 
 
-def _add_at_labels(matrix: torch.Tensor, labels: torch.Tensor, value: float) -> torch.Tensor:
+def add_at_labels(matrix: torch.Tensor, labels: torch.Tensor, value: float) -> torch.Tensor:
     """Add to one entry of each row, in place."""
     if torch.compiler.is_compiling():  # a comparison joins the traversal, a scatter would end it
         columns = torch.arange(matrix.shape[-1], dtype=torch.int32, device=matrix.device)  # half the lanes of int64

@@ -50,8 +50,10 @@ class Group:
 
     @property
     def objective(self) -> str | None:
-        """The distillation objective, None for another stage."""
-        return self.config.get("kd_loss", DistillationArguments.kd_loss) if self.config.get("stage") == STAGE else None
+        """The distillation objective, a mapping as text; None for another stage."""
+        if self.config.get("stage") != STAGE:
+            return None
+        return str(self.config.get("kd_loss", DistillationArguments.kd_loss))
 
     @property
     def trained(self) -> bool:

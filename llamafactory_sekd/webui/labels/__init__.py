@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from llamafactory_sekd.arguments import KD_LOSSES, DistillationArguments
+from llamafactory_sekd.arguments import DistillationArguments
+from llamafactory_sekd.presets import PRESETS
 
 
 LANGUAGES: tuple[str, ...] = ("en", "ru", "zh", "ko", "ja")
@@ -42,7 +43,7 @@ def objective_choices(language: str) -> list[tuple[str, str]]:
     One that the language has no words for is shown with its formula.
     """
     words = _texts(language)["objectives"]
-    return [(f"{name}: {words.get(name, formula)}", name) for name, (formula, _) in KD_LOSSES.items()]
+    return [(f"{name}: {words.get(name, preset.equation)}", name) for name, preset in PRESETS.items()]
 
 
 def alert(name: str, language: str | None) -> str:
