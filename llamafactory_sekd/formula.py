@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -193,7 +193,7 @@ def parse(value: Any, *, kd_lambda: float = 0.5, kd_temperature: float = 1.0) ->
     defaults = {"lambda": kd_lambda, "temperature": kd_temperature}
     target = mapping.get("target", "mixed")
     if target not in TARGETS:
-        _refuse("kd_loss.target", target, f"choose one of {', '.join(TARGETS)}{_meant(target, TARGETS)}")
+        raise unknown("kd_loss.target", target, TARGETS)
     gate = None if mapping.get("gate") is None else _gate(mapping["gate"])
     if (gate is None) != (mapping.get("hard") is None):
         present, missing = ("gate", "hard") if gate is not None else ("hard", "gate")
@@ -223,7 +223,7 @@ def _gate(value: Any) -> Gate:
     gate = _mapping(value, "kd_loss.gate", _GATE_KEYS)
     signal = gate.get("signal", "difficulty")
     if signal not in SIGNALS:
-        _refuse("kd_loss.gate.signal", signal, f"choose one of {', '.join(SIGNALS)}{_meant(signal, SIGNALS)}")
+        raise unknown("kd_loss.gate.signal", signal, SIGNALS)
     kinds = [key for key in ("above", "below", "share") if gate.get(key) is not None]
     if len(kinds) != 1:
         _refuse("kd_loss.gate", _flow(gate), "give it one of `above`, `below` and `share`")
@@ -279,8 +279,7 @@ def _divergences(value: Any, where: str) -> tuple[tuple[str, Number], ...]:
         _refuse(where, value, "use a name, `module:function`, or a mapping of such names to factors")
     for name in named:
         if name not in DIVERGENCES and not _FUNCTION.fullmatch(str(name)):
-            meant = _meant(name, DIVERGENCES)
-            _refuse(where, name, f"choose one of {', '.join(DIVERGENCES)}, or your own `module:function`{meant}")
+            raise unknown(where, name, [*DIVERGENCES, "module:function"])
     return tuple((str(name), _number(factor, f"{where}.{name}", 0.0, math.inf)) for name, factor in named.items())
 
 
@@ -316,9 +315,7 @@ def _mapping(value: Any, where: str, known: tuple[str, ...]) -> Mapping[str, Any
         _refuse(where, value, f"use a mapping with {', '.join(known)}")
     for key in value:
         if key not in known:
-            raise ArgumentError(
-                f"`{where}.{key}` is unknown: choose from {', '.join(known)}{_meant(str(key), known)}."
-            )
+            raise unknown(where, key, known)
     return value
 
 
@@ -364,10 +361,11 @@ def _flow(value: Any) -> str:
     return str(value)
 
 
-def _meant(word: Any, known: Any) -> str:
-    from llamafactory_sekd.config import suggestion
+def unknown(where: str, word: Any, known: Iterable[str]) -> ArgumentError:
+    """Return the error for a word that is none of the known ones, with the one that is meant or with all of them."""
+    from llamafactory_sekd.config import suggestion  # which needs more than torch
 
-    return suggestion(str(word), known).rstrip("?").replace(": did", "; did", 1)
+    return ArgumentError(f"`{where}: {' '.join(str(word).split()):.200}` is unknown{suggestion(str(word), known)}")
 
 
 def _refuse(where: str, value: Any, remedy: str) -> None:

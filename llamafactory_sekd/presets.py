@@ -153,12 +153,7 @@ def preset_of(kd_loss: Any) -> str | None:
     if isinstance(kd_loss, Mapping) and PRESET_KEY not in kd_loss:
         return None
     if not isinstance(name, str) or name not in PRESETS:
-        from llamafactory_sekd.config import suggestion
-
-        where = f"kd_loss.{PRESET_KEY}" if isinstance(kd_loss, Mapping) else "kd_loss"
-        shown = " ".join(str(name).split())
-        remedy = suggestion(str(name), PRESETS) or f": choose one of {', '.join(PRESETS)}, or use a mapping."
-        raise ArgumentError(f"`{where}: {shown}` is unknown{remedy}")
+        raise formula.unknown(f"kd_loss.{PRESET_KEY}" if isinstance(kd_loss, Mapping) else "kd_loss", name, PRESETS)
     return name
 
 

@@ -306,7 +306,7 @@ def test_no_tokens_give_a_zero_with_a_gradient_path(kd_loss: str) -> None:
 
 
 def test_an_unknown_objective_is_refused_with_the_list_of_known_ones() -> None:
-    with pytest.raises(ArgumentError, match=r"`kd_loss: sft` is unknown: choose one of self_evolution, .*reverse_kl"):
+    with pytest.raises(ArgumentError, match=r"`kd_loss: sft` is unknown: use one of self_evolution, .*reverse_kl"):
         distillation_loss(*sample(), kd_loss="sft")
 
 

@@ -84,9 +84,9 @@ def test_a_wrong_function_ends_the_run_in_one_line_before_a_model_is_read(tiny_r
 @pytest.mark.parametrize(
     ("kd_loss", "message"),
     [
-        ({"esay": {}}, "`kd_loss.esay` is unknown.*did you mean `easy`"),
+        ({"esay": {}}, "`kd_loss: esay` is unknown: did you mean 'easy'"),
         ({"easy": {"divergence": "jsd", "mix": 2}}, r"`kd_loss.easy.mix: 2` cannot be used: use a number from 0 to 1"),
-        ('{"preset": "jds"}', "`kd_loss.preset: jds` is unknown: did you mean `jsd`"),
+        ('{"preset": "jds"}', "`kd_loss.preset: jds` is unknown: did you mean 'jsd'"),
         ("{easy: [", "cannot be read as a mapping"),
         ({"gate": {"signal": "difficulty", "above": 1}, "easy": {}}, "`kd_loss.gate` needs `kd_loss.hard`"),
     ],

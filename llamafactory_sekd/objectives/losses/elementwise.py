@@ -10,7 +10,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,19 @@ from llamafactory_sekd.errors import ArgumentError, one_line
 from llamafactory_sekd.formula import Side
 from llamafactory_sekd.objectives.compiling import may_look, row_sums
 from llamafactory_sekd.objectives.losses.closed_forms import HUGE, add_at_labels, difficulty
+
+
+def _lazily(function: Callable[[Any], torch.Tensor]) -> Any:
+    """Return a property that is computed once; torch.compile cannot see through the lock of `cached_property`."""
+    name = function.__name__
+
+    @wraps(function)
+    def read(self: Any) -> torch.Tensor:
+        if name not in self.computed:
+            self.computed[name] = function(self)
+        return self.computed[name]
+
+    return property(read)
 
 
 class Pair:
@@ -53,30 +66,31 @@ class Pair:
         self._z, self._w, self._z_norm, self._w_norm = z, w, z_norm.unsqueeze(-1), w_norm.unsqueeze(-1)
         self.labels, self.kd_lambda, self.skew = labels, kd_lambda, skew
         self.tiny = torch.finfo(q.dtype).tiny
+        self.computed: dict[str, torch.Tensor] = {}
 
-    @cached_property
+    @_lazily
     def t(self) -> torch.Tensor:
         """The target."""
         if self.kd_lambda >= 1.0:
             return self.p
         return add_at_labels(self.p * self.kd_lambda, self.labels, 1.0 - self.kd_lambda)
 
-    @cached_property
+    @_lazily
     def s(self) -> torch.Tensor:
         """The student or its proxy."""
         return self.q if self.skew >= 1.0 else torch.lerp(self.t, self.q, self.skew)
 
-    @cached_property
+    @_lazily
     def clamped_t(self) -> torch.Tensor:
         """The target, with the smallest normal number in place of less: zero times its logarithm is then zero."""
         return self.t.clamp_min(self.tiny)
 
-    @cached_property
+    @_lazily
     def clamped_s(self) -> torch.Tensor:
         """The same of the student."""
         return self.s.clamp_min(self.tiny)
 
-    @cached_property
+    @_lazily
     def log_t(self) -> torch.Tensor:
         """The target's logarithm, not below about -HUGE."""
         if self.kd_lambda <= 0.0:
@@ -84,12 +98,12 @@ class Pair:
         log_t = self._w - (self._w_norm - math.log(self.kd_lambda))
         return log_t if self.kd_lambda >= 1.0 else log_t.scatter_(-1, self.labels, self._at_labels(self.t).log())
 
-    @cached_property
+    @_lazily
     def log_s(self) -> torch.Tensor:
         """The logarithm of the student or its proxy, not below about -HUGE."""
         return self._z - self._z_norm if self.skew >= 1.0 else self.clamped_s.log()
 
-    @cached_property
+    @_lazily
     def log_ratio(self) -> torch.Tensor:
         """`log s - log t`; may be overwritten by whoever is the last to read it."""
         if self.skew < 1.0:

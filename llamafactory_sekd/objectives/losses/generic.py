@@ -11,8 +11,6 @@ underflows.
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 
 from llamafactory_sekd.formula import Side
@@ -96,7 +94,7 @@ class _Tokens:
         """Return the rows of these tokens."""
         return tensor if self.rows is None else tensor.index_select(0, self.rows)
 
-    @cached_property
+    @property
     def labels(self) -> torch.Tensor:
         """The ground truth, `[some, 1]`."""
         return self.of(self.block.labels)
