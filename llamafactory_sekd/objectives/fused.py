@@ -162,7 +162,8 @@ def fused_distillation(
     plan = _Plan(
         settings=chosen,
         num_items=_divisor(num_items),
-        chunk_size=chunk_size or default_chunk_size(len(student_head)),
+        chunk_size=chunk_size
+        or default_chunk_size(teacher.vocab_size, product_type(student_head), device=student_head.device),
         vocab_size=teacher.vocab_size,
         may_be_infinite=student_bias is not None or teacher.may_be_infinite,
         grad_enabled=torch.is_grad_enabled(),

@@ -163,10 +163,18 @@ def test_where_looking_at_values_would_wait_for_the_device_the_result_is_the_sam
     close(torch.autograd.grad(output.loss, trained), torch.autograd.grad(expected.loss, trained))
 
 
-@pytest.mark.parametrize("name", [*PRESETS, *MAPPINGS])
-def test_compiled_code_gives_the_same(name, caplog):
-    if SQUARES in str(formula_of(name)):
-        pytest.skip("a user's derivative comes from autograd, which is not compiled")
+EVERYTHING = {
+    "target": "teacher",
+    "gate": {"signal": "hellinger", "above": 0.6, "width": 0.2},
+    "easy": {"divergence": {"kl": 1, "jsd": 1, "tvd": 1, "adaptive_kl": 1}, "skew": 0.8, "temperature": 1.5},
+    "hard": {"divergence": {"reverse_kl": 1, "skew_reverse_kl": 1, "alpha_beta": 1, "hellinger": 1}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["no_evolution", "jsd", "verified_reference", "entropy_gate", "everything"])
+def test_compiled_code_gives_the_same(name, caplog, monkeypatch):
+    monkeypatch.setitem(MAPPINGS, "everything", EVERYTHING)
     torch._dynamo.reset()
     compiling.compiled.cache_clear()  # or a failure would be that of the first one only
     trained, teacher, labels = heads()

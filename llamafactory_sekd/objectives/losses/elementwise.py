@@ -70,29 +70,29 @@ class Pair:
 
     @_lazily
     def t(self) -> torch.Tensor:
-        """The target."""
+        """Return the target."""
         if self.kd_lambda >= 1.0:
             return self.p
         return add_at_labels(self.p * self.kd_lambda, self.labels, 1.0 - self.kd_lambda)
 
     @_lazily
     def s(self) -> torch.Tensor:
-        """The student or its proxy."""
+        """Return the student or its proxy."""
         return self.q if self.skew >= 1.0 else torch.lerp(self.t, self.q, self.skew)
 
     @_lazily
     def clamped_t(self) -> torch.Tensor:
-        """The target, with the smallest normal number in place of less: zero times its logarithm is then zero."""
+        """Return the target, at least the smallest normal number: zero times its logarithm is then zero."""
         return self.t.clamp_min(self.tiny)
 
     @_lazily
     def clamped_s(self) -> torch.Tensor:
-        """The same of the student."""
+        """Return the same of the student."""
         return self.s.clamp_min(self.tiny)
 
     @_lazily
     def log_t(self) -> torch.Tensor:
-        """The target's logarithm, not below about -HUGE."""
+        """Return the target's logarithm, not below about -HUGE."""
         if self.kd_lambda <= 0.0:
             return torch.full_like(self._w, -HUGE).scatter_(-1, self.labels, 0.0)
         log_t = self._w - (self._w_norm - math.log(self.kd_lambda))
@@ -100,7 +100,7 @@ class Pair:
 
     @_lazily
     def log_s(self) -> torch.Tensor:
-        """The logarithm of the student or its proxy, not below about -HUGE."""
+        """Return the logarithm of the student or its proxy, not below about -HUGE."""
         return self._z - self._z_norm if self.skew >= 1.0 else self.clamped_s.log()
 
     @_lazily
