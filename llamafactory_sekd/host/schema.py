@@ -42,6 +42,19 @@ def schema(
         print(folder / name)
 
 
+# Whose text a system of a study trains on.
+_WHOSE_TEXT: dict[str, Any] = {
+    "text": {
+        "type": ["string", "object"],
+        "description": "teacher, or options of `sekd translate`: train on the translations of the study's teacher.",
+    },
+    "mix": {
+        "type": "number",
+        "description": "The share of the examples that get them; the others keep the reference.",
+    },
+}
+
+
 def schema_files() -> dict[str, str]:
     """Return the text of each file by its name."""
     training = training_schema()
@@ -151,7 +164,7 @@ def study_schema(training_keys: list[str]) -> Schema:
             "description": "Each system at its own best value of a key of the matrix, by a validation metric.",
         },
     }
-    definitions = {"keys": {**_object({"train": _TEXT, **keys}), "type": ["object", "null"]}}
+    definitions = {"keys": {**_object({"train": _TEXT, **_WHOSE_TEXT, **keys}), "type": ["object", "null"]}}
     return {
         **_closed("A study", {name: _or_null(entry) for name, entry in properties.items()}),
         "definitions": definitions,

@@ -90,6 +90,15 @@ def translate(
     name: Annotated[
         str | None, typer.Option(help="Write a data set of this name into --out.", rich_help_panel=_OUTPUT)
     ] = None,
+    mix: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of a data set's records to translate; the others keep the reference.",
+            min=0.0,
+            max=1.0,
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
     filters: Annotated[
         str,
         typer.Option(
@@ -169,6 +178,8 @@ def translate(
         length_penalty=length_penalty,
         backend=backend,
     )
+    if mix is not None and name is None:
+        raise ArgumentError("`--mix` makes a data set: give its `--name`, or remove it.")
     if name is not None:
         check_name(name)
         if out is None:
@@ -183,7 +194,7 @@ def translate(
         raise ArgumentError("Give either --shard I/N or --join N.")
     run_translate(
         Weights(model, adapter, template, overrides or []),
-        Inputs(text, dataset, dataset_dir, alma, split, chosen, prompt_named(prompt), target_language),
+        Inputs(text, dataset, dataset_dir, alma, split, chosen, prompt_named(prompt), target_language, mix),
         plan,
         Outputs(out, name, parse_filters(filters), work, overwrite, part, join),
         comet_model=comet_model,

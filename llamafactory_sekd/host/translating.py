@@ -36,7 +36,7 @@ from llamafactory_sekd.ranks import Ranks, join_ranks
 from llamafactory_sekd.translation.generated import Generation, Model, Shard, collect, generate
 from llamafactory_sekd.translation.plan import Plan, work_folder
 from llamafactory_sekd.translation.selection import Result, findings, select, signature
-from llamafactory_sekd.translation.texts import STDIN, Texts, read_alma_split, read_dataset, read_file
+from llamafactory_sekd.translation.texts import STDIN, Texts, mixed, read_alma_split, read_dataset, read_file
 from llamafactory_sekd.translation.writing import write_dataset, write_text
 
 
@@ -67,9 +67,14 @@ class Inputs:
     directions: list[Direction]
     prompt: Prompt
     target: str | None
+    mix: float | None
 
-    def read(self) -> Texts:
-        """Return the sentences."""
+    def read(self, seed: int) -> Texts:
+        """Return the sentences, with ``seed`` for those that keep their reference."""
+        texts = self._read()
+        return texts if self.mix is None else mixed(texts, self.mix, seed)
+
+    def _read(self) -> Texts:
         if self.dataset is not None:
             return read_dataset(self.dataset, self.dataset_dir, self.target)
         if self.alma is not None:
@@ -142,7 +147,7 @@ def _translate(
     scorer: CometScorer | None = None
     if plan.choice.consensus == "comet" and ranks.is_first and outputs.shard.count == 1:
         scorer = prepare_comet(comet_model, Digests(work / ".digests.json"))
-    messages = [sentence.message for sentence in texts.sentences if sentence.problem is None]
+    messages = [sentence.message for sentence in texts.sentences if sentence.is_translated]
     generation = Generation(messages, identity, plan.count, plan.drawing, settings.seed)
     if outputs.join is None and messages:
         generate(generation, outputs.shard, work, lambda: _load(settings, system, plan), limits, ranks)
@@ -169,6 +174,7 @@ def _translate(
         "drawing": asdict(plan.drawing) | {"seed": settings.seed} if plan.drawing else None,
         "chosen_by": signature(plan.choice, scorer),
         "keep": "reference" if plan.choice.closest else None,
+        "mix": inputs.mix,
         "filters": list(outputs.filters),
         "source": [{"name": name, "sha256": digest} for name, digest in texts.files.items()],
     }
@@ -207,7 +213,7 @@ def _identify(
     settings: Settings, system: System, host: Host, inputs: Inputs, work: Path
 ) -> tuple[Texts, str, dict[str, Any]]:
     """Return the text, what condenses all of the model, and the digests for the manifest."""
-    texts = inputs.read()
+    texts = inputs.read(settings.seed)
     description: Description = host.describe(system)
     digests = Digests(work / ".digests.json")
     identity = system_fingerprint(system, description, settings.decoding, [], digests, host.versions)

@@ -14,6 +14,7 @@ from llamafactory_sekd.study.engine import Inputs, Study
 from llamafactory_sekd.study.jobs import make_ready
 from llamafactory_sekd.study.preparation import cache_commands, prepare_commands
 from llamafactory_sekd.study.runner import typed_commands
+from llamafactory_sekd.study.teacher_text import commands
 
 
 def list_commands(study: Study, inputs: Inputs) -> Iterator[str]:
@@ -22,6 +23,8 @@ def list_commands(study: Study, inputs: Inputs) -> Iterator[str]:
     The first lines, what has to be done once, come before all others.
     """
     yield from (printable(command) for _, command in prepare_commands(study.spec))
+    made = commands(study.spec, study.texts, study.evaluation)
+    yield from (printable(command) for command in made.values())
     yield from (printable(command) for _, command in cache_commands(study.spec, study.cells, ()).values())
     for job in inputs.jobs:
         make_ready(job)

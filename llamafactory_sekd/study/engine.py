@@ -28,6 +28,7 @@ from llamafactory_sekd.study.progress import View
 from llamafactory_sekd.study.results import CSV, JSON, write_results
 from llamafactory_sekd.study.runner import run_job
 from llamafactory_sekd.study.spec import Spec
+from llamafactory_sekd.study.teacher_text import TeacherText, make_texts
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Study:
     cells: list[Cell]
     evaluation: dict[str, Any]
     validation: dict[str, Any] | None = None
+
+    @property
+    def texts(self) -> list[TeacherText]:
+        """Return the data sets that the teacher has to make."""
+        return list({cell.text.name: cell.text for cell in self.cells if cell.text is not None}.values())
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,7 @@ def _prepare(study: Study, devices: Sequence[str], console: Console, stop: threa
     lock = locked(study.spec.output_dir / ".prepare.lock", error=StudyError, wait=True)
     with lock, View(console, 0, 0) as view, _in_one_line():
         prepare(study.spec, environment, view.preparing, stop)
+        make_texts(study.spec, study.texts, study.evaluation, environment, view.preparing, stop)
         inputs = find_inputs(study)
         distilled = [job for job in inputs.jobs if job.cell is not None and job.cell.is_distillation]
         if any(changed(job) is not None or not is_trained(job) for job in distilled):

@@ -20,12 +20,15 @@ from llamafactory_sekd.arguments import (
 from llamafactory_sekd.config import read_config, suggestion
 from llamafactory_sekd.errors import ArgumentError, StudyError
 from llamafactory_sekd.study.spec import Spec
+from llamafactory_sekd.study.teacher_text import TeacherText, of_system
 
 
 # Keys of a teacher that is loaded, which a cached one has no use for.
 _LOADED_TEACHER = frozenset(
     key for key in KEYS if key.startswith("teacher_") and key not in ("teacher_cache", "teacher_max_nonfinite")
 )
+# Keys of a system that are no keys of its training.
+_OF_STUDY = ("train", "text", "mix")
 _OUR_PREFIXES = ("kd_", "teacher_")
 # Below the 255 bytes that file systems allow, with room for what tools append.
 _LONGEST_ID = 180
@@ -36,7 +39,8 @@ class Cell:
     """One run: a system at a point of the matrix, with a seed.
 
     ``config`` is its train.yaml; ``source`` the same with the teacher in place of the teacher's cache. Keys of
-    the matrix that have no effect on the system are not in ``axes``.
+    the matrix that have no effect on the system are not in ``axes``. ``text`` is what it trains on, where that is the
+    teacher's.
     """
 
     id: str
@@ -46,6 +50,7 @@ class Cell:
     folder: Path
     config: Mapping[str, Any]
     source: Mapping[str, Any]
+    text: TeacherText | None = None
 
     @property
     def model(self) -> Path:
@@ -77,7 +82,7 @@ def expand(spec: Spec) -> list[Cell]:
 
 def _points(spec: Spec, system: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Yield each point that differs for this system, and the configuration there."""
-    own = {key: value for key, value in spec.systems[system].items() if key != "train"}
+    own = {key: value for key, value in spec.systems[system].items() if key not in _OF_STUDY}
     base = read_config(Path(spec.systems[system].get("train", spec.train)), error=StudyError)
     seen: list[dict[str, Any]] = []
     for values in itertools.product(*spec.matrix.values()):
@@ -118,9 +123,9 @@ def _cell(spec: Spec, system: str, axes: dict[str, Any], config: dict[str, Any],
     seeds = {"seed": seed, **({"data_seed": seed} if "data_seed" in config else {})}
     # Without `overwrite_output_dir` the same command continues an interrupted training.
     ours = {"output_dir": str(folder / "model"), "overwrite_output_dir": False, "report_to": "none", **seeds}
-    source = {**config, **ours}
+    text, source = of_system(spec, system, {**config, **ours})
     _check(source, name)
-    return Cell(name, system, axes, seed, folder, _with_cache(source, spec), source)
+    return Cell(name, system, axes, seed, folder, _with_cache(source, spec), source, text)
 
 
 def _with_cache(config: dict[str, Any], spec: Spec) -> dict[str, Any]:

@@ -6,8 +6,7 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,13 +20,13 @@ from llamafactory_sekd.study import ingredients
 from llamafactory_sekd.study.devices import count
 from llamafactory_sekd.study.matrix import Cell
 from llamafactory_sekd.study.spec import Spec
+from llamafactory_sekd.study.teacher_text import Announce
 
 
 # Cells that agree in these have the same examples; the others add theirs to the same cache.
 _EXAMPLES = ("dataset", "eval_dataset", "dataset_dir", "max_samples", "val_size")
 _TEACHER = ("teacher_model", "teacher_model_adapters", "teacher_model_quantization_bit")
 _RECORD = "preparation.json"
-Announce = Callable[[str], AbstractContextManager[Callable[[float], None]]]
 
 
 def prepare(spec: Spec, environment: Mapping[str, str], announce: Announce, stop: threading.Event) -> None:

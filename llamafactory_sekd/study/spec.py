@@ -187,8 +187,8 @@ def _cell_keys(value: Any, place: str) -> dict[str, Any]:
 def _matrix(value: Any) -> dict[str, list[Any]]:
     matrix = _cell_keys(value, "matrix")
     for key, values in matrix.items():
-        if key == "train":
-            raise StudyError("`matrix.train` cannot be varied: write a system with its own `train` for each file.")
+        if key in ("train", "text", "mix"):
+            raise StudyError(f"`matrix.{key}` cannot be varied: write a system with its own `{key}` for each value.")
         if not isinstance(values, list) or not values:
             raise StudyError(f"`matrix.{key}` must be a list of values, not {values!r}.")
         repeated = next((item for index, item in enumerate(values) if _same_in(item, values[:index])), None)

@@ -68,16 +68,19 @@ def select(
     scorer: CometScorer | None,
     folder: Path,
 ) -> list[Result]:
-    """Choose among the candidates of the sentences without a problem, which ``candidates`` has in their order."""
+    """Choose among the candidates of the sentences that were translated, which ``candidates`` has in their order."""
     utility: Utility = chrf_utility
     if scorer is not None:
-        usable = [sentence for sentence in sentences if sentence.problem is None]
+        usable = [sentence for sentence in sentences if sentence.is_translated]
         utility = _comet_utility(scorer, usable, candidates, folder)
     made = iter(enumerate(candidates))
     results = []
     for sentence in tqdm(sentences, desc="Choosing", unit=" sentences", disable=len(sentences) < 1000):
         if sentence.problem is not None:
             results.append(Result(sentence, [Chosen("", None, sentence.problem)]))
+            continue
+        if sentence.keeps_reference:
+            results.append(Result(sentence, [Chosen(sentence.reference or "", None, None)]))
             continue
         number, found = next(made)
         texts = [one.text for one in found]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ class Sentence:
     """One thing to translate.
 
     ``source`` is None where a record does not have the sentence apart from its prompt, ``direction`` where nothing
-    says it, ``reference`` where there is none; with a ``problem`` it is not translated.
+    says it, ``reference`` where there is none. With a ``problem`` it is not translated, nor where it keeps the
+    reference.
     """
 
     record: AlpacaRecord
@@ -38,6 +40,12 @@ class Sentence:
     file: str
     line: int
     problem: Problem | None = None
+    keeps_reference: bool = False
+
+    @property
+    def is_translated(self) -> bool:
+        """Tell whether the model is asked."""
+        return self.problem is None and not self.keeps_reference
 
     @property
     def message(self) -> str:
@@ -128,6 +136,24 @@ def read_dataset(name: str, folder: Path, target: str | None) -> Texts:
     if not sentences:
         raise DataError(f"{path} holds no records.")
     return Texts(sentences, {path.name: sha256_of(path)}, made_for or "that of the records")
+
+
+def mixed(texts: Texts, share: float, seed: int) -> Texts:
+    """Let all but a ``share`` of the sentences keep their reference.
+
+    A hash of seed and prompt decides, so that the same sentence is always on the same side.
+
+    Raises:
+        DataError: a sentence has no reference.
+    """
+    sentences = []
+    for sentence in texts.sentences:
+        if sentence.reference is None and sentence.problem is None:
+            raise DataError(f"{sentence.file}:{sentence.line} has no reference to mix with: remove --mix.")
+        digest = hashlib.blake2b(f"{seed} {sentence.message}".encode("utf-8", "replace"), digest_size=8).digest()
+        keeps = sentence.problem is None and int.from_bytes(digest, "big") >= share * 2**64
+        sentences.append(replace(sentence, keeps_reference=keeps))
+    return replace(texts, sentences=sentences)
 
 
 def _sentence(
