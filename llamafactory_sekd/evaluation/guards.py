@@ -87,6 +87,14 @@ def is_other_language(line: str, language: str) -> bool:
     return certainty >= NEEDED_CERTAINTY.get(language, MIN_CERTAINTY)
 
 
+def differs_in_language(line: str, reference: str) -> bool:
+    """Tell whether ``line`` is certainly in another language than ``reference``, whose code nobody said."""
+    if count_letters(reference) < MIN_LETTERS:
+        return False
+    language, certainty = _identifier().classify(reference)
+    return certainty >= NEEDED_CERTAINTY.get(language, MIN_CERTAINTY) and is_other_language(line, language)
+
+
 def count_letters(line: str) -> int:
     """Return how many letters ``line`` has, those of Chinese, Japanese and Korean counted three times."""
     return sum(3 if character >= "\u2e80" else 1 for character in line if character.isalpha())

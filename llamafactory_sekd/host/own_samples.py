@@ -79,8 +79,13 @@ def own_samples_of(
     if not finetuning_args.kd_on_policy:
         return None
 
-    from llamafactory_sekd.trainer.on_policy import OwnSamples
+    from llamafactory_sekd.evaluation.guards import differs_in_language, has_loop
+    from llamafactory_sekd.trainer.on_policy import Look, OwnSamples
     from llamafactory_sekd.trainer.sampling import Sampling
+
+    def look(sample: list[int], reference: list[int]) -> Look:
+        text, expected = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (sample, reference))
+        return Look(has_loop(text), differs_in_language(text, expected))
 
     sampling = Sampling(
         do_sample=generating_args.do_sample,
@@ -100,4 +105,5 @@ def own_samples_of(
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
         accelerator=accelerator,
         output_dir=training_args.output_dir,
+        look=look,
     )

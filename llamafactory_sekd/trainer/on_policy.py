@@ -33,10 +33,23 @@ logger = logging.get_logger(__name__)
 
 OWN = "own_sample"  # bool [batch], in a batch: the rows whose response is the student's own
 _TEXT_KEYS = {"input_ids", "attention_mask", "labels"}
-_SHOWN = 8  # samples of a step that are written down
+_SHOWN = 8  # samples of a step that are looked at and written down
+# The sums of a logging window: examples, own samples, tokens of both and of the references, truncated ones, seconds;
+# samples looked at, loops and other languages among them; tokens judged, and their -log q.
+_SUMS = 11
+# With fewer samples looked at, a share of loops says little.
+_ENOUGH = 16
 _ROUND_TO = 8  # the host pads training batches to a multiple of 8
 # Prompt and new tokens that are decoded at a time; bounds the key-value cache, as `batch_tokens` does in evaluation.
 _TOKENS_AT_A_TIME = 16384
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is wrong with the text of a sample: it repeats itself, or is in another language than the reference."""
+
+    loops: bool
+    other_language: bool
 
 
 @dataclass
@@ -67,6 +80,7 @@ class OwnSamples:
         cutoff_len: the longest sequence of prompt and sample.
         seed: decides, with epoch and example, which examples are replaced and what is drawn.
         decode: token ids to text, for the table of samples.
+        look: what is wrong with a sample, from its tokens and those of the reference.
         accelerator: the trainer's.
         output_dir: ``samples/step-N.jsonl`` is written into it.
     """
@@ -81,6 +95,7 @@ class OwnSamples:
         decode: Callable[[list[int]], str],
         accelerator: Any,
         output_dir: str | Path,
+        look: Callable[[list[int], list[int]], Look] = lambda sample, reference: Look(False, False),
     ) -> None:
         self.share = share
         self.drop_truncated = drop_truncated
@@ -90,9 +105,10 @@ class OwnSamples:
         self.decode = decode
         self.accelerator = accelerator
         self.folder = Path(output_dir) / "samples"
-        self._window = torch.zeros(6, dtype=torch.float64)
+        self.look = look
+        self._window = torch.zeros(_SUMS, dtype=torch.float64)
         self._shown: list[dict[str, Any]] = []
-        self._warned = False
+        self._warned: set[str] = set()
         plugin = getattr(accelerator.state, "fsdp_plugin", None)
         if plugin is not None and getattr(plugin, "fsdp_version", 1) == 1:
             raise ArgumentError(
@@ -113,13 +129,15 @@ class OwnSamples:
             own = [place for place, example in enumerate(chosen) if example.batch == number]
             batches[number] = self._with_samples(batch, {chosen[p].row: (p, chosen[p], samples[p]) for p in own})
 
+        shown = list(zip(chosen[:_SHOWN], samples, strict=False))
+        looks = [self.look(sample, example.reference) for example, sample in shown]
         self._shown = [
             {
                 "source": self.decode(example.prompt),
                 "sample": self.decode(sample),
                 "reference": self.decode(example.reference),
             }
-            for example, sample in zip(chosen[:_SHOWN], samples, strict=False)
+            for example, sample in shown
         ]
         counts = (
             sum(int((batch["labels"] != IGNORE_INDEX).any(-1).sum()) for batch in batches),
@@ -128,17 +146,25 @@ class OwnSamples:
             sum(len(example.reference) for example in chosen),
             sum(map(self._is_truncated, samples)),
             time.perf_counter() - started,
+            len(looks),
+            sum(look.loops for look in looks),
+            sum(look.other_language for look in looks),
         )
-        self._window += torch.tensor(counts, dtype=torch.float64)
+        self._window[: len(counts)] += torch.tensor(counts, dtype=torch.float64)
 
-    def judge(self, numbers: torch.Tensor, rows: torch.Tensor, teacher_ce: torch.Tensor) -> None:
-        """Note what the teacher says of the samples of a micro-batch that are written down.
+    def judge(self, numbers: torch.Tensor, rows: torch.Tensor, ce: torch.Tensor, teacher_ce: torch.Tensor) -> None:
+        """Note what student and teacher say of the samples of a micro-batch.
 
         Args:
             numbers: ``[batch]`` int64, what ``OWN`` holds.
             rows: ``[batch, length]`` bool, the positions that predict response tokens.
-            teacher_ce: ``[tokens]``, -log p of each response token.
+            ce: ``[tokens]``, -log q of each response token.
+            teacher_ce: ``[tokens]``, -log p of each.
         """
+        is_own = (numbers >= 0).unsqueeze(-1).expand_as(rows)[rows].to(ce.device)
+        own = torch.stack([is_own.sum().double(), ce.double()[is_own].sum()])
+        self._window = self._window.to(own.device)  # once: no waiting for the device in each micro-batch
+        self._window[-2:] += own
         if not self._shown:
             return
         counts = rows.sum(-1).tolist()
@@ -149,12 +175,18 @@ class OwnSamples:
     def logs(self) -> dict[str, float]:
         """Return the means of the window over all ranks, which call this together, and start a new window."""
         window = self.accelerator.reduce(self._window.to(self.accelerator.device), reduction="sum")
-        examples, own, length, expected, truncated, seconds = window.tolist()
+        examples, own, length, expected, truncated, seconds, seen, loops, others, tokens, ce = window.tolist()
         self._window = torch.zeros_like(self._window)
         metrics = {"kd/on_policy": own / max(1.0, examples), "gen/seconds": seconds / self.accelerator.num_processes}
         if own:
             metrics |= {"gen/length": length / own, "gen/truncated": truncated / own}
             self._warn_of_explosion(length / max(1.0, expected), truncated / own)
+        if seen:
+            metrics |= {"gen/loops": loops / seen, "gen/other_language": others / seen}
+            self._warn_of_bad_text(seen, loops, others)
+        if tokens and self.sampling.is_plain:
+            # The mean of -log q over draws from q estimates q's entropy.
+            metrics["kd/entropy"] = ce / tokens
         return metrics
 
     def write(self, step: int) -> None:
@@ -308,14 +340,26 @@ class OwnSamples:
         return int(counts.max())
 
     def _warn_of_explosion(self, ratio: float, truncated: float) -> None:
-        if self._warned or (ratio < 2.0 and truncated < 0.5):
+        if "length" in self._warned or (ratio < 2.0 and truncated < 0.5):
             return
-        self._warned = True
+        self._warned.add("length")
         logger.warning(
             f"The student's own samples are {ratio:.1f} times as long as the references, and {truncated:.0%} of them "
             "hit the limit without an end token. Usually the student does not know the template's end token: "
             "fine-tune it with the same template first, or set `kd_on_policy_truncated: drop`."
         )
+
+    def _warn_of_bad_text(self, seen: float, loops: float, others: float) -> None:
+        for kind, count, what in (
+            ("loops", loops, "repeat themselves"),
+            ("language", others, "are in another language than the references"),
+        ):
+            if kind not in self._warned and seen >= _ENOUGH and count >= seen / 2:
+                self._warned.add(kind)
+                logger.warning(
+                    f"{count / seen:.0%} of the student's own samples {what}: the teacher judges text that is no "
+                    "translation. Fine-tune the student on references first, or lower `kd_on_policy`."
+                )
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,11 @@ class Sampling:
     stop_ids: tuple[int, ...]
     pad_id: int
 
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether samples are draws from the student's own distribution."""
+        return self.do_sample and self.temperature == 1.0 and self.top_k <= 0 and self.top_p >= 1.0
+
     def warpers(self) -> LogitsProcessorList:
         """Return what turns logits into those that are sampled from."""
         processors = LogitsProcessorList()

@@ -152,7 +152,7 @@ class DistillationTrainer(Seq2SeqTrainer):
             self.adaptive.add(statistics)
             self.token_sums.add(targets, statistics)
             if self.own_samples is not None and numbers is not None:
-                self.own_samples.judge(numbers, rows, statistics.teacher_ce)
+                self.own_samples.judge(numbers, rows, statistics.ce, statistics.teacher_ce)
 
         means = self.train_means if model.training else self.eval_means
         who = self.teacher.who_answers(batch, rows) if self.teacher.names else None

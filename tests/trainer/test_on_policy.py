@@ -177,3 +177,57 @@ def test_the_share_is_the_same_choice_in_any_batch():
     }
     assert chosen == apart
     assert 8 < len(chosen) < 32
+
+
+def test_loops_and_other_languages_among_own_samples_are_counted_and_warned_of_once(caplog, monkeypatch):
+    from transformers.utils import logging as host_logging
+
+    from llamafactory_sekd.evaluation.guards import differs_in_language, has_loop
+    from llamafactory_sekd.trainer.on_policy import Look
+    from llamafactory_sekd.trainer.sampling import Sampling
+
+    german = "Die alte Brücke über den Fluss war letzten Sommer wegen Reparaturen gesperrt."
+    texts = {
+        1: german,
+        2: "The old bridge over the river was closed for repairs last summer.",
+        3: "die alte Brücke über den Fluss und " * 8,
+    }
+
+    def look(sample: list[int], reference: list[int]) -> Look:
+        return Look(has_loop(texts[sample[0]]), differs_in_language(texts[sample[0]], texts[reference[0]]))
+
+    monkeypatch.setattr(host_logging.get_logger("llamafactory_sekd.trainer.on_policy"), "propagate", True)
+    sampling = Sampling(True, 1.0, 1.0, 0, 4, (2,), 0)
+    own = OwnSamples(1.0, False, sampling, 64, 7, str, Accelerator(cpu=True), ".", look)
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 1, 2]] * 8),
+        "attention_mask": torch.ones(8, 4, dtype=torch.long),
+        "labels": torch.tensor([[-100, -100, 1, 2]] * 8),
+    }
+    monkeypatch.setattr(own, "_generate", lambda model, examples: [[1, 2]] + [[2, 2]] * 3 + [[3, 2]] * 4)
+    for _ in range(3):
+        own.replace(None, [dict(batch)], 0)
+    logs = own.logs()
+    assert logs["gen/loops"] == 0.5
+    assert logs["gen/other_language"] == 0.375
+    own.replace(None, [dict(batch)], 0)
+    own.replace(None, [dict(batch)], 0)
+    own.logs()
+    warned = [record.getMessage() for record in caplog.records if "own samples" in record.getMessage()]
+    assert len(warned) == 1
+    assert "50% of the student's own samples repeat themselves" in warned[0]
+
+
+def test_the_entropy_is_that_of_the_distribution_that_was_sampled_from(tiny_root, tmp_path):
+    """Of the first tokens, whose distributions are known; 32 draws estimate the mean within a few tenths."""
+    keys = {"max_new_tokens": 1, "max_steps": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 12}
+    out = run(tiny_root, tmp_path / "out", kd_on_policy=1.0, **keys)
+    student = AutoModelForCausalLM.from_pretrained(tiny_root / "student").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_root / "student")
+    entropies = []
+    for record in json.loads((tiny_root / "data" / "tiny.json").read_text()):
+        ids = [tokenizer.bos_token_id, *tokenizer.encode(prompt_of(record["input"]), add_special_tokens=False)]
+        with torch.no_grad():
+            log_q = student(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        entropies.append(float(-(log_q.exp() * log_q).sum()))
+    assert logged(out, "kd/entropy") == pytest.approx([sum(entropies) / len(entropies)], abs=0.35)
