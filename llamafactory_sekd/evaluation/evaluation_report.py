@@ -69,6 +69,12 @@ def _facts(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     beams = results["decoding"]["num_beams"]
     yield "decoding", f"{beams} beams" if beams > 1 else "greedy"
     yield "new tokens at most", str(results["decoding"]["max_new_tokens"])
+    for name, metrics in results.get("interference", {}).items():
+        shown = ", ".join(METRIC_LABELS[metric] for metric in metrics)
+        yield (
+            "metric interference",
+            f"{name} was trained on text that {shown} or a relative chose: trust other metrics",
+        )
 
 
 def columns_of(results: Mapping[str, Any]) -> tuple[str, ...]:

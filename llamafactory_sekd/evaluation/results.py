@@ -14,6 +14,7 @@ from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.testsets import TestSet
 from llamafactory_sekd.evaluation.comet import CometScorer
 from llamafactory_sekd.evaluation.guards import inspect
+from llamafactory_sekd.evaluation.interference import interfering
 from llamafactory_sekd.evaluation.scores import mean, score_corpus, surface_metric
 from llamafactory_sekd.evaluation.settings import Settings
 from llamafactory_sekd.evaluation.significance import comet_paired, paired_bootstrap
@@ -65,6 +66,7 @@ def build_results(data: Evaluated) -> dict[str, Any]:
             name: {str(direction): done.fingerprint for direction, done in by_direction.items()}
             for name, by_direction in data.hypotheses.items()
         },
+        "interference": interfering(data.settings.systems, data.settings.metrics),
         "versions": _versions(),
     }
 

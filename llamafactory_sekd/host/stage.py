@@ -6,9 +6,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.arguments import STAGE, DistillationArguments
+from llamafactory_sekd.data.training_text import record_training_text
 from llamafactory_sekd.errors import DataError, HostError
 from llamafactory_sekd.host.cut_text import counting_cut_text
 from llamafactory_sekd.host.opening import print_opening
@@ -89,6 +91,11 @@ def _run_sekd(
         _empty_dataset_explained(data_args),
     ):
         host_run_sft(model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
+
+    if training_args.do_train and training_args.should_save and isinstance(data_args.dataset_dir, str):
+        record_training_text(
+            Path(training_args.output_dir), Path(data_args.dataset_dir), list(data_args.dataset or [])
+        )
 
     if training_args.do_train and training_args.should_save and finetuning_args.plot_loss:
         from llamafactory_sekd.trainer import plot_distillation
