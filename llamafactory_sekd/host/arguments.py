@@ -158,7 +158,7 @@ def _unknown_keys_explained() -> Iterator[None]:
             raise
         names = [str(word).lstrip("-").split("=")[0] for word in ast.literal_eval(found[1])]
         for name in names:
-            if name.startswith(("kd_", "teacher_")) or suggestion(name, KEYS):
+            if name.startswith(("kd_", "teacher_")) or "did you mean" in suggestion(name, KEYS):
                 meant = suggestion(name, KEYS) or "."
                 raise ArgumentError(f"`{name}` is not a key of `stage: {STAGE}`{meant}") from None
         raise
