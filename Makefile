@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 export OMP_NUM_THREADS ?= 1
 # Text that is free of the words in .github/retired_words.txt.
-PROSE := CONTRIBUTING.md SECURITY.md Makefile mkdocs.yml noxfile.py examples docs/site \
-	$(filter-out docs/architecture.md,$(wildcard docs/*.md)) \
+PROSE := README.md AGENTS.md CONTRIBUTING.md SECURITY.md Makefile mkdocs.yml noxfile.py examples docs/site \
+	$(wildcard docs/*.md) \
 	$(filter-out %/evaluation %/objectives %/teacher,$(wildcard llamafactory_sekd/*)) $(wildcard llamafactory_sekd/teacher/*.py)
 
 .DEFAULT_GOAL := help

@@ -11,6 +11,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -21,9 +22,11 @@ from llamafactory_sekd.presets import PRESETS
 
 REPOSITORY = Path(__file__).parents[2]
 # Page of the site -> file of the top folder.
-TOP_PAGES = {"index.md": "README.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
+TOP_PAGES = {"index.md": "README.md", **{name: name for name in ("AGENTS.md", "CONTRIBUTING.md", "CHANGELOG.md")}}
 _LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(?=[)#])")
 _FILE_AS_TEXT = re.compile(r"\[(?:docs/)?(\w+)\.md\]\(")
+_MATH = re.compile(r"^```math\n(.*?)^```$", re.DOTALL | re.MULTILINE)  # as the repository's web page renders it, too
+_SOURCE_LINK = re.compile(r"\[([^\]]+)\]\((?:\.\./)*llamafactory_sekd/[^)]+\)")  # the site has no source files
 _KINDS = {int: "integer", float: "number", str: "text", bool: "true or false"}
 
 
@@ -42,8 +45,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Let links between files of the repository lead to the pages of the site."""
     page_name = page.file.src_uri
     source = TOP_PAGES.get(page_name, f"docs/{page_name}")
+    markdown = _MATH.sub(lambda match: convert(match[1].strip(), display="block"), markdown)
+    markdown = _SOURCE_LINK.sub(lambda match: f"`{match[1]}`", markdown)
     named = _FILE_AS_TEXT.sub(lambda match: f"[{match[1].replace('_', ' ').capitalize()}](", markdown)
     return _LINK.sub(lambda match: _site_link(match[1], source, page_name), named)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Name the theme's search dialog for screen readers."""
+    return output.replace('role="dialog"', 'role="dialog" aria-label="Search"')
 
 
 def _site_link(link: str, source: str, page: str) -> str:

@@ -18,10 +18,14 @@ class _MergingPool:
 
 
 def extend_log_callback(host_class: type) -> type:
-    """Return a subclass of the host's LogCallback that also writes metrics whose name holds ``kd/``."""
+    """Return a subclass of the host's LogCallback that also writes metrics whose name holds ``kd/``.
+
+    They go to ``trainer_log.jsonl`` and, in a run that the web UI started, to the log that the page shows.
+    """
 
     class LogCallback(host_class):
         thread_pool: Any
+        webui_mode: bool
 
         __doc__ = host_class.__doc__
 
@@ -37,6 +41,12 @@ def extend_log_callback(host_class: type) -> type:
                 super().on_log(args, state, control, **kwargs)
             finally:
                 self.thread_pool = pool
+
+            if self.webui_mode and args.should_save:
+                from llamafactory.extras import logging
+
+                shown = ", ".join(f"'{name}': {value:.4g}" for name, value in metrics.items())
+                logging.get_logger(host_class.__module__).info_rank0("{" + shown + "}")
 
     LogCallback.__module__ = host_class.__module__
     LogCallback.__qualname__ = host_class.__qualname__

@@ -176,8 +176,8 @@ PATCHES: tuple[Patch, ...] = (
         module="llamafactory.webui.components.eval",
         attribute="create_eval_tab",
         replace="llamafactory_sekd.host.webui:extend_create_eval_tab",
-        what="adds the section that runs `llamafactory-cli eval`",
-        why="the tab is built by one function",
+        what="adds the tab that runs `llamafactory-cli eval`",
+        why="the page's tabs are built by one function, which calls this one",
         remove_when=_WHEN_THE_PAGE_IS_PLUGGABLE,
     ),
     Patch(

@@ -24,6 +24,7 @@ def extend_create_train_tab(host_create: Callable[[Any], dict[str, Any]]) -> Cal
             elements = host_create(engine)
 
         _move_after(Context.block, panel.accordion, elements["rlhf_tab"])
+        elements["training_stage"].scale = 2  # our stage's name is the longest
         panel.connect(elements["training_stage"], STAGE_LABEL, list_teachers, list_adapters)
         return {**elements, **panel.elements()}
 
@@ -46,7 +47,7 @@ def extend_change_stage(host_change: Callable[..., tuple[Any, bool]]) -> Callabl
 
 
 def extend_create_eval_tab(host_create: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
-    """Wrap ``create_eval_tab``: the section "Translation quality" comes below the host's fields."""
+    """Wrap ``create_eval_tab``: the tab "Translation quality" follows it."""
 
     @wraps(host_create)
     def create_eval_tab(engine: Any) -> dict[str, Any]:
@@ -54,7 +55,9 @@ def extend_create_eval_tab(host_create: Callable[[Any], dict[str, Any]]) -> Call
         from llamafactory_sekd.webui.quality import build_quality_section
 
         elements = host_create(engine)
-        section = build_quality_section(page_of(engine))
+        with _next_to_this_tab():
+            section = build_quality_section(page_of(engine))
+
         engine.runner.evaluation = section.process
         return {**elements, **section.elements}
 
@@ -70,7 +73,7 @@ def extend_create_infer_tab(host_create: Callable[[Any], dict[str, Any]]) -> Cal
         from llamafactory_sekd.webui.tokens import build_tokens_section
 
         elements = host_create(engine)
-        with _beside_this_tab():
+        with _next_to_this_tab():
             ours = build_tokens_section(page_of(engine))
 
         return {**elements, **ours}
@@ -79,7 +82,7 @@ def extend_create_infer_tab(host_create: Callable[[Any], dict[str, Any]]) -> Cal
 
 
 @contextmanager
-def _beside_this_tab() -> Iterator[None]:
+def _next_to_this_tab() -> Iterator[None]:
     """For the duration, new components go next to the tab that is being filled."""
     from gradio.context import Context
 

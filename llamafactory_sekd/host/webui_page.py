@@ -32,15 +32,15 @@ def model_path(name: str | None) -> str | None:
 
 
 def adapter_paths(model: str | None, adapters: list[str] | None) -> list[str]:
-    """Where the adapters lie that were trained from a model."""
+    """Return the paths of adapters that were trained from a model."""
     return [str(get_save_dir(_folder_of(model), "lora", adapter)) for adapter in adapters or []]
 
 
 def list_teachers() -> list[str]:
-    """Fully fine-tuned checkpoints of any model first, as a teacher is usually one of them; then the host's models."""
-    saves = Path(DEFAULT_SAVE_DIR)
-    folders = sorted(path.name for path in saves.iterdir() if path.is_dir()) if saves.is_dir() else []
-    tuned = [str(saves / name / "full" / checkpoint) for name in folders for checkpoint in _checkpoints(name, "full")]
+    """Complete models anywhere below the host's folder of checkpoints first, then the models of the host's list."""
+    weights = ("model*.safetensors", "pytorch_model*.bin")
+    folders = sorted(path.parent for path in Path(DEFAULT_SAVE_DIR).rglob("config.json"))
+    tuned = [str(folder) for folder in folders if any(next(folder.glob(name), None) for name in weights)]
     return [*tuned, *SUPPORTED_MODELS]
 
 

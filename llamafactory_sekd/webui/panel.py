@@ -7,17 +7,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
-from gradio.components import Component
 
 from llamafactory_sekd.arguments import AUTO, HARD_SCALES, KEYS, DistillationArguments
+from llamafactory_sekd.webui.equations import equation
 from llamafactory_sekd.webui.labels import element_labels, objective_choices
 from llamafactory_sekd.webui.settings import COMPILE, NO_QUANTIZATION, unused_keys
 
 
-# Gradio draws an inactive field like an active one.
+# Gradio's own colors of help texts and buttons have too little contrast to read.
 _STYLE = """
-#sekd_tab .block:not(:has(.block)):has(input:disabled, textarea:disabled) {opacity: 0.45}
+:is(#sekd_tab, #quality_tab, #compare_tab) {
+  --button-primary-background-fill: var(--primary-700);
+  --button-primary-background-fill-hover: var(--primary-800);
+  --button-cancel-background-fill: #b91c1c;
+  --button-cancel-background-fill-hover: #991b1b;
+}
+body:not(.dark) :is(#sekd_tab, #quality_tab, #compare_tab) {
+  --block-info-text-color: var(--neutral-600);
+  --body-text-color-subdued: var(--neutral-600);
+}
 """
+_DELIMITERS: list[dict[str, str | bool]] = [{"left": "$$", "right": "$$", "display": True}]
 
 
 @dataclass(frozen=True)
@@ -25,11 +35,12 @@ class Panel:
     """The accordion and its fields, by the key of the training YAML that each sets."""
 
     accordion: gr.Accordion
+    advanced: gr.Accordion
     fields: dict[str, Any]
 
     def elements(self) -> dict[str, Any]:
         """All of it by name, for the host's manager."""
-        return {"sekd_tab": self.accordion, **self.fields}
+        return {"sekd_tab": self.accordion, "sekd_advanced": self.advanced, **self.fields}
 
     def connect(
         self,
@@ -64,48 +75,23 @@ def build_panel() -> Panel:
         with gr.Row():
             built["teacher_model"] = gr.Dropdown(allow_custom_value=True, scale=3, **_texts("teacher_model"))
             built["teacher_model_adapters"] = gr.Dropdown(
-                multiselect=True, allow_custom_value=True, scale=3, **_texts("teacher_model_adapters")
+                multiselect=True, allow_custom_value=True, scale=2, **_texts("teacher_model_adapters")
             )
-            built["teacher_model_quantization_bit"] = gr.Dropdown(
-                choices=[NO_QUANTIZATION, "8", "4"],
-                value=NO_QUANTIZATION,
-                scale=2,
-                **_texts("teacher_model_quantization_bit"),
-            )
-            built["teacher_cache"] = _text("teacher_cache", scale=3)
 
+        built["kd_loss"] = gr.Dropdown(value=_default("kd_loss"), **_texts("kd_loss"))
+        shown = gr.Markdown(equation(_default("kd_loss")), latex_delimiters=_DELIMITERS, elem_id="sekd_equation")
         with gr.Row():
-            built["kd_loss"] = gr.Dropdown(value=_default("kd_loss"), scale=3, **_texts("kd_loss"))
-            built["kd_lambda"] = _share("kd_lambda", scale=2)
-
-        with gr.Row():
+            built["kd_lambda"] = _share("kd_lambda")
             built["kd_beta"] = _share("kd_beta")
-            built["kd_beta_end"] = _text("kd_beta_end")
             built["kd_gamma"] = _text("kd_gamma")
             built["kd_topk"] = _text("kd_topk", value="0.5")
 
-        with gr.Row():
-            built["teacher_model_device"] = gr.Dropdown(
-                choices=[AUTO, "cpu", "cuda:1"],
-                value=_default("teacher_model_device"),
-                allow_custom_value=True,
-                **_texts("teacher_model_device"),
-            )
-            built["teacher_offload"] = gr.Checkbox(value=_default("teacher_offload"), **_texts("teacher_offload"))
-            built["teacher_deepspeed"] = _text("teacher_deepspeed")
-
-        with gr.Row():
-            built["kd_hard_scale"] = gr.Dropdown(
-                choices=list(HARD_SCALES), value=_default("kd_hard_scale"), **_texts("kd_hard_scale")
-            )
-            for key in KEYS:
-                if key not in built and key != "kd_compile":
-                    built[key] = _text(key)
-            built["kd_compile"] = gr.Dropdown(choices=list(COMPILE), value=AUTO, **_texts("kd_compile"))
+        with gr.Accordion(open=False, elem_id="sekd_advanced", **element_labels()["sekd_advanced"]["en"]) as advanced:
+            _build_advanced(built)
 
     _add_style()
-    panel = Panel(accordion, built)
-    _activate_by_objective(panel)
+    panel = Panel(accordion, advanced, built)
+    _show_by_objective(panel, shown)
     return panel
 
 
@@ -116,18 +102,50 @@ def _add_style() -> None:
     Context.root_block.css = (Context.root_block.css or "") + _STYLE
 
 
-def _activate_by_objective(panel: Panel) -> None:
+def _build_advanced(built: dict[str, Any]) -> None:
+    """Add a field for every other key."""
+    with gr.Row():
+        built["teacher_cache"] = _text("teacher_cache", scale=2)
+        built["teacher_model_quantization_bit"] = gr.Dropdown(
+            choices=[NO_QUANTIZATION, "8", "4"], value=NO_QUANTIZATION, **_texts("teacher_model_quantization_bit")
+        )
+        built["teacher_model_device"] = gr.Dropdown(
+            choices=[AUTO, "cpu", "cuda:1"],
+            value=_default("teacher_model_device"),
+            allow_custom_value=True,
+            **_texts("teacher_model_device"),
+        )
+
+    with gr.Row():
+        built["teacher_offload"] = gr.Checkbox(value=_default("teacher_offload"), **_texts("teacher_offload"))
+        built["teacher_deepspeed"] = _text("teacher_deepspeed")
+
+    with gr.Row():
+        built["kd_beta_end"] = _text("kd_beta_end")
+        built["kd_hard_scale"] = gr.Dropdown(
+            choices=list(HARD_SCALES), value=_default("kd_hard_scale"), **_texts("kd_hard_scale")
+        )
+        built["kd_compile"] = gr.Dropdown(choices=list(COMPILE), value=AUTO, **_texts("kd_compile"))
+
+    others = [key for key in KEYS if key not in built]
+    for start in range(0, len(others), 3):
+        with gr.Row():
+            built.update({key: _text(key) for key in others[start : start + 3]})
+
+
+def _show_by_objective(panel: Panel, shown: gr.Markdown) -> None:
+    """Show the chosen objective's equation, and of the fields that only some objectives read those that it reads."""
     objective = panel.fields["kd_loss"]
     dependent = [key for key in panel.fields if any(key in unused_keys(name) for _, name in objective_choices("en"))]
 
-    def activity(kd_loss: str) -> list[Component]:
+    def update(kd_loss: str) -> list[Any]:
         unused = unused_keys(kd_loss)
-        return [type(panel.fields[key])(interactive=key not in unused) for key in dependent]
+        return [equation(kd_loss), *(gr.update(visible=key not in unused) for key in dependent)]
 
     for key in dependent:
-        panel.fields[key].interactive = key not in unused_keys(_default("kd_loss"))
+        panel.fields[key].visible = key not in unused_keys(_default("kd_loss"))
 
-    objective.change(activity, [objective], [panel.fields[key] for key in dependent], queue=False)
+    objective.change(update, [objective], [shown, *(panel.fields[key] for key in dependent)], queue=False)
 
 
 def _default(key: str) -> Any:

@@ -97,3 +97,39 @@ def test_opened_from_the_disk_the_site_asks_no_host_shows_its_pictures_and_finds
     page.close()
     assert not errors
     assert {url.split(":", 1)[0] for url in requests} <= {"file", "data", "blob", "about"}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pages_have_no_serious_accessibility_finding_and_typeset_equations(
+    site: Path, browser: Any, scheme: str
+) -> None:
+    axe = pytest.importorskip(
+        "axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python"
+    ).Axe()
+    page = browser.new_page(viewport={"width": 1280, "height": 1000}, color_scheme=scheme)
+    found = []
+    for name in ("index", "objectives", "architecture", "keys"):
+        page.goto((site / f"{name}.html").as_uri())
+        page.wait_for_load_state("networkidle")
+        for violation in axe.run(page).response["violations"]:
+            if violation["impact"] in ("serious", "critical"):
+                nodes = [node["html"][:200] for node in violation["nodes"]]
+                found.append(f"{name}: {violation['id']}: {nodes}")
+
+    page.goto((site / "objectives.html").as_uri())
+    assert page.locator("math").first.bounding_box()["height"] > 10
+    page.close()
+    assert not found, "\n".join(found)
+
+
+def test_the_life_of_a_token_names_functions_that_are_there() -> None:
+    text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    walk = text[text.index("## The life of a token") : text.index("## Decisions")]
+    steps = re.split(r"^\d+\. ", walk, flags=re.MULTILINE)[1:]
+    assert len(steps) >= 9
+    for step in steps:
+        files = [REPOSITORY / "docs" / link for link in re.findall(r"\]\(([^)]+)\)", step)]
+        source = "".join(path.read_text(encoding="utf-8") for path in files)
+        for name in re.findall(r"`(_?[A-Za-z_]+)`", step):
+            if name not in ("kd", "run_sft"):
+                assert name in source, f"{name} is not in {[path.name for path in files]}"

@@ -91,6 +91,10 @@ class Board:
             .first
         )
 
+    def block_of_files(self, label: str) -> Any:
+        """The visible list of files of that label."""
+        return self.page.locator(f'.block:has(label:has-text("{label}"))').filter(visible=True).last
+
     def field(self, label: str) -> Any:
         """Where that field takes its input."""
         return self.block(label).locator("input, textarea").first

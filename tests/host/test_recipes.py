@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from llamafactory_sekd.config import read_config
 
@@ -17,8 +18,22 @@ TRAINING = re.compile(r"^[A-Z_0-9=. ]*(?:llamafactory-cli train|sekd cache) +(ex
 COMMANDS = sorted({command.strip() for command in TRAINING.findall(re.sub(r" *\\\n *", " ", TEXT))})
 
 
+FILES = [text for text in re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL) if "stage: sekd" in text]
+
+
 def test_the_pages_hold_commands():
     assert len(COMMANDS) >= 10
+    assert len(FILES) >= 2
+
+
+@pytest.mark.parametrize("text", FILES, ids=lambda text: text.splitlines()[0])
+def test_a_file_of_the_pages_parses_with_the_hosts_classes(text):
+    import torch  # noqa: F401
+    from llamafactory.hparams import parser
+
+    model_args, *_, finetuning_args, _ = parser._parse_train_args(yaml.safe_load(text))
+    assert model_args.model_name_or_path
+    assert finetuning_args.teacher_model
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -27,8 +42,8 @@ def test_a_command_of_the_pages_parses_with_the_hosts_classes(command, monkeypat
     from llamafactory.hparams import parser
 
     monkeypatch.chdir(REPOSITORY)
-    yaml, *rest = shlex.split(command)
-    config = read_config(Path(yaml), [word for word in rest if "=" in word])
+    name, *rest = shlex.split(command)
+    config = read_config(Path(name), [word for word in rest if "=" in word])
     for key in ("deepspeed", "bf16", "teacher_model_quantization_bit"):  # what they ask of the machine
         config.pop(key, None)
     model_args, *_ = parser._parse_train_args(config)

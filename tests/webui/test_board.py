@@ -172,15 +172,23 @@ def test_the_panel_stands_there_for_our_stage_only_and_leaves_other_commands_alo
     playwright.expect(board.field("Teacher model")).to_have_value("teacher")
 
 
-def test_only_the_fields_that_the_objective_reads_can_be_edited(board: Board) -> None:
+def test_only_the_fields_that_the_objective_reads_are_shown_below_its_equation(board: Board) -> None:
     board.choose("Stage", STAGE)
+    formula = board.page.locator("#sekd_equation .katex").first
+    shown: list[str] = []
     labels = {key: element_labels()[key]["en"]["label"] for key in ("kd_beta", "kd_gamma", "kd_topk", "kd_lambda")}
     choices = {value: text for text, value in element_labels()["kd_loss"]["en"]["choices"]}
     for objective in ("forward_kl", "self_evolution_topk", "self_evolution"):
         board.choose("Objective", choices[objective])
         for key, label in labels.items():
-            expected = playwright.expect(board.field(label))
-            expected.to_be_enabled() if key in PRESETS[objective].keys else expected.to_be_disabled()
+            expected = playwright.expect(board.block(label))
+            expected.to_be_visible() if key in PRESETS[objective].keys else expected.to_have_count(0)
+        formula.wait_for()
+        shown.append(formula.inner_text())
+
+    assert len(set(shown)) == len(shown)
+    for key in ("teacher_cache", "kd_temperature", "kd_chunk_size"):
+        playwright.expect(board.block(element_labels()[key]["en"]["label"])).to_have_count(0)
 
     picture(board.page.locator("#sekd_tab"), "panel")
     board.page.evaluate("document.body.classList.add('dark')")
@@ -189,6 +197,7 @@ def test_only_the_fields_that_the_objective_reads_can_be_edited(board: Board) ->
 
 def test_a_wrong_value_warns_before_anything_starts(board: Board, folder: Path) -> None:
     fill_in(board, output_dir="never")
+    board.open_section("Advanced")
     toast = board.page.locator(".toast-body")
     for label, wrong, right, message in (
         ("Temperature", "-1", "1.0", "`kd_temperature: -1.0` cannot be used: use a number above 0"),
@@ -223,6 +232,7 @@ def test_what_is_previewed_is_what_runs(distilled: dict[str, Any]) -> None:
         "kd_gamma": 0.4,
         "kd_hard_scale": "none",
         "kd_temperature": 1.0,
+        "kd_max_cut": 0.5,
     }
 
 
@@ -236,11 +246,16 @@ def test_the_page_draws_the_loss_and_below_it_hard_share_and_difficulty(distille
     assert {"kd/hard_ratio", "kd/difficulty"} <= set(steps[0])
     width, height = distilled["plot"]
     assert height > width  # the host's loss alone is drawn wider than high
+    log = (distilled["output"] / "running_log.txt").read_text(encoding="utf-8")
+    assert (
+        log.count("'kd/difficulty'") == sum("kd/difficulty" in step for step in steps) > 0
+    )  # the lines that the page shows
 
 
 def test_a_saved_configuration_comes_back_after_a_reload_with_its_data_set(board: Board, address: str) -> None:
     fill_in(board, output_dir="kept")
     board.choose("Objective", "skew: " + "all tokens learn from the proxy")
+    board.open_section("Advanced")
     board.write("β at the end", "1.0")
     board.write("Config path", "kept.yaml")
     before = command(board)
@@ -251,6 +266,7 @@ def test_a_saved_configuration_comes_back_after_a_reload_with_its_data_set(board
     board.write("Config path", "kept.yaml")
     board.press("Load arguments")
     playwright.expect(board.page.locator("#sekd_tab")).to_be_visible()
+    board.open_section("Advanced")
     playwright.expect(board.field("β at the end")).to_have_value("1.0")
     board.write("Model path", "student")  # the host keeps neither it nor the output dir in a configuration
     board.write("Output dir", "kept")
@@ -280,8 +296,7 @@ def test_the_evaluation_runs_from_the_page_and_shows_its_report(
     board: Board, distilled: dict[str, Any], folder: Path
 ) -> None:
     fill_in(board)
-    board.tab("Evaluate & Predict")
-    board.open_section("Translation quality")
+    board.tab("Translation quality")
     board.write("Test set folder", "nowhere")
     board.press("Start evaluation")
     toast = board.page.locator(".toast-body").filter(has_text="task_dir nowhere is not a directory")
@@ -300,11 +315,63 @@ def test_the_evaluation_runs_from_the_page_and_shows_its_report(
     assert report.locator("table").first.locator("tbody tr").count() == 3
     plot = board.page.locator(PLOT).filter(visible=True)
     playwright.expect(plot).to_be_visible()
+    links = board.block_of_files("Files").locator("a").evaluate_all("all => all.map(one => one.getAttribute('href'))")
+    assert {Path(link).name for link in links if link} >= {"report.html", "results.json", "tiny.yaml", "tiny.log"}
     part(board.page, board.block("Test set"), report.locator("table").nth(1), "quality")
 
     results = json.loads((folder / "results/tiny/results.json").read_text(encoding="utf-8"))
     assert set(results["systems"]) == {"base", RUN, "teacher"}
     assert results["systems"][RUN]["scores"]["en-de"]["bleu"] > results["systems"]["base"]["scores"]["en-de"]["bleu"]
+
+
+def test_the_page_s_checkpoint_is_the_one_to_evaluate_and_the_folder_follows_the_test_set(
+    board: Board, distilled: dict[str, Any]
+) -> None:
+    fill_in(board)
+    board.choose("Checkpoint path", RUN)
+    board.tab("Translation quality")
+    playwright.expect(board.block("Checkpoints")).to_contain_text(RUN)
+    playwright.expect(board.field("Results folder")).to_have_value("results/wmt22")
+    board.write("Test set", "flores 200")
+    playwright.expect(board.field("Results folder")).to_have_value("results/flores-200")
+    board.write("Results folder", "results/mine")
+    board.write("Test set", "wmt21")
+    board.page.wait_for_timeout(1500)
+    playwright.expect(board.field("Results folder")).to_have_value("results/mine")
+
+
+@pytest.mark.parametrize("width", [1280, 1920])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_our_parts_have_no_serious_accessibility_finding(browser: Any, address: str, theme: str, width: int) -> None:
+    axe = pytest.importorskip(
+        "axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python"
+    ).Axe()
+    page = browser.new_page(viewport={"width": width, "height": 1000})
+    page.set_default_timeout(1_200_000)
+    board = Board(page).open(address, theme)
+    board.choose("Stage", STAGE)
+    board.open_section("Advanced")
+    found = []
+    for tab, place in (
+        ("Train", "#sekd_tab"),
+        ("Translation quality", "#quality_tab"),
+        ("Token difficulty", "#compare_tab"),
+    ):
+        board.tab(tab)
+        page.locator(place).wait_for()
+        page.wait_for_timeout(500)
+        for violation in axe.run(page, context={"include": [[place]]}).response["violations"]:
+            if violation["impact"] in ("serious", "critical"):
+                nodes = [node["html"][:300] for node in violation["nodes"]]
+                found.append(f"{tab}: {violation['id']}: {violation['help']}: {nodes}")
+        overflow = page.locator(place).evaluate("part => part.scrollWidth - part.clientWidth")
+        assert overflow <= 1, f"{tab} is wider than the page"
+        picture(page, f"check-{place[1:]}-{theme}-{width}")
+
+    board.tab("Train")
+    assert board.field("Stage").evaluate("field => field.scrollWidth <= field.clientWidth"), "the stage's name is cut"
+    page.close()
+    assert not found, "\n".join(found)
 
 
 def test_checkpoints_of_the_page_are_suggested_as_teachers(board: Board, distilled: dict[str, Any]) -> None:
@@ -351,7 +418,7 @@ def test_every_language_of_the_host_labels_our_parts(board: Board) -> None:
         labels = element_labels()
         playwright.expect(board.block(labels["teacher_model"][language]["label"])).to_be_visible()
         text = board.page.locator("#sekd_tab").inner_text()
-        for key in ("sekd_tab", "kd_lambda", "kd_gamma", "kd_temperature"):
+        for key in ("sekd_tab", "sekd_advanced", "kd_lambda", "kd_gamma"):
             assert labels[key][language]["label"] in text
         playwright.expect(board.page.get_by_role("tab", name=labels["compare_tab"][language]["label"])).to_be_visible()
         if language == "zh":
@@ -360,8 +427,7 @@ def test_every_language_of_the_host_labels_our_parts(board: Board) -> None:
 
 def test_an_evaluation_can_be_stopped(board: Board, folder: Path, distilled: dict[str, Any]) -> None:
     fill_in(board)
-    board.tab("Evaluate & Predict")
-    board.open_section("Translation quality")
+    board.tab("Translation quality")
     board.write("Test set folder", "wmt")
     board.choose_several("Directions", "en-de")
     board.choose_several("Metrics", "bleu")

@@ -18,6 +18,30 @@ BASE = "base"
 TEACHER = "teacher"
 
 
+def checkpoint_list(chosen: str | list[str] | None) -> list[str]:
+    """Return what the page's field for one or several checkpoints holds as a list."""
+    return [chosen] if isinstance(chosen, str) and chosen else list(chosen or [])
+
+
+def results_folder(task: str) -> str:
+    """Return the default results folder of a test set."""
+    return f"results/{re.sub(r'[^A-Za-z0-9._+-]+', '-', task).strip('-.') or 'test'}"
+
+
+def follow_test_set(task: str, save_dir: str, followed: str) -> tuple[str, str]:
+    """Return the results folder for a new test set, and what to compare it with next time.
+
+    A folder belongs to one test set. One that the user typed stays as it is.
+
+    Args:
+        task: the test set.
+        save_dir: what the field holds.
+        followed: what this function put there last.
+    """
+    default = results_folder(task)
+    return (default if save_dir.strip() in ("", followed) else save_dir), default
+
+
 def system_names(checkpoints: Iterable[str], with_base: bool, with_teacher: bool) -> dict[str, str | None]:
     """Name the systems: a checkpoint after its folder, the model itself `base`, the teacher `teacher`.
 

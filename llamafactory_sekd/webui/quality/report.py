@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,17 @@ def read_report(save_dir: Path) -> str | None:
     """``report.md``, None where there is none."""
     path = save_dir / "report.md"
     return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def report_files(save_dir: Path) -> list[str]:
+    """Return the files to offer as links; none where Gradio may not serve them, outside of the working directory."""
+    folder = save_dir.resolve()
+    if not any(folder.is_relative_to(root.resolve()) for root in (Path.cwd(), Path(tempfile.gettempdir()))):
+        return []
+
+    own = [folder / name for name in ("report.html", "report.md", "results.json")]
+    beyond = [folder.parent / f"{folder.name}{suffix}" for suffix in (".yaml", ".log")]
+    return [str(path) for path in (*own, *beyond) if path.is_file()]
 
 
 def draw_report(save_dir: Path) -> Figure | None:

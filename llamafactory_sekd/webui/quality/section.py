@@ -20,11 +20,14 @@ from llamafactory_sekd.webui.quality.config import (
     TEACHER,
     as_yaml,
     check_config,
+    checkpoint_list,
     evaluation_config,
+    follow_test_set,
+    results_folder,
     system_names,
 )
 from llamafactory_sekd.webui.quality.process import EvaluationProcess
-from llamafactory_sekd.webui.quality.report import draw_report, read_report
+from llamafactory_sekd.webui.quality.report import draw_report, read_report, report_files
 
 
 _PREFIX = "quality_"
@@ -44,7 +47,7 @@ class QualitySection:
 def build_quality_section(page: Page) -> QualitySection:
     """Build the section at the page's current place, and connect it."""
     fields: dict[str, Any] = {}
-    with gr.Accordion(open=False, **_texts("tab")) as accordion:
+    with gr.Tab(elem_id="quality_tab", **_texts("tab")) as tab:
         with gr.Row():
             fields["task"] = gr.Dropdown(
                 choices=list(TASKS), value=next(iter(TASKS)), allow_custom_value=True, **_texts("task")
@@ -83,7 +86,7 @@ def build_quality_section(page: Page) -> QualitySection:
             fields["max_new_tokens"] = gr.Slider(
                 minimum=8, maximum=4096, value=256, step=1, scale=2, **_texts("max_new_tokens")
             )
-            fields["save_dir"] = gr.Textbox(value="results/wmt22", scale=2, **_texts("save_dir"))
+            fields["save_dir"] = gr.Textbox(value=results_folder(next(iter(TASKS))), scale=2, **_texts("save_dir"))
 
         with gr.Row():
             preview = gr.Button(**_texts("preview_btn"))
@@ -93,22 +96,29 @@ def build_quality_section(page: Page) -> QualitySection:
         bar = gr.Slider(visible=False, interactive=False, minimum=0, maximum=100)
         output = gr.Markdown()
         plot = gr.Plot(visible=False, **_texts("plot"))
+        files = gr.File(visible=False, interactive=False, file_count="multiple", **_texts("files"))
         report = gr.Markdown(visible=False, latex_delimiters=[], elem_id="quality_report")
 
     process = EvaluationProcess()
-    events = _Events(page, fields, process, bar, output, plot, report)
+    events = _Events(page, fields, process, bar, output, plot, files, report)
     everything = {*fields.values(), *page.elements.values()}
-    shown = [bar, output, plot, report]
+    shown = [bar, output, plot, files, report]
     fields["checkpoints"].focus(events.list_checkpoints, everything, [fields["checkpoints"]], queue=False)
     systems = [fields[name].change for name in ("checkpoints", "with_base", "with_teacher")]
     gr.on(systems, events.list_systems, everything, [fields["baseline"]], queue=False)
+    # A checkpoint that is chosen for the page is the one to evaluate.
+    chosen: Any = page.elements["top.checkpoint_path"]
+    chosen.change(checkpoint_list, [chosen], [fields["checkpoints"]], queue=False)
+    followed = gr.State(fields["save_dir"].value)
+    folder = [fields["save_dir"], followed]
+    fields["task"].change(follow_test_set, [fields["task"], *folder], folder, queue=False)
     preview.click(events.preview, everything, shown, concurrency_limit=None)
     start.click(events.start, everything, shown)
     stop.click(process.stop, queue=False)
     _on_load(events.resume, [page.elements["top.lang"]], shown)
 
-    named = {**fields, "tab": accordion, "preview_btn": preview, "start_btn": start, "stop_btn": stop}
-    named["plot"] = plot
+    named = {**fields, "tab": tab, "preview_btn": preview, "start_btn": start, "stop_btn": stop}
+    named.update(plot=plot, files=files)
     return QualitySection({f"{_PREFIX}{name}": element for name, element in named.items()}, process)
 
 
@@ -132,6 +142,7 @@ class _Events:
     bar: gr.Slider
     output: gr.Markdown
     plot: gr.Plot
+    files: gr.File
     report: gr.Markdown
 
     def list_checkpoints(self, data: Data) -> gr.Dropdown:
@@ -161,7 +172,7 @@ class _Events:
             yield self._warn(error)
             return
 
-        yield {self.plot: gr.Plot(visible=False), self.report: gr.Markdown(visible=False)}
+        yield {part: gr.update(visible=False) for part in (self.plot, self.files, self.report)}
         self.process.start(as_yaml(config), Path(config["save_dir"]))
         yield from self._watch(language)
 
@@ -188,9 +199,11 @@ class _Events:
 
         message = self.page.alert("info_finished", language)
         gr.Info(message)
+        paths = report_files(self.process.save_dir)
         yield {
             **hidden,
             self.output: f"{message} `{self.process.save_dir / 'report.html'}`",
+            self.files: gr.File(paths or None, visible=bool(paths)),
             self.plot: gr.Plot(draw_report(self.process.save_dir), visible=True),
             self.report: gr.Markdown(read_report(self.process.save_dir), visible=True),
         }

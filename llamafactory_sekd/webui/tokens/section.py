@@ -31,7 +31,7 @@ Data = Mapping[Any, Any]
 def build_tokens_section(page: Page) -> dict[str, Any]:
     """Build the tab at the page's current place, connect it, and return its elements by name."""
     fields: dict[str, Any] = {}
-    with gr.Tab(**_texts("tab")) as tab:
+    with gr.Tab(elem_id="compare_tab", **_texts("tab")) as tab:
         note = gr.Markdown(**_texts("note"))
         with gr.Row():
             fields["direction"] = gr.Dropdown(
