@@ -220,7 +220,7 @@ class DistillationArguments:
         return gate is not None and gate.threshold == MEAN
 
     def formula(self) -> Formula:
-        """Return what `kd_loss` stands for, with the numbers that move as they are in the YAML.
+        """Return what `kd_loss` means, with the numbers that move as they are in the YAML.
 
         Raises:
             ArgumentError: it cannot work.

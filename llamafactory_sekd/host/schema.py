@@ -92,8 +92,8 @@ def _formula_schema() -> Schema:
         **dict.fromkeys(("share", "width"), number),
     }
     sides = {key: _object(side) for key in ("easy", "hard")}
-    whole = {PRESET_KEY: {"enum": list(PRESETS)}, "target": {"enum": list(TARGETS)}, "gate": _object(gate), **sides}
-    return _object({**whole, **side})
+    complete = {PRESET_KEY: {"enum": list(PRESETS)}, "target": {"enum": list(TARGETS)}, "gate": _object(gate), **sides}
+    return _object({**complete, **side})
 
 
 def evaluation_schema() -> Schema:
