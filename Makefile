@@ -13,7 +13,7 @@ PROSE := README.md AGENTS.md CONTRIBUTING.md SECURITY.md Makefile mkdocs.yml nox
 .PHONY: help demo test test-matrix lint bench docs package
 
 help:
-	@echo "make demo   install, then distill a tiny translator and report its scores (under 15 minutes on two cores)"
+	@echo "make demo   install, then distill a tiny translator and report its scores (about ten minutes on two cores)"
 	@echo "make test   install with the test extras, then run the complete suite"
 	@echo "make test-matrix  the smoke tests on every supported host version, each installed from nothing (about an hour)"
 	@echo "make lint   ruff, mypy, import-linter and codespell, and the documentation built strictly"

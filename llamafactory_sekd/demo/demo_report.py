@@ -1,286 +1,380 @@
-"""The demo's report: the evaluation's scores, also without near-duplicates, the training plots, what it all means."""
+"""The demo's page. Every sentence about an outcome is made from the figures, whatever they are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
-from llamafactory_sekd.demo.data import DIRECTION, near_duplicates
+from llamafactory_sekd.data.noise import KINDS, Pair
+from llamafactory_sekd.demo import data
+from llamafactory_sekd.demo.references import MOST, Difficulties, References, measure
 from llamafactory_sekd.evaluation.evaluation_report import differing
-from llamafactory_sekd.evaluation.hypotheses import read_hypotheses
-from llamafactory_sekd.evaluation.scores import surface_metric
-from llamafactory_sekd.evaluation.significance import Paired, is_significant, paired_bootstrap
-from llamafactory_sekd.files import write_atomic
-from llamafactory_sekd.reporting.document import Column, Document, Entry, Line, Passage, Plot, Section, Span, Table
-from llamafactory_sekd.reporting.document import Row as TableRow
-from llamafactory_sekd.reporting.html import render_html
-from llamafactory_sekd.reporting.metric_labels import MARKS, number, p_text, significance_mark
-from llamafactory_sekd.reporting.terminal import print_document
-
-
-PLOTS = {
-    "training_loss.png": "Loss of the Self-Evolution run (equation 9), as logged and smoothed",
-    "training_kd.png": "Difficulty d and the share of hard tokens (d > Γ) in the same run",
-}
-EXAMPLES, EXAMPLE_WORDS = 5, 6
-
-# Says what this setting can show, whatever comes out of one run of it; docs/demo.md has the figures of several seeds.
-MEANING = (
-    "At this size the demo shows the machine working, not the paper's ranking: two-layer students with 1.7 million "
-    "parameters, one pass over the text, one seed, a thousand short strings. A † says that a difference is unlikely"
-    " to come from the choice of these strings; another seed alone moves a student by about one BLEU. Self-"
-    "Evolution KD may well come out behind here: the gradient of a hard token fades with the probability that the "
-    "student gives to the ground truth, and about half of the tokens are hard for a student this weak. The paper's "
-    "students are pretrained, with 7 billion parameters; examples/yamls/sekd_llama7b.yaml is the recipe to test its"
-    " claims."
+from llamafactory_sekd.evaluation.significance import ALPHA
+from llamafactory_sekd.files import read_json, write_atomic
+from llamafactory_sekd.reporting.document import (
+    Column,
+    Document,
+    Entry,
+    Line,
+    Passage,
+    Plot,
+    Row,
+    Section,
+    Span,
+    Table,
 )
-STORY = (
-    "A teacher of four layers learned to translate Home Assistant's interface from English to German. A student that "
-    "keeps its first and last layer was then trained three times, for the same number of steps on the same text: with "
-    "plain SFT, with Forward KD, and with Self-Evolution KD. All of it ran through LLaMA-Factory's own commands."
+from llamafactory_sekd.reporting.figures import BASELINE, INK, canvas, finish
+from llamafactory_sekd.reporting.html import render_html
+from llamafactory_sekd.reporting.metric_labels import number, p_text
+from llamafactory_sekd.reporting.terminal import print_document
+from llamafactory_sekd.study.report.cells import Group, Study, read_study
+from llamafactory_sekd.study.report.paired import Difference, holm
+from llamafactory_sekd.study.report.plots.differences import differences_plot
+from llamafactory_sekd.study.report.plots.training import Runs, gate_plot
+from llamafactory_sekd.study.report.tables import score_table
+from llamafactory_sekd.study.report.views import Views
+from llamafactory_sekd.study.results import JSON
+from llamafactory_sekd.study.spec import Spec
+
+
+START = "Student, before"
+SELF_EVOLUTION = "Self-Evolution KD"
+GAMMA = 0.4
+EXAMPLES, EXAMPLE_WORDS = 5, 6
+METRICS = {"bleu": "BLEU", "chrf": "chrF2"}
+
+SETTING = (
+    "A small translator learns English to German from {pairs:,} pairs of Home Assistant's interface. In {share:.0f} % "
+    "of them the reference is wrong: {kind}. This noise was made for the demo; the held-out sentences and the "
+    "teacher's own text are as the community wrote them. The teacher, four layers, learned from {teacher:,} other "
+    "pairs; the student keeps its first and last layer. {sentences:,} held-out sentences decide. None of them has a "
+    "near-duplicate in any text that was trained on (one whose set of words overlaps by {similarity:.0%} or more)."
+)
+LIMITS = (
+    "Tiny models, short strings, one data set, noise of one kind: the page shows when distillation helps, not how "
+    "much it helps elsewhere. Intervals are of the choice of held-out sentences; the dots are the seeds, which change "
+    "the order of the text. p of the {count} comparisons in each metric is corrected together (Holm)."
 )
 GATE = (
-    "d is how far the student is from the target that mixes ground truth and teacher (equation 5). Tokens above Γ = "
-    "0.4 are hard and learned from an easier target (equation 7), the others from the target itself (equation 8)."
+    "d is how far the student is from the target that mixes ground truth and teacher (equation 5). Self-Evolution KD "
+    "learns tokens above Γ = 0.4, the hard ones, from an easier target (equation 7), which pulls the less, the less "
+    "the student believes the ground truth; the others from the target itself (equation 8). Forward KD at λ 1 listens "
+    "to the teacher alone. All of them measure d with their own target."
+)
+APART = (
+    "The same d, at λ 0.5, of the student's own text: the first {count} right and the first {count} wrong references, "
+    "token by token. Whoever learns a wrong reference by heart makes it easy."
 )
 CHOICE = (
-    "Not chosen for their quality: the first {} held-out sentences of at least six words. Words that differ from the "
-    "reference are marked."
+    "Not chosen for their quality: the first {} held-out sentences of at least six words, the first seed of each "
+    "system. Words that differ from the reference are marked."
 )
 ORIGIN = (
-    "Each command can be run again by itself. The evaluation's own report, with its guards and the sentences on which "
-    "the systems differ most, is eval/report.html. Text: Home Assistant (Apache-2.0), translated by its community. "
-    "BLEU: {}"
+    "Each command can be run again by itself. study/report.html has every figure of the comparison. Text: Home "
+    "Assistant (Apache-2.0), translated by its community."
 )
-LABELS = {
-    "student_untrained": ("Student, untrained", "the teacher's first and last layer, nothing more"),
-    "student_sft": ("Student, SFT", "no teacher"),
-    "forward_kl": ("Student, Forward KD", "kd_loss: forward_kl"),
-    "self_evolution": ("Student, Self-Evolution KD", "kd_loss: self_evolution"),
-    "teacher": ("Teacher, SFT", "all four layers"),
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One system's scores. ``ci`` is half of BLEU's 95 % interval, ``p`` is against the baseline.
-
-    The names with ``new`` are without the sentences that have a near-duplicate in training.
-    """
-
-    name: str
-    bleu: float
-    ci: float
-    p: float | None
-    significant: bool
-    chrf: float
-    similarity: float | None
-    bleu_new: float
-    ci_new: float
-    p_new: float | None
-    significant_new: bool
-
-    @property
-    def label(self) -> str:
-        """Return the system's name in the report."""
-        return LABELS.get(self.name, (self.name, ""))[0]
-
-    @property
-    def remark(self) -> str:
-        """Return what the report says next to the name."""
-        return LABELS.get(self.name, ("", ""))[1]
-
-
-@dataclass(frozen=True)
-class Example:
-    """A held-out sentence, its reference, and (label, translation) per system."""
-
-    source: str
-    has_duplicate: bool
-    reference: str
-    outputs: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Contents:
-    """All that the report says; ``duplicates`` counts the sentences that have a near-duplicate in training."""
+    """All that the page speaks of: the study, the student's text and which of it is wrong, what models make of it."""
 
-    baseline: str
-    rows: list[Row]
-    sentences: int
-    duplicates: int
-    examples: list[Example]
-    signature: str
-
-    @property
-    def new(self) -> int:
-        """Return how many test sentences are not in the training text."""
-        return self.sentences - self.duplicates
+    views: Views
+    noise: Mapping[str, Any]
+    pairs: Sequence[Pair]
+    teacher_pairs: int
+    folders: Mapping[str, Path]
 
     @property
-    def baseline_label(self) -> str:
-        """Return the baseline's name in the report."""
-        return LABELS.get(self.baseline, (self.baseline, ""))[0]
+    def study(self) -> Study:
+        """Return the study."""
+        return self.views.study
+
+    @property
+    def column(self) -> str:
+        """Return the direction."""
+        return self.study.directions[0]
+
+    @property
+    def rows(self) -> tuple[Group, ...]:
+        """Return the systems of the table: those that are only evaluated, then those that were trained."""
+        return (*self.study.models, *self.study.groups)
+
+    @property
+    def distilled(self) -> tuple[Group, ...]:
+        """Return the systems that have a teacher."""
+        return tuple(group for group in self.study.groups if group.system != self.study.baseline)
+
+    def comparisons(self) -> Iterator[tuple[Group, Group]]:
+        """Yield what is tested: each distilled system against the baseline, Self-Evolution KD against the others."""
+        baseline, own = self.named(str(self.study.baseline)), self.named(SELF_EVOLUTION)
+        for other in (baseline, own):
+            for group in self.distilled:
+                if other is not None and group is not other:
+                    yield (group, other) if other is baseline else (other, group)
+
+    def difference(self, group: Group, metric: str) -> Difference | None:
+        """Return a system minus the baseline."""
+        return self.views.at_equal_settings(group, self.column, metric)
+
+    def named(self, system: str) -> Group | None:
+        """Return the row of a system, None where it has no scores."""
+        return next((group for group in self.rows if group.system == system), None)
+
+    def score(self, system: str | None, metric: str) -> float | None:
+        """Return a system's mean score."""
+        group = self.named(str(system))
+        summary = group.scores(self.column, metric) if group is not None else None
+        return summary.mean if summary is not None else None
 
 
-def collect(
-    results: Mapping[str, Any],
-    hypotheses: Path,
-    test_set: tuple[Sequence[str], Sequence[str]],
-    training: Sequence[str],
-) -> Contents:
-    """Put the report's contents together.
+def collect(study: Path, text: Path, teacher: Path, start: Path) -> Contents:
+    """Put together what the page speaks of.
 
     Args:
-        results: the evaluation's results.json.
-        hypotheses: the evaluation's folder of translations.
-        test_set: sources and references.
-        training: the sources that the models were trained on.
+        study: the study's folder.
+        text: the folder of the data.
+        teacher: the teacher's folder.
+        start: the folder of the student's start.
     """
-    sources, references = test_set
-    lines = {
-        name: read_hypotheses(hypotheses / name / f"{DIRECTION}.txt", len(sources)) for name in results["systems"]
-    }
-    duplicates = near_duplicates(sources, training)
-    new = [index for index, is_duplicate in enumerate(duplicates) if not is_duplicate]
-    paired_new, bleu_new = _scores_of(new, lines, references, results["baseline"])
+    found = read_study(read_json(study / JSON) or {}, study)
+    first = {group.system: next(iter(group.cells.values())) for group in found.groups}
+    folders = {START: start, **{system: study / cell["model"] for system, cell in first.items()}}
     return Contents(
-        baseline=results["baseline"],
-        rows=[_row(results, name, paired_new[name], bleu_new) for name in results["systems"]],
-        sentences=len(sources),
-        duplicates=sum(duplicates),
-        examples=[
-            Example(
-                sources[index],
-                duplicates[index],
-                references[index],
-                [(LABELS.get(name, (name, ""))[0], texts[index]) for name, texts in lines.items()],
-            )
-            for index in [i for i, source in enumerate(sources) if len(source.split()) >= EXAMPLE_WORDS][:EXAMPLES]
-        ],
-        signature=results["signatures"][str(DIRECTION)]["bleu"],
+        views=Views(found),
+        noise=read_json(text / data.NOISE_FILE) or {},
+        pairs=_pairs(text / f"{data.TRAIN}.json"),
+        teacher_pairs=len(_pairs(text / f"{data.TEACHER}.json")),
+        folders={"teacher": teacher, **folders},
     )
 
 
-def _scores_of(
-    chosen: Sequence[int], lines: Mapping[str, Sequence[str]], references: Sequence[str], baseline: str
-) -> tuple[dict[str, Paired], dict[str, float]]:
-    """Score some of the sentences as the evaluation scores all of them: the paired tests, and BLEU, per system."""
-    metric = surface_metric("bleu", DIRECTION.target)
-    kept = {name: [texts[index] for index in chosen] for name, texts in lines.items()}
-    kept_references = [references[index] for index in chosen]
-    others = {name: texts for name, texts in kept.items() if name != baseline}
-    paired, _ = paired_bootstrap(metric, kept_references, (baseline, kept[baseline]), others)
-    return paired, {name: metric.corpus_score(texts, [kept_references]).score for name, texts in kept.items()}
-
-
-def _row(results: Mapping[str, Any], name: str, paired_new: Paired, bleu_new: Mapping[str, float]) -> Row:
-    direction, baseline = str(DIRECTION), results["baseline"]
-    system = results["systems"][name]
-    bleu = system["scores"][direction]["bleu"]
-    paired = results["significance"][name][direction]["bleu"]
-    return Row(
-        name=name,
-        bleu=bleu,
-        ci=paired["ci"],
-        p=paired["p"],
-        significant=is_significant(paired["p"], bleu - results["systems"][baseline]["scores"][direction]["bleu"]),
-        chrf=system["scores"][direction]["chrf"],
-        similarity=(system["similarity"] or {}).get(direction),
-        bleu_new=bleu_new[name],
-        ci_new=paired_new.ci,
-        p_new=paired_new.p,
-        significant_new=is_significant(paired_new.p, bleu_new[name] - bleu_new[baseline]),
-    )
-
-
-def write_report(path: Path, contents: Contents, trained: Path, commands: Sequence[str]) -> None:
-    """Write the report as one HTML file that loads nothing from elsewhere.
+def write_page(path: Path, contents: Contents, spec: Spec, yamls: Path) -> None:
+    """Write the page as one HTML file that loads nothing from elsewhere.
 
     Args:
         path: where it goes.
         contents: what it says.
-        trained: the folder of the run whose plots are shown.
-        commands: the commands that repeat the demo.
+        spec: the study.
+        yamls: the folder of the YAML files that the demo ran.
     """
-    plots = tuple(
-        Plot(Path(name).stem, caption, (trained / name).read_bytes(), b"") for name, caption in PLOTS.items()
+    students = {name: folder for name, folder in contents.folders.items() if name != "teacher"}
+    references = measure(contents.pairs, contents.noise["wrong"], contents.folders["teacher"], students)
+    commands = (
+        f"llamafactory-cli train {yamls / 'demo_sft_teacher.yaml'}",
+        f"sekd study {yamls / f'{spec.name}.yaml'}",
+        *(
+            f"llamafactory-cli train {contents.study.root / 'cells' / cell.name / 'train.yaml'}"
+            for cell in _cells(spec)
+        ),
     )
-    repeat = Table(("step",), (Column("command", is_code=True),), tuple(map(_command, enumerate(commands, start=1))))
     document = Document(
-        "A tiny translator, distilled",
-        (("held-out sentences", f"{contents.sentences:,}"), ("direction", "English to German")),
+        "A tiny translator, distilled from a text that is partly wrong",
         (
-            Section("What it shows, and what not", STORY, alarm=MEANING),
-            Section("Scores", _note(contents), tables=(_table(contents),)),
-            Section("Training with Self-Evolution KD", GATE, plots=plots),
-            Section("Five translations", CHOICE.format(len(contents.examples)), passages=_passages(contents)),
-            Section("How this was made", ORIGIN.format(contents.signature), tables=(repeat,)),
+            ("held-out sentences", f"{_sentences(contents):,}"),
+            ("direction", "English to German"),
+            ("wrong references", f"{contents.noise['share']:.0%} ({contents.noise['kind']}, made)"),
+        ),
+        (
+            scores_section(contents),
+            Section("Hard tokens over training", GATE, plots=_gate(contents)),
+            _references_section(references),
+            Section("Five translations", CHOICE.format(EXAMPLES), passages=_passages(contents)),
+            Section("How this was made", ORIGIN, tables=(_commands(commands),)),
         ),
     )
     write_atomic(path, render_html(document).encode("utf-8"))
 
 
-def print_table(console: Console, contents: Contents) -> None:
-    """Print the scores and what they mean."""
-    title = f"{contents.sentences:,} held-out sentences, English to German"
-    section = Section(title, _note(contents), tables=(_table(contents, brief=True),), main=True)
-    print_document(Document(title, (), (section,)), console, notes=True)
-    console.print(MEANING, highlight=False)
+def print_scores(console: Console, contents: Contents) -> None:
+    """Print the scores and what they say."""
+    section = scores_section(contents)
+    title = f"{_sentences(contents):,} held-out sentences, English to German"
+    shown = Section(title, section.note, tables=section.tables, main=True)
+    print_document(Document(title, (), (shown,)), console, notes=True)
+    for line in section.lines:
+        console.print(line, highlight=False)
+    console.print(section.alarm, style="dim", highlight=False)
 
 
-def _note(contents: Contents) -> str:
-    share = f"{100 * contents.duplicates / contents.sentences:.0f}"
-    return (
-        f"BLEU (sacrebleu) with its 95 % interval (±) by a bootstrap with 1,000 samples; p is the paired "
-        f"bootstrap's against {contents.baseline_label}. {MARKS}. The text is repetitive: {share} % of the "
-        f"held-out sources have a near-duplicate in the training data (word Jaccard ≥ 0.6); “new” are the other "
-        f"{contents.new:,}. “As teacher” is BLEU with the teacher's translations as references."
+def scores_section(contents: Contents) -> Section:
+    """Return the scores, the picture of them, and what they say."""
+    study = contents.study
+    note = SETTING.format(
+        pairs=len(contents.pairs),
+        share=100 * len(contents.noise["wrong"]) / len(contents.pairs),
+        kind=KINDS[contents.noise["kind"]],
+        teacher=contents.teacher_pairs,
+        sentences=_sentences(contents),
+        similarity=data.SIMILARITY,
+    )
+    table = score_table(study, contents.rows, (), contents.views.at_equal_settings)
+    plot = differences_plot(study, contents.rows, contents.views.at_equal_settings, contents.views.looks)
+    return Section(
+        "What came out",
+        note,
+        alarm=LIMITS.format(count=len(list(contents.comparisons()))),
+        tables=(table,),
+        plots=(plot,) if plot else (),
+        lines=tuple(findings(contents)),
+        main=True,
     )
 
 
-def _table(contents: Contents, brief: bool = False) -> Table:
-    """Return the scores; the ``brief`` table is made for 80 columns."""
-    names = ("BLEU", "p", "BLEU, new", "p, new", "chrF2", "as teacher")
-    base = next(row for row in contents.rows if row.name == contents.baseline)
-    rows = []
-    for row in contents.rows:
-        entries = (
-            _bleu(row.bleu, row.ci, row.significant, row.bleu - base.bleu),
-            Entry(p_text(row.p)),
-            _bleu(row.bleu_new, row.ci_new, row.significant_new, row.bleu_new - base.bleu_new),
-            Entry(p_text(row.p_new)),
-            Entry(number(row.chrf, 1)),
-            Entry("–" if row.similarity is None else number(row.similarity, 1)),
+def findings(contents: Contents) -> Iterator[str]:
+    """Yield what the figures say, sentence by sentence."""
+    baseline = str(contents.study.baseline)
+    teacher = contents.named(str(contents.study.teacher))
+    ahead = contents.difference(teacher, "bleu") if teacher is not None else None
+    if ahead is not None:
+        yield f"The teacher is {_told(ahead, 'BLEU')} {'above' if ahead.value > 0 else 'below'} {baseline}."
+    before, after = (contents.score(name, "bleu") for name in (START, baseline))
+    if before is not None and after is not None:
+        yield f"{baseline} takes the student from {number(before, 1)} to {number(after, 1)} BLEU."
+    for metric, label in METRICS.items():
+        compared = list(contents.comparisons())
+        found = [contents.views.between(*pair, contents.column, metric) for pair in compared]
+        known = [(pair, one) for pair, one in zip(compared, found, strict=True) if one is not None]
+        corrected = holm([one.p for _, one in known])
+        for ((group, other), one), p in zip(known, corrected, strict=True):
+            yield verdict(group.system, other.system, one, p, label)
+    yield from _ranking(contents)
+
+
+def verdict(system: str, baseline: str, difference: Difference, p: float, label: str) -> str:
+    """Return what a comparison says: better, worse, or that the sentences cannot tell."""
+    if p >= ALPHA or difference.low <= 0 <= difference.high:
+        return f"{system} and {baseline} cannot be told apart: {_told(difference, label, sign=True)}, p = {p_text(p)}."
+    place = "above" if difference.value > 0 else "below"
+    return f"{system} is {_told(difference, label)} {place} {baseline}, p {_equals(p)}."
+
+
+def _equals(p: float) -> str:
+    text = p_text(p)
+    return text if text.startswith("<") else f"= {text}"
+
+
+def _told(difference: Difference, label: str, sign: bool = False) -> str:
+    """Return a difference with its interval, without its sign where the words around it tell the direction."""
+    low, high, value = difference.low, difference.high, difference.value
+    if not sign and value < 0:
+        low, high, value = -high, -low, -value
+    return f"{number(value, 2, sign)} {label} ({number(low)} to {number(high)})"
+
+
+def _ranking(contents: Contents) -> Iterator[str]:
+    for metric, label in METRICS.items():
+        means = {group.system: contents.score(group.system, metric) for group in contents.study.groups}
+        known = {system: score for system, score in means.items() if score is not None}
+        ordered = sorted(known, key=lambda system: -known[system])
+        if ordered:
+            yield f"By {label}: " + ", ".join(f"{system} {number(known[system], 1)}" for system in ordered) + "."
+
+
+def _gate(contents: Contents) -> tuple[Plot, ...]:
+    groups = contents.study.groups
+    runs = Runs(
+        {group: group.system for group in groups},
+        dict.fromkeys(groups),
+        {group: contents.views.looks[group.system] for group in groups},
+        contents.views.histories,
+    )
+    plot = gate_plot("", runs)
+    return (plot,) if plot is not None else ()
+
+
+def _references_section(references: References) -> Section:
+    rows = [
+        Row(
+            (name,),
+            (
+                *(Entry(number(float(values.mean()))) for values in (one.right, one.wrong)),
+                *(Entry(number(100 * float((values > GAMMA).mean()), 0)) for values in (one.right, one.wrong)),
+            ),
         )
-        role = "baseline" if row is base and not brief else ""
-        kept = entries[:3] + entries[4:] if brief else entries
-        rows.append(TableRow((row.name,) if brief else (row.label, row.remark), kept, role))
-    shown = names[:3] + names[4:] if brief else names
-    return Table(("system",) if brief else ("system", "trained with"), tuple(map(Column, shown)), tuple(rows))
+        for name, one in references.students.items()
+    ]
+    surprise = references.surprise
+    teacher = (
+        f"The teacher gives the tokens of a right reference a probability of {_typical(surprise.right)}, those of a "
+        f"wrong one {_typical(surprise.wrong)} (geometric means)."
+    )
+    columns = [Column(kind, group) for group in ("mean d (nats)", "hard (%)") for kind in ("right", "wrong")]
+    return Section(
+        "Right and wrong references",
+        f"{APART.format(count=MOST)} {teacher}",
+        tables=(Table(("student",), tuple(columns), tuple(rows)),),
+        plots=(_difficulty_plot(references),),
+    )
 
 
-def _bleu(value: float, ci: float, significant: bool, difference: float) -> Entry:
-    return Entry(number(value, 1), number(ci, 1), significance_mark(difference, significant, 1))
+def _typical(surprise: np.ndarray) -> str:
+    return f"{np.exp(-surprise.mean()):.2g}"
+
+
+def _difficulty_plot(references: References) -> Plot:
+    """Draw how difficult the tokens of right and of wrong references are, for each student."""
+    shown = references.students
+    with canvas(len(shown), columns=2, height=2.1) as (figure, panels):
+        for axes, (name, one) in zip(panels, shown.items(), strict=True):
+            _draw_difficulties(axes, one)
+            axes.set_title(name)
+            axes.set_xlabel("d (nats)")
+        panels[0].legend(frameon=False, fontsize=9)
+        caption = "Difficulty d of the tokens of right and wrong references, in percent of each kind; the line is Γ."
+        return finish(figure, "references", caption)
+
+
+def _draw_difficulties(axes: Any, one: Difficulties) -> None:
+    bins = np.linspace(0, 10, 41)
+    for values, label, color, style in ((one.right, "right", INK, "-"), (one.wrong, "wrong", "#D55E00", "--")):
+        weights = np.full(len(values), 100 / len(values))
+        axes.hist(
+            np.clip(values, 0, 10), bins, weights=weights, histtype="step", color=color, linestyle=style, label=label
+        )
+    axes.axvline(GAMMA, color=BASELINE, linewidth=1)
 
 
 def _passages(contents: Contents) -> tuple[Passage, ...]:
+    test_set = contents.views.texts.test_set(contents.column)
+    long = [index for index, source in enumerate(test_set.sources) if len(source.split()) >= EXAMPLE_WORDS]
+    texts = {
+        group.system: contents.views.texts.hypotheses(next(iter(group.cells.values())), contents.column)
+        for group in contents.rows
+    }
     return tuple(
         Passage(
-            f"Sentence {place}" + (" (near-duplicate in training)" if example.has_duplicate else ""),
+            f"Sentence {place}",
             (
-                Line("source", (Span(example.source),), strong=True),
-                Line("reference", (Span(example.reference),), strong=True),
-                *(Line(label, differing(text, example.reference)) for label, text in example.outputs),
+                Line("source", (Span(test_set.sources[index]),), strong=True),
+                Line("reference", (Span(test_set.references[index]),), strong=True),
+                *(Line(name, differing(lines[index], test_set.references[index])) for name, lines in texts.items()),
             ),
         )
-        for place, example in enumerate(contents.examples, start=1)
+        for place, index in enumerate(long[:EXAMPLES], start=1)
     )
 
 
-def _command(numbered: tuple[int, str]) -> TableRow:
-    return TableRow((str(numbered[0]),), (Entry(numbered[1]),))
+def _commands(commands: Sequence[str]) -> Table:
+    rows = tuple(Row((str(step),), (Entry(command),)) for step, command in enumerate(commands, start=1))
+    return Table(("step",), (Column("command", is_code=True),), rows, title="Commands", folded=True)
+
+
+def _cells(spec: Spec) -> list[Path]:
+    from llamafactory_sekd.study.matrix import expand
+
+    return [cell.folder for cell in expand(spec)]
+
+
+def _sentences(contents: Contents) -> int:
+    return len(contents.views.texts.test_set(contents.column).sources)
+
+
+def _pairs(path: Path) -> list[Pair]:
+    return [(record["input"], record["output"]) for record in json.loads(path.read_text(encoding="utf-8"))]

@@ -1,7 +1,8 @@
-"""What the demo does, as a chain of steps: data, models, three trainings of equal length, evaluation, report."""
+"""What the demo does: data, teacher and student as a chain of steps, the comparison as a study, a page about it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,31 +12,29 @@ from typing import Any
 from llamafactory_sekd import __version__
 from llamafactory_sekd.checkpoints import find_checkpoints, share_of_training
 from llamafactory_sekd.children import host_command, printable, run_child
-from llamafactory_sekd.config import read_config
+from llamafactory_sekd.config import read_config, write_yaml
 from llamafactory_sekd.demo import data, demo_report, models
 from llamafactory_sekd.demo.steps import Step
 from llamafactory_sekd.demo.surroundings import environment, moved
 from llamafactory_sekd.examples import shipped_root
+from llamafactory_sekd.files import sha256_of
+from llamafactory_sekd.study.results import JSON
+from llamafactory_sekd.study.spec import Spec, parse_spec
 
 
-# The folder that the YAML files name; another one is put in its place by overrides.
+# The folder that the YAML files name; another one takes its place in copies of them.
 HOME = "demo"
-STUDENTS = ("student_sft", "forward_kl", "self_evolution")
-# Training -> its YAML file and its seconds on two cores.
-TRAININGS = {
-    "teacher": ("demo_sft_teacher.yaml", 210.0),
-    "student_sft": ("demo_sft_student.yaml", 50.0),
-    "forward_kl": ("demo_forward_kl.yaml", 50.0),
-    "self_evolution": ("demo_sekd.yaml", 50.0),
-}
-EVALUATION = "demo_eval.yaml"
+STUDY = "demo.yaml"
+TEACHER = "demo_sft_teacher.yaml"
+# Seconds on two cores.
+TEACHER_SECONDS, STUDY_SECONDS, REPORT_SECONDS = 230.0, 220.0, 25.0
 
 Say = Callable[[str], None]
 
 
-def yaml_folder() -> Path:
-    """Return the folder of the demo's YAML files: the repository's examples, or their copies in the package."""
-    return shipped_root() / "examples" / "yamls"
+def example_folder() -> Path:
+    """Return the folder of the example files: the repository's, or their copies in the package."""
+    return shipped_root() / "examples"
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,14 @@ class Places:
         return self.work / "data"
 
     @property
-    def evaluation(self) -> Path:
-        """Return the folder of the evaluation."""
-        return self.work / "eval"
+    def study(self) -> Path:
+        """Return the folder of the study."""
+        return self.work / "study"
+
+    @property
+    def yamls(self) -> Path:
+        """Return the folder of the YAML files that the demo runs."""
+        return self.work / "yamls"
 
     @property
     def report(self) -> Path:
@@ -60,28 +64,35 @@ class Places:
         return self.work / "report.html"
 
     def model(self, name: str) -> Path:
-        """Return the folder of a model."""
+        """Return the folder of a model that the preparation makes."""
         return self.work / "models" / name
 
     def results(self, everything: bool) -> Iterator[tuple[str, str]]:
         """Yield what a user looks for, and where it is; not ``everything`` after the preparation alone."""
         yield "Data:", str(self.data)
-        yield (
-            "Models:",
-            f"{self.model('')} ({', '.join(('teacher', *STUDENTS) if everything else ('teacher', 'student_init'))})",
-        )
+        yield "Models:", f"{self.model('')} (teacher, student_init)"
         if everything:
-            yield "Plots:", str(self.model("self_evolution") / "*.png")
-            yield "Scores:", f"{self.evaluation / 'results.json'}, {self.evaluation / 'report.html'}"
+            yield "Students:", f"{self.study / 'cells'}"
+            yield "Scores:", f"{self.study / JSON}, {self.study / 'report.html'}"
             yield "Report:", str(self.report.resolve())
 
-    def log(self, name: str) -> Path:
-        """Return the path of a step's log."""
-        return self.work / "logs" / f"{name}.log"
+
+def write_yamls(work: Path) -> Spec:
+    """Write the demo's YAML files for the folder ``work`` and return its study."""
+    places, folder = Places(work), example_folder()
+    for path in sorted((folder / "yamls").glob("demo_*.yaml")):
+        command = "eval" if "save_dir" in read_config(path) else "train"
+        target = places.yamls / path.name
+        write_yaml(target, moved(read_config(path), HOME, work), f"llamafactory-cli {command} {target}")
+    study = moved(read_config(folder / "studies" / STUDY), HOME, work)
+    study = moved(study, "examples/yamls", places.yamls)
+    target = places.yamls / STUDY
+    write_yaml(target, study, f"sekd study {target}")
+    return parse_spec({**study, "prepare": []}, target)
 
 
 def preparation(work: Path, offline: Path | None, say: Say) -> list[Step]:
-    """Return the steps up to the student's starting point: after them, every training of the demo can be run alone."""
+    """Return the steps up to the student's start: after them, the study or any training of it can be run alone."""
     places = Places(work)
     download = work / "download"
 
@@ -90,7 +101,17 @@ def preparation(work: Path, offline: Path | None, say: Say) -> list[Step]:
         data.write_data(data.split_pairs(data.read_pairs(wheel)), places.data)
 
     def untrained_teacher(_: Callable[[float], None]) -> None:
-        models.save_untrained([places.data / f"{data.TRAIN}.json"], data.DIRECTION, places.model("teacher_init"))
+        records = [places.data / f"{name}.json" for name in (data.TEACHER, data.TRAIN)]
+        models.save_untrained(records, data.DIRECTION, places.model("teacher_init"))
+
+    def train_teacher(progress: Callable[[float], None]) -> None:
+        output = places.model("teacher")
+        checkpoint, _ = find_checkpoints(output)
+        resume = (f"resume_from_checkpoint={checkpoint}",) if checkpoint is not None else ()
+        child = host_command("train", str(places.yamls / TEACHER), *resume)
+        say(f"$ {printable(child)}")
+        log = work / "logs" / "teacher.log"
+        run_child(child, log, lambda: share_of_training(output), progress, environment=environment())
 
     def student(_: Callable[[float], None]) -> None:
         models.save_student(places.model("teacher"), places.model("student_init"))
@@ -113,7 +134,15 @@ def preparation(work: Path, offline: Path | None, say: Say) -> list[Step]:
             _code(models),
             ("data",),
         ),
-        _training("teacher", "Teacher: SFT", ("teacher_init",), places, say),
+        Step(
+            "teacher",
+            "Teacher: SFT on its own, clean text",
+            TEACHER_SECONDS,
+            train_teacher,
+            (places.model("teacher"),),
+            _read(example_folder() / "yamls" / TEACHER) + __version__,
+            ("teacher_init",),
+        ),
         Step(
             "student_init",
             "Student: the teacher's first and last layer",
@@ -126,98 +155,22 @@ def preparation(work: Path, offline: Path | None, say: Say) -> list[Step]:
     ]
 
 
-def comparison(work: Path, say: Say) -> list[Step]:
-    """Return the steps after the :func:`preparation`: the three students, the evaluation, the report."""
+def reporting(work: Path, spec: Spec) -> list[Step]:
+    """Return the step after the study: the page."""
     places = Places(work)
-    titles = ("Student: SFT, no teacher", "Student: forward KL", "Student: Self-Evolution KD")
-    trainings = [
-        _training(name, title, ("student_init",), places, say) for name, title in zip(STUDENTS, titles, strict=True)
-    ]
+    results = places.study / JSON
 
-    def evaluate(progress: Callable[[float], None]) -> None:
-        _run_yaml(EVALUATION, "eval", (), places, say, lambda: _translated_share(places), progress)
+    def write_page(_: Callable[[float], None]) -> None:
+        demo_report.write_page(places.report, contents(places), spec, places.yamls)
 
-    def write_report(_: Callable[[float], None]) -> None:
-        commands = [printable(host_command(*_arguments(file, command, work))) for file, command in _commands()]
-        demo_report.write_report(places.report, scores(places), places.model("self_evolution"), commands)
-
-    return [
-        *trainings,
-        Step(
-            "eval",
-            "Evaluation: translations, scores, significance",
-            20,
-            evaluate,
-            (places.evaluation,),
-            _read(yaml_folder() / EVALUATION) + __version__,
-            STUDENTS,
-        ),
-        Step(
-            "report",
-            "Report",
-            5,
-            write_report,
-            (places.report,),
-            _code(demo_report),
-            ("eval",),
-        ),
-    ]
+    made_of = [sha256_of(results) if results.is_file() else "", _code(demo_report), _code(data)]
+    fingerprint = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+    return [Step("report", "Report", REPORT_SECONDS, write_page, (places.report,), fingerprint)]
 
 
-def scores(places: Places) -> demo_report.Contents:
+def contents(places: Places) -> demo_report.Contents:
     """Return what the finished demo has to report."""
-    training = json.loads(_read(places.data / f"{data.TRAIN}.json"))
-    return demo_report.collect(
-        json.loads(_read(places.evaluation / "results.json")),
-        places.evaluation / "hypotheses",
-        data.read_test_set(places.data),
-        [entry["input"] for entry in training],
-    )
-
-
-def _training(name: str, title: str, needs: tuple[str, ...], places: Places, say: Say) -> Step:
-    file, seconds = TRAININGS[name]
-    output = places.model(name)
-
-    def train(progress: Callable[[float], None]) -> None:
-        checkpoint, _ = find_checkpoints(output)
-        resume = (f"resume_from_checkpoint={checkpoint}",) if checkpoint is not None else ()
-        _run_yaml(file, "train", resume, places, say, lambda: share_of_training(output), progress)
-
-    return Step(name, title, seconds, train, (output,), _read(yaml_folder() / file) + __version__, needs)
-
-
-def _run_yaml(
-    file: str,
-    command: str,
-    more: tuple[str, ...],
-    places: Places,
-    say: Say,
-    share_done: Callable[[], float],
-    progress: Callable[[float], None],
-) -> None:
-    child = host_command(*_arguments(file, command, places.work), *more)
-    say(f"$ {printable(child)}")
-    run_child(child, places.log(Path(file).stem), share_done, progress, environment=environment())
-
-
-def _arguments(file: str, command: str, work: Path) -> list[str]:
-    path = yaml_folder() / file
-    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    return [command, str(shown), *moved(read_config(path), HOME, work)]
-
-
-def _commands() -> Iterator[tuple[str, str]]:
-    for file, _ in TRAININGS.values():
-        yield file, "train"
-    yield EVALUATION, "eval"
-
-
-def _translated_share(places: Places) -> float:
-    """Return how many of the systems are translated, from 0 to 1."""
-    systems = read_config(yaml_folder() / EVALUATION)["systems"]
-    finished = list((places.evaluation / "hypotheses").glob(f"*/{data.DIRECTION}.txt"))
-    return len(finished) / (len(systems) + 1)  # the last part is scoring
+    return demo_report.collect(places.study, places.data, places.model("teacher"), places.model("student_init"))
 
 
 def _read(path: Path) -> str:

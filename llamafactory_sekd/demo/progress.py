@@ -60,11 +60,13 @@ class Progress:
         )
         self._last_line = 0.0
 
-    def plan(self, seconds: float) -> None:
-        """Announce how much there is to do."""
-        self.remaining = RemainingTime(seconds)
+    def plan(self, seconds: float, later: float = 0.0) -> None:
+        """Announce how much there is to do, ``later`` seconds of it after these steps."""
+        self.remaining = RemainingTime(seconds + later)
         if seconds:
-            self.console.print(f"About {show_seconds(seconds)} on two cores. Interrupted, the same command continues.")
+            self.console.print(
+                f"About {show_seconds(seconds + later)} on two cores. Interrupted, the same command continues."
+            )
 
     def skip(self, title: str) -> None:
         """Say that an earlier run finished a step."""

@@ -43,11 +43,18 @@ class Step:
     needs: tuple[str, ...] = ()
 
 
-def run_steps(steps: Sequence[Step], stamps: Path, progress: Progress) -> None:
-    """Run what is not finished, in order. ``stamps`` is the folder of the stamps."""
+def run_steps(steps: Sequence[Step], stamps: Path, progress: Progress, later: float = 0.0) -> None:
+    """Run what is not finished, in order.
+
+    Args:
+        steps: the steps.
+        stamps: the folder of the stamps.
+        progress: what the user sees.
+        later: planned seconds of what comes after these steps.
+    """
     fingerprints = fingerprint_all(steps)
     todo = [step for step in steps if not _is_finished(step, fingerprints[step.name], stamps)]
-    progress.plan(sum(step.seconds for step in todo))
+    progress.plan(sum(step.seconds for step in todo), later)
     for step in steps:
         if step not in todo:
             progress.skip(step.title)

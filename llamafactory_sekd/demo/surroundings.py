@@ -23,14 +23,12 @@ def environment() -> dict[str, str]:
     }
 
 
-def moved(config: dict[str, Any], home: str, work: Path, prefix: str = "") -> list[str]:
-    """Return the overrides ``key=value`` that move every path below ``home`` in a YAML file to ``work``."""
-    if Path(home) == work:
-        return []
-    overrides: list[str] = []
-    for key, value in config.items():
-        if isinstance(value, dict):
-            overrides += moved(value, home, work, f"{prefix}{key}.")
-        elif isinstance(value, str) and value.startswith(f"{home}/"):
-            overrides.append(f"{prefix}{key}={work / value.removeprefix(home + '/')}")
-    return overrides
+def moved(value: Any, home: str, work: Path) -> Any:
+    """Return a YAML file's content with every path below ``home`` moved to ``work``."""
+    if isinstance(value, dict):
+        return {key: moved(entry, home, work) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [moved(entry, home, work) for entry in value]
+    if isinstance(value, str) and value.startswith(f"{home}/"):
+        return str(work / value.removeprefix(f"{home}/"))
+    return value

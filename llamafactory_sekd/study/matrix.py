@@ -30,6 +30,8 @@ _LOADED_TEACHER = frozenset(
 # Keys of a system that are no keys of its training.
 _OF_STUDY = ("train", "text", "mix")
 _OUR_PREFIXES = ("kd_", "teacher_")
+# Stands for the cell's seed in a value, such as a path.
+SEED = "{seed}"
 # Below the 255 bytes that file systems allow, with room for what tools append.
 _LONGEST_ID = 180
 
@@ -123,7 +125,9 @@ def _cell(spec: Spec, system: str, axes: dict[str, Any], config: dict[str, Any],
     seeds = {"seed": seed, **({"data_seed": seed} if "data_seed" in config else {})}
     # Without `overwrite_output_dir` the same command continues an interrupted training.
     ours = {"output_dir": str(folder / "model"), "overwrite_output_dir": False, "report_to": "none", **seeds}
-    text, source = of_system(spec, system, {**config, **ours})
+    # A data set or a model to start from may be another one for each seed.
+    own = {key: value.replace(SEED, str(seed)) if isinstance(value, str) else value for key, value in config.items()}
+    text, source = of_system(spec, system, {**own, **ours})
     _check(source, name)
     return Cell(name, system, axes, seed, folder, _with_cache(source, spec), source, text)
 

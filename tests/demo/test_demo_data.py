@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import random
+import itertools
+import json
 import re
+from zipfile import ZipFile
 
 import pytest
 from helpers.fake_wheel import save_wheel
@@ -13,8 +15,9 @@ from llamafactory_sekd.demo import data
 from llamafactory_sekd.errors import DataError
 
 
-def numbered_pairs(count: int) -> list[tuple[str, str]]:
-    return [(f"Turn on lamp {number}", f"Lampe {number} einschalten") for number in range(count)]
+def unlike_pairs(count: int) -> list[tuple[str, str]]:
+    """Pairs of which no two are near-duplicates."""
+    return [(f"red{n} blue{n} green{n} white{n}", f"rot{n} blau{n} grün{n} weiß{n}") for n in range(count)]
 
 
 def test_only_plain_pairs_of_three_to_twelve_words_are_taken(tmp_path):
@@ -66,51 +69,69 @@ def test_each_string_is_taken_once_and_the_frequent_translation_wins(tmp_path):
     assert data.read_pairs(save_wheel(tmp_path / "2", reversed_order)) == pairs
 
 
-def test_the_split_is_disjoint_whole_and_the_same_each_time():
-    pairs = numbered_pairs(50)
+def test_the_split_is_disjoint_complete_and_the_same_each_time():
+    pairs = unlike_pairs(50)
 
-    split = data.split_pairs(pairs, test_size=10, valid_size=5)
+    split = data.split_pairs(pairs, test_size=10, valid_size=5, student_size=20)
 
-    assert (len(split.train), len(split.valid), len(split.test)) == (35, 5, 10)
-    assert sorted(split.train + split.valid + split.test) == sorted(pairs)
-    assert split == data.split_pairs(pairs, test_size=10, valid_size=5)
+    assert [len(part) for part in (split.test, split.valid, split.student, split.teacher)] == [10, 5, 20, 15]
+    assert sorted(split.teacher + split.student + split.valid + split.test) == sorted(pairs)
+    assert split == data.split_pairs(pairs, test_size=10, valid_size=5, student_size=20)
     assert split.test != pairs[:10]
 
 
+def test_no_part_holds_a_near_duplicate_of_another_part():
+    pairs = unlike_pairs(40)
+    pairs += [(f"{source} too", f"{target} auch") for source, target in pairs]  # four of five words
+
+    split = data.split_pairs(pairs, test_size=10, valid_size=5, student_size=20)
+
+    parts = [{source.removesuffix(" too") for source, _ in part} for part in vars(split).values()]
+    assert all(first.isdisjoint(second) for first, second in itertools.combinations(parts, 2))
+    assert len(parts[-1]) == len(split.test) == 10  # of a cluster one string is held out, and the others are dropped
+
+
 def test_too_few_pairs_are_refused():
-    with pytest.raises(DataError, match=r"^15 pairs are too few: the demo holds out 15\.$"):
-        data.split_pairs(numbered_pairs(15), test_size=10, valid_size=5)
+    with pytest.raises(DataError, match=r"^15 pairs are too few: the demo holds out or gives to the student 35\.$"):
+        data.split_pairs(unlike_pairs(15), test_size=10, valid_size=5, student_size=20)
 
 
 def test_the_held_out_set_is_large_enough_for_its_purpose():
-    assert data.TEST_SIZE >= 500
+    assert data.TEST_SIZE >= 1000
     assert data.VALID_SIZE > 0
 
 
-def test_near_duplicates_are_those_of_the_definition():
-    rng = random.Random(3)
-    words = ["The", "the", "lamp", "is", "on", "off", "now", "in", "kitchen,", "Kitchen"]
-    texts = [" ".join(rng.choices(words, k=rng.randint(1, 8))) for _ in range(400)]
-    held_out, training = texts[:60], texts[60:]
-
-    def similarity(a: str, b: str) -> float:
-        first, second = ({word.strip(",").lower() for word in text.split()} for text in (a, b))
-        return len(first & second) / len(first | second)
-
-    for threshold in (0.6, 0.75, 1.0):
-        expected = [any(similarity(a, b) >= threshold for b in training) for a in held_out]
-        assert data.near_duplicates(held_out, training, threshold) == expected
-        assert len(set(expected)) == 2 or threshold == 0.6
-
-
-def test_the_written_test_set_is_the_one_that_the_evaluation_reads(tmp_path):
-    split = data.split_pairs(numbered_pairs(50), test_size=10, valid_size=5)
+def test_the_test_set_is_clean_and_the_one_that_the_evaluation_reads_and_the_noise_is_written_down(tmp_path):
+    split = data.split_pairs(unlike_pairs(60), test_size=10, valid_size=5, student_size=30)
 
     data.write_data(split, tmp_path)
 
     loaded = load_test_set(data.TASK, tmp_path, str(data.DIRECTION))
     assert list(zip(loaded.sources, loaded.references, strict=True)) == split.test
     assert data.read_test_set(tmp_path) == (list(loaded.sources), list(loaded.references))
+    noise = json.loads((tmp_path / data.NOISE_FILE).read_text())
+    written = {
+        name: [(one["input"], one["output"]) for one in json.loads((tmp_path / f"{name}.json").read_text())]
+        for name in (data.TEACHER, data.TRAIN, data.VALID)
+    }
+    assert written[data.TEACHER] == split.teacher
+    assert written[data.VALID] == split.valid
+    differing = [
+        i for i, (is_now, was) in enumerate(zip(written[data.TRAIN], split.student, strict=True)) if is_now != was
+    ]
+    assert differing == noise["wrong"]
+    assert len(differing) == round(data.NOISE_SHARE * 30)
+
+
+def test_translations_into_a_third_language_are_the_most_frequent_ones(tmp_path):
+    wheel = save_wheel(tmp_path, {})
+    with ZipFile(wheel, "a") as archive:
+        for name, czech in (("a", "Zapnout"), ("b", "Zapnout"), ("c", "Zapni to")):
+            for language, text in (("en", "Turn it on"), ("cs", czech)):
+                archive.writestr(
+                    f"homeassistant/components/{name}/translations/{language}.json", json.dumps({"x": text})
+                )
+    assert data.read_translations(wheel, "cs") == {"Turn it on": "Zapnout"}
 
 
 def test_another_file_in_the_wheels_place_is_refused(tmp_path):

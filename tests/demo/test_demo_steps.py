@@ -186,11 +186,12 @@ def test_another_folder_moves_every_path_of_a_yaml_file_and_nothing_else():
         "output_dir": "demo/models/x",
         "systems": {"a": {"model_name_or_path": "demo/models/a"}},
     }
-    assert surroundings.moved(config, "demo", Path("demo")) == []
-    assert surroundings.moved(config, "demo", Path("/data/d")) == [
-        "output_dir=/data/d/models/x",
-        "systems.a.model_name_or_path=/data/d/models/a",
-    ]
+    assert surroundings.moved(config, "demo", Path("demo")) == config
+    assert surroundings.moved(config, "demo", Path("/data/d")) == {
+        "stage": "sekd",
+        "output_dir": "/data/d/models/x",
+        "systems": {"a": {"model_name_or_path": "/data/d/models/a"}},
+    }
 
 
 def test_commands_run_on_the_cores_there_are_and_one_gpu_unless_the_user_says_otherwise(monkeypatch):

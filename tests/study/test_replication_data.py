@@ -7,8 +7,10 @@ import itertools
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from llamafactory_sekd.demo.data import clusters
 
 
 FILE = Path(__file__).parents[2] / "examples" / "studies" / "replication" / "prepare.py"
@@ -40,9 +42,10 @@ def naive_clusters(texts: list[str]) -> list[list[int]]:
     return sorted(groups)
 
 
+@settings(deadline=None)  # the first call imports networkx
 @given(st.lists(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=7).map(" ".join), max_size=25))
-def test_clusters_are_the_connected_groups_of_similar_strings(prepare, texts):
-    assert prepare.clusters(texts) == naive_clusters(texts)
+def test_clusters_are_the_connected_groups_of_similar_strings(texts):
+    assert clusters(texts) == naive_clusters(texts)
 
 
 def test_parts_share_no_near_duplicates_and_only_large_clusters_lose_nothing(prepare, monkeypatch):

@@ -51,6 +51,22 @@ def cells(**keys):
     return expand(parse_spec(study(**keys), Path("study.yaml")))
 
 
+def test_the_seed_may_name_the_data_and_the_start_and_the_points_stay_the_same():
+    found = cells(
+        overrides={"model_name_or_path": "start_{seed}"},
+        matrix={"dataset": ["clean", "noisy_{seed}"]},
+        seeds=[1, 2],
+    )
+    assert [(cell.axes["dataset"], cell.config["dataset"]) for cell in found] == [
+        ("clean", "clean"),
+        ("clean", "clean"),
+        ("noisy_{seed}", "noisy_1"),
+        ("noisy_{seed}", "noisy_2"),
+    ]
+    assert [cell.config["model_name_or_path"] for cell in found] == ["start_1", "start_2"] * 2
+    assert len({cell.id for cell in found}) == 4
+
+
 def test_a_cell_is_a_system_at_a_point_with_a_seed_and_its_train_yaml_is_whole():
     found = cells(
         systems={"Forward KD": {"kd_loss": "forward_kl"}, "SKEW": {"kd_loss": "skew", "learning_rate": 0.5}},

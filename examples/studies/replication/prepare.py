@@ -11,67 +11,30 @@ answers on text that it has not learned by heart. The test and the validation se
 from __future__ import annotations
 
 import argparse
-import math
-import random
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from networkx.utils import UnionFind
-
+from llamafactory_sekd.data.noise import Pair
 from llamafactory_sekd.demo import data, models
 
 
 WORDS = (1, 30)
 TEST_WORDS = (4, 20)
 TEST_SIZE, VALID_SIZE = 2000, 800
-# A larger cluster is never held out: it is text that occurs in many variants.
-MAX_HELD_OUT_CLUSTER = 5
 TEACHER_SHARE = 0.75
-SIMILARITY = 0.6
-SEED = 20241222
 TEACHER = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8}
 STUDENT = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-Pair = tuple[str, str]
-
-
-def clusters(sources: Sequence[str], threshold: float = SIMILARITY) -> list[list[int]]:
-    """Return the connected groups of indices whose strings have word sets with a Jaccard similarity of ``threshold``.
-
-    Two such sets share one of the ``n - ceil(threshold · n) + 1`` rarest words of each (n words), so only strings
-    that do are compared (Chaudhuri et al., "A primitive operator for similarity joins", 2006).
-    """
-    sets = [data.words(text) for text in sources]
-    frequency = Counter(word for words in sets for word in words)
-    joined = UnionFind(range(len(sets)))
-    having: defaultdict[str, list[int]] = defaultdict(list)
-    for index, words in enumerate(sets):
-        rarest = sorted(words, key=lambda word: (frequency[word], word))
-        prefix = rarest[: len(words) - math.ceil(threshold * len(words)) + 1]
-        for other in {other for word in prefix for other in having[word]}:
-            if len(words & sets[other]) >= threshold * len(words | sets[other]):
-                joined.union(index, other)
-        for word in prefix:
-            having[word].append(index)
-    return sorted(sorted(group) for group in joined.to_sets())
 
 
 def split(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
     """Divide ``pairs`` into the parts `test`, `valid`, `teacher` and `student`, always in the same way."""
-    groups = clusters([source for source, _ in pairs])
-    shuffle = random.Random(SEED)
-    shuffle.shuffle(groups)
-    parts: dict[str, list[Pair]] = {"test": [], "valid": [], "teacher": [], "student": []}
-    for group in groups:
-        fitting = [index for index in group if TEST_WORDS[0] <= len(pairs[index][0].split()) <= TEST_WORDS[1]]
-        held_out = next((n for n, size in (("test", TEST_SIZE), ("valid", VALID_SIZE)) if len(parts[n]) < size), None)
-        if held_out and fitting and len(group) <= MAX_HELD_OUT_CLUSTER:
-            parts[held_out].append(pairs[shuffle.choice(fitting)])
-        else:
-            part = "teacher" if shuffle.random() < TEACHER_SHARE else "student"
-            parts[part] += [pairs[index] for index in group]
-    return parts
+    return data.divide(
+        pairs,
+        {"test": TEST_SIZE, "valid": VALID_SIZE},
+        ("teacher", "student"),
+        TEST_WORDS,
+        lambda parts, cluster, shuffle: "teacher" if shuffle.random() < TEACHER_SHARE else "student",
+    )
 
 
 def main() -> None:

@@ -116,3 +116,13 @@ def _p_value(samples: np.ndarray, observed: float) -> float:
         return 1.0
     sizes = np.abs(samples)
     return (int(np.sum(sizes - sizes.mean() > observed)) + 1) / (len(samples) + 1)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Return the p of several tests, corrected together by Holm's method, in their order."""
+    corrected = [0.0] * len(ps)
+    highest = 0.0
+    for rank, index in enumerate(sorted(range(len(ps)), key=lambda index: ps[index])):
+        highest = max(highest, min(1.0, (len(ps) - rank) * ps[index]))
+        corrected[index] = highest
+    return corrected

@@ -88,16 +88,17 @@ class Views:
 
     def at_own_best(self, group: Group, column: str, metric: str) -> Difference | None:
         """Compare a group with its baseline, both at their own best value where one was selected."""
-        return self._compare(group, self.baseline_of(group), column, metric)
+        return self.between(group, self.baseline_of(group), column, metric)
 
     def at_equal_settings(self, group: Group, column: str, metric: str) -> Difference | None:
         """Compare a group with the baseline at the same point of the matrix."""
-        return self._compare(group, self.study.baseline_of(group), column, metric)
+        return self.between(group, self.study.baseline_of(group), column, metric)
 
-    def _compare(self, group: Group, baseline: Group | None, column: str, metric: str) -> Difference | None:
-        if baseline is None or self.unreadable is not None:
+    def between(self, group: Group, other: Group | None, column: str, metric: str) -> Difference | None:
+        """Compare any two groups; None where there is no other one, or the texts cannot be read."""
+        if other is None or self.unreadable is not None:
             return None
-        return self._bootstrap.compare(group, baseline, column, metric)
+        return self._bootstrap.compare(group, other, column, metric)
 
 
 def _looks(study: Study) -> dict[str, Look]:

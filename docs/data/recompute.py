@@ -1,0 +1,186 @@
+"""The figures of docs/demo.md that a study measured: kept as CSV, and written into the page.
+
+    python docs/data/recompute.py                        the tables of the page, from the CSV files
+    python docs/data/recompute.py --export NAME FOLDER   the CSV files of a study, from its folder (then the tables)
+
+Each study has two files. `NAME_runs.csv`: one row a run. `NAME_differences.csv`: pairs of systems, difference, 95 %
+interval and p of the paired bootstrap over the test sentences. A block of a page starts with
+`<!-- data: NAME TABLE -->` and ends with `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+
+HERE = Path(__file__).parent
+PAGES = (HERE.parent / "demo.md", HERE.parent / "replication.md")
+METRICS = {"bleu": "BLEU", "chrf": "chrF2"}
+# The pairs that are tested, at each point of the matrix; Holm's correction is over those of a point and a metric.
+PAIRS = {
+    "demo": (
+        ("Forward KD", "SFT"),
+        ("Forward KD, λ 1", "SFT"),
+        ("Self-Evolution KD", "SFT"),
+        ("Self-Evolution KD", "Forward KD"),
+        ("Self-Evolution KD", "Forward KD, λ 1"),
+    ),
+}
+# Described without a test: the control, and the size of the gap that can be distilled.
+DESCRIBED = {
+    "demo": (("Teacher", "SFT"), ("Student, before", "SFT")),
+}
+_BLOCK = re.compile(r"(<!-- data: (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_CLEAN = "clean"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--export", nargs=2, metavar=("NAME", "FOLDER"))
+    arguments = parser.parse_args()
+    if arguments.export is not None:
+        export(arguments.export[0], Path(arguments.export[1]))
+    for page in PAGES:
+        page.write_text(recomputed(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def recomputed(page: str) -> str:
+    """Return a page with its blocks made from the CSV files."""
+    return _BLOCK.sub(lambda block: block[1] + "\n" + TABLES[block[3]](block[2]) + "\n\n" + block[4], page)
+
+
+def export(name: str, folder: Path) -> None:
+    """Write the two CSV files of a study from its results."""
+    from llamafactory_sekd.files import read_json
+    from llamafactory_sekd.study.report.cells import read_study
+    from llamafactory_sekd.study.report.views import Views
+
+    study = read_study(read_json(folder / "results.json") or {}, folder)
+    views = Views(study)
+    (direction,) = study.directions
+    runs = []
+    for group in (*study.models, *study.groups):
+        for seed, cell in group.cells.items():
+            scores = cell["scores"][direction]
+            validation = cell.get("validation") or {}
+            runs.append(
+                {
+                    "system": group.system,
+                    "data": _data(group),
+                    "seed": "" if seed is None else seed,
+                    **{metric: f"{scores[metric]:.4f}" for metric in METRICS},
+                    "nll": f"{validation['nll']:.4f}" if "nll" in validation else "",
+                    "hard": f"{validation['eval_kd/hard_ratio']:.4f}" if "eval_kd/hard_ratio" in validation else "",
+                }
+            )
+    _write(HERE / f"{name}_runs.csv", runs)
+    differences = []
+    for data in dict.fromkeys(_data(group) for group in study.groups):
+        at = {group.system: group for group in study.groups if _data(group) == data}
+        at.update({group.system: group for group in study.models})
+        for pair in (*PAIRS[name], *DESCRIBED[name]):
+            for metric in METRICS if all(system in at for system in pair) else ():
+                found = views.between(at[pair[0]], at[pair[1]], direction, metric)
+                if found is not None:
+                    numbers = {"difference": found.value, "low": found.low, "high": found.high, "p": found.p}
+                    seeds = f"{sum(value > 0 for value in found.seeds)} of {len(found.seeds)}"
+                    row = {"data": data, "system": pair[0], "against": pair[1], "metric": metric, "ahead": seeds}
+                    differences.append({**row, **{key: f"{value:.4f}" for key, value in numbers.items()}})
+    _write(HERE / f"{name}_differences.csv", differences)
+
+
+def _data(group: object) -> str:
+    value = group.value("dataset")  # type: ignore[attr-defined]
+    return str(value).removesuffix("_{seed}") if value is not None else ""
+
+
+def _write(path: Path, rows: list[dict[str, object]]) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _read(name: str) -> list[dict[str, str]]:
+    with open(HERE / f"{name}.csv", encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def scores(name: str) -> str:
+    """Return mean ± standard deviation over the seeds of each system, in columns by data."""
+    rows = _read(f"{name}_runs")
+    data = [one for one in dict.fromkeys(row["data"] for row in rows) if one] or [""]
+    found: defaultdict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for row in rows:
+        for metric in METRICS:
+            found[row["system"], row["data"], metric].append(float(row[metric]))
+    heads = [f"{METRICS[metric]}{', ' + _words(one) if one else ''}" for one in data for metric in METRICS]
+    lines = [f"| | seeds | {' | '.join(heads)} |", f"|---|---:|{'---:|' * len(heads)}"]
+    for system in dict.fromkeys(row["system"] for row in rows):
+        cells = [found.get((system, one, m)) or found.get((system, "", m), []) for one in data for m in METRICS]
+        seeds = max(map(len, cells))
+        is_model = not any(row["seed"] for row in rows if row["system"] == system)
+        shown = " | ".join(_mean(cell) for cell in cells)
+        lines.append(f"| {system} | {'' if is_model else seeds} | {shown} |")
+    return "\n".join(lines)
+
+
+def _words(data: str) -> str:
+    if data == _CLEAN:
+        return "all right"
+    kind, _, share = data.rpartition("_")
+    return f"{share} % {kind}"
+
+
+def _mean(values: list[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread}"
+
+
+def tests(name: str) -> str:
+    """Return the differences with their intervals, and p corrected by Holm's method where it was to be tested."""
+    from llamafactory_sekd.study.report.paired import holm
+
+    rows = _read(f"{name}_differences")
+    corrected = {}
+    for data, metric in dict.fromkeys((row["data"], row["metric"]) for row in rows):
+        tested = [row for row in rows if (row["data"], row["metric"]) == (data, metric) and _is_tested(name, row)]
+        for row, p in zip(tested, holm([float(row["p"]) for row in tested]), strict=True):
+            corrected[_key(row)] = p
+    with_data = any(row["data"] for row in rows)
+    lines = [
+        f"| {'data | ' if with_data else ''}difference | metric | | 95 % interval | seeds ahead | p (Holm) |",
+        f"|{'---|' if with_data else ''}---|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        p = corrected.get(_key(row))
+        shown = "not tested" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+        data = f"{_words(row['data'])} | " if with_data else ""
+        low, high, value = (float(row[key]) for key in ("low", "high", "difference"))
+        lines.append(
+            f"| {data}{row['system']} − {row['against']} | {METRICS[row['metric']]} | {value:+.2f} | {low:+.2f} to "
+            f"{high:+.2f} | {row['ahead']} | {shown} |"
+        )
+    return "\n".join(lines).replace("-0.", "−0.").replace(" -", " −")
+
+
+def _is_tested(name: str, row: dict[str, str]) -> bool:
+    return (row["system"], row["against"]) in PAIRS[name]
+
+
+def _key(row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(row[key] for key in ("data", "system", "against", "metric"))
+
+
+TABLES = {"scores": scores, "tests": tests}
+
+
+if __name__ == "__main__":
+    main()
