@@ -25,7 +25,7 @@ PREPARE, RUN = "Before a run", "Runs"
 COMMANDS = {
     "init": Command("llamafactory_sekd.examples", "Write the example YAML files into a folder.", PREPARE),
     "schema": Command("llamafactory_sekd.host.schema", "Write JSON schemas of the YAML files, for editors.", PREPARE),
-    "data": Command("llamafactory_sekd.data.commands", "Prepare ALMA, WMT and your own parallel data.", PREPARE),
+    "data": Command("llamafactory_sekd.host.data_command", "Prepare and check parallel data.", PREPARE),
     "doctor": Command("llamafactory_sekd.host.doctor", "Estimate a run's memory before any weight is read.", PREPARE),
     "cache": Command("llamafactory_sekd.host.cache_command", "Compute a teacher once, for all runs that follow.", RUN),
     "translate": Command("llamafactory_sekd.host.translate_command", "Translate text, or make text to train on.", RUN),

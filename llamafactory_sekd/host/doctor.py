@@ -38,8 +38,17 @@ def doctor(
         float,
         typer.Option(help="Share of the tokens that are responses; translations are less than half.", min=0, max=1),
     ] = 0.5,
+    look: Annotated[
+        int,
+        typer.Option(
+            help="Also read the weights, and this many examples: how hard they are, which look wrong.", min=0
+        ),
+    ] = 0,
 ) -> None:
-    """Estimate a run's memory, check that its teacher fits, and count cut text, before any weight is read."""
+    """Estimate a run's memory, check that its teacher fits, and count cut text, before any weight is read.
+
+    With --look, teacher and student read the first examples, and the objective that suits them is named.
+    """
     for name in ("LLAMAFACTORY_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")
 
@@ -84,6 +93,18 @@ def doctor(
 
     _check_teacher(console, parsed)
     _count_cut_text(console, parsed)
+    if look:
+        _look(console, keys, look)
+
+
+def _look(console: Console, keys: dict[str, Any], count: int) -> None:
+    from llamafactory_sekd.host.look import look, report
+
+    with console.status(f"Reading {count:,} examples"):
+        sample = look(keys, count)
+
+    for line in report(sample):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _count_cut_text(console: Console, parsed: Parsed) -> None:

@@ -59,13 +59,12 @@ class WarnOfIdleRun(TrainerCallback):
             logger.warning_once(
                 f"More than {_NEARLY_ALL:.0%} of the tokens are hard over {_WINDOWS} logging windows: nearly all "
                 "tokens are spared, and the student learns little. Choose a larger `kd_gamma`, or fine-tune the "
-                "student first (docs/objectives.md, How to choose)."
+                "student first (docs/choose.md)."
             )
         elif max(self._shares) < _NEARLY_NONE:
             logger.warning_once(
                 f"Less than {_NEARLY_NONE:.0%} of the tokens are hard over {_WINDOWS} logging windows: the objective "
-                "is `no_evolution` in all but name. Choose a smaller `kd_gamma`, or `auto` (docs/objectives.md, "
-                "How to choose)."
+                "is `no_evolution` in all but name. Choose a smaller `kd_gamma`, or `auto` (docs/choose.md)."
             )
 
 

@@ -1,0 +1,214 @@
+"""A corpus read by a teacher: which pairs look wrong, and why."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from llamafactory_sekd.data.checks import Pair
+from llamafactory_sekd.data.languages import Direction, base_code
+from llamafactory_sekd.data.prompts import PARROT, PLAIN
+from llamafactory_sekd.errors import ArgumentError, DataError
+from llamafactory_sekd.evaluation.guards import is_other_language
+from llamafactory_sekd.files import read_json, write_atomic, write_json
+from llamafactory_sekd.teacher.cache.records import digest
+from llamafactory_sekd.teacher.cache.segments import Segment
+from llamafactory_sekd.teacher.doubts import Verdict, judge
+
+
+# Below this geometric mean of its tokens' probabilities a reference is one that the teacher doubts. What it finds on
+# noise that was made is in docs/data.md.
+DOUBT = 0.005
+# How many times longer or shorter than usual a translation is, and from how many characters on that means something.
+LENGTH_FACTOR, LONG_ENOUGH = 2.5, 10
+REASONS = {
+    "doubted": "the teacher doubts the reference",
+    "copied": "both sides are the same",
+    "length": "the length is unusual for the source",
+    "language": "not the target language",
+}
+COLUMNS = ("reasons", "probability", "file", "line", "source", "target")
+# Pairs between two times that what is known is written down.
+_WRITE_EVERY = 2000
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A pair, the geometric mean of the teacher's probabilities of its reference's tokens, and what is suspicious."""
+
+    pair: Pair
+    probability: float
+    reasons: tuple[str, ...]
+
+
+def check_corpus(
+    pairs: Sequence[Pair],
+    direction: Direction,
+    probabilities: Sequence[float],
+    doubt: float = DOUBT,
+) -> list[Judged]:
+    """Return every pair with what is suspicious about it, in order.
+
+    Args:
+        pairs: the corpus.
+        direction: tells the target language.
+        probabilities: from :func:`read_with`.
+        doubt: the probability below which the teacher doubts a reference.
+    """
+    ratios = [len(pair.target) / len(pair.source) for pair in pairs if len(pair.source) >= LONG_ENOUGH]
+    usual = median(ratios) if ratios else 1.0
+    language = base_code(direction.target)
+    return [
+        Judged(pair, probability, tuple(_reasons(pair, probability, usual, language, doubt)))
+        for pair, probability in zip(pairs, probabilities, strict=True)
+    ]
+
+
+def _reasons(pair: Pair, probability: float, usual: float, language: str, doubt: float) -> list[str]:
+    ratio = len(pair.target) / len(pair.source) / usual
+    long_enough = len(pair.source) >= LONG_ENOUGH
+    found = {
+        "doubted": probability < doubt,
+        "copied": pair.source.casefold() == pair.target.casefold(),
+        "length": long_enough and not 1 / LENGTH_FACTOR <= ratio <= LENGTH_FACTOR,
+        "language": is_other_language(pair.target, language),
+    }
+    return [name for name, is_so in found.items() if is_so]
+
+
+def read_with(
+    teacher: str,
+    template: str,
+    pairs: Sequence[Pair],
+    direction: Direction,
+    *,
+    batch_size: int,
+    memory: Path,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[float]:
+    """Let a teacher read every reference after its prompt and return the geometric means of its probabilities.
+
+    Args:
+        teacher: a path or hub id.
+        template: the host's template, `parrot` for Parrot's prompt.
+        pairs: the corpus.
+        direction: for the prompt.
+        batch_size: pairs in a forward pass.
+        memory: a file of what was read before; an interrupted run goes on from it.
+        progress: called with the number of pairs that are known.
+
+    Raises:
+        ArgumentError: the template is unknown, or the host refuses the model.
+        DataError: the file is of another teacher, template or corpus.
+    """
+    reader = _Reader.of(teacher, template, direction)
+    identity = {"teacher": teacher, "template": template, "corpus": digest(json.dumps(_texts(pairs)).encode())}
+    known = _remembered(memory, identity)
+    progress(len(known))
+    while len(known) < len(pairs):
+        part = pairs[len(known) : len(known) + _WRITE_EVERY]
+        known += [verdict.probability for verdict in reader.judge(part, batch_size, progress)]
+        write_json(memory, {**identity, "probabilities": known})
+    return known
+
+
+def _texts(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
+    return [(pair.source, pair.target) for pair in pairs]
+
+
+def _remembered(memory: Path, identity: dict[str, str]) -> list[float]:
+    before = read_json(memory)
+    if not isinstance(before, dict):
+        return []
+    differing = next((key for key, value in identity.items() if before.get(key) != value), None)
+    if differing is not None:
+        raise DataError(f"{memory} is of another {differing}: delete it, or choose another --out.")
+    return list(before["probabilities"])
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A loaded teacher with its tokenizer and template."""
+
+    teacher: Any
+    tokenizer: Any
+    template: Any
+    direction: Direction
+    device: Any
+    is_parrot: bool
+
+    @classmethod
+    def of(cls, name: str, template: str, direction: Direction) -> _Reader:
+        from accelerate import Accelerator
+        from llamafactory.data import get_template_and_fix_tokenizer
+        from llamafactory.data.template import TEMPLATES
+        from llamafactory.hparams import get_infer_args
+        from llamafactory.model import load_model, load_tokenizer
+
+        from llamafactory_sekd.teacher import Teacher
+
+        if template not in TEMPLATES:
+            raise ArgumentError(f"`--template {template}` cannot be used: LLaMA-Factory has no template of this name.")
+        try:
+            model_args, data_args, finetuning_args, _ = get_infer_args(
+                {"model_name_or_path": name, "template": template}
+            )
+            tokenizer = load_tokenizer(model_args)["tokenizer"]
+            built = get_template_and_fix_tokenizer(tokenizer, data_args)
+            model = load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
+        except (OSError, ValueError) as error:
+            raise ArgumentError(f"`--teacher {name}` cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        accelerator = Accelerator()
+        loaded = Teacher(model, accelerator)
+        return cls(loaded, tokenizer, built, direction, accelerator.device, template == "parrot")
+
+    def judge(self, pairs: Sequence[Pair], batch_size: int, progress: Callable[[int], None]) -> list[Verdict]:
+        examples = [self._example(pair) for pair in pairs]
+        return judge(examples, self.teacher, batch_size=batch_size, device=self.device, progress=progress)
+
+    def _example(self, pair: Pair) -> Segment:
+        prompt = PARROT if self.is_parrot else PLAIN
+        turns = [
+            {"role": "user", "content": prompt.user_message(pair.source, self.direction)},
+            {"role": "assistant", "content": pair.target},
+        ]
+        before, response = self.template.encode_oneturn(self.tokenizer, turns)
+        ids = np.array([*before, *response], dtype=np.int32)
+        rows = np.zeros(len(ids), dtype=bool)
+        rows[len(before) - 1 : -1] = True
+        return Segment(ids, rows, None)
+
+
+def write_suspects(path: Path, judged: Sequence[Judged]) -> int:
+    """Write the suspicious pairs, the most doubted first, as a TSV file with a header; return how many they are."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\", lineterminator="\n")
+    writer.writerow(COLUMNS)
+    suspects = sorted((one for one in judged if one.reasons), key=lambda one: one.probability)
+    for one in suspects:
+        pair = one.pair
+        writer.writerow(
+            [",".join(one.reasons), f"{one.probability:.3g}", pair.file, pair.line, *map(_flat, _texts([pair])[0])]
+        )
+    write_atomic(path, stream.getvalue())
+    return len(suspects)
+
+
+def write_kept(path: Path, judged: Sequence[Judged]) -> int:
+    """Write the other pairs as TSV for ``sekd data pairs --tsv``; return how many they are."""
+    kept = [one.pair for one in judged if not one.reasons]
+    write_atomic(path, "".join(f"{_flat(pair.source)}\t{_flat(pair.target)}\n" for pair in kept))
+    return len(kept)
+
+
+def _flat(text: str) -> str:
+    """Return a sentence without tabs, which separate columns."""
+    return text.replace("\t", " ")

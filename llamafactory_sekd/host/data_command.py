@@ -1,0 +1,98 @@
+"""The command line ``sekd data`` with what needs the host: a teacher's look at a corpus."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llamafactory_sekd.data.commands import app
+
+
+if TYPE_CHECKING:
+    from llamafactory_sekd.host.corpus import Judged
+
+# Rows of the table in the terminal.
+SHOWN = 10
+
+
+@app.command()
+def check(
+    teacher: Annotated[str, typer.Option(help="The model that reads the corpus: a path or hub id.")],
+    source_language: Annotated[str, typer.Option("--from", help="Language code of the source side.")],
+    target_language: Annotated[str, typer.Option("--to", help="Language code of the target side.")],
+    src: Annotated[Path | None, typer.Option(help="Source sentences, one per line.")] = None,
+    tgt: Annotated[Path | None, typer.Option(help="Their translations, line by line.")] = None,
+    tsv: Annotated[Path | None, typer.Option(help="Instead of both: lines of source, tab, target.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Or: JSON Lines.")] = None,
+    template: Annotated[str, typer.Option(help="The host's template; another than parrot gets a plain prompt.")] = (
+        "parrot"
+    ),
+    below: Annotated[
+        float | None,
+        typer.Option(help="Doubted: geometric mean of the tokens' probabilities below this.", min=0, max=1),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Pairs per forward pass.", min=1)] = 16,
+    out: Annotated[Path, typer.Option(help="The suspicious pairs, as TSV.")] = Path("suspects.tsv"),
+    keep: Annotated[Path | None, typer.Option(help="All other pairs, as TSV for `sekd data pairs --tsv`.")] = None,
+) -> None:
+    """Let a teacher read parallel text and list the pairs that look wrong; interrupted, the same command continues."""
+    import os
+
+    for name in ("LLAMAFACTORY_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from llamafactory_sekd.data.checks import Findings, clean_pairs
+    from llamafactory_sekd.data.languages import parse_direction
+    from llamafactory_sekd.data.pairs import Corpus
+    from llamafactory_sekd.host.corpus import DOUBT, check_corpus, read_with, write_kept, write_suspects
+
+    direction = parse_direction(f"{source_language}-{target_language}")
+    findings = Findings()
+    pairs = clean_pairs(Corpus.of(src, tgt, tsv, json_file).read(direction), findings)
+    memory = out.with_name(f".{out.name}.read.json")
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task("Pairs", total=len(pairs))
+        probabilities = read_with(
+            teacher,
+            template,
+            pairs,
+            direction,
+            batch_size=batch_size,
+            memory=memory,
+            progress=lambda count: bars.advance(bar, count),
+        )
+    doubt = DOUBT if below is None else below
+    judged = check_corpus(pairs, direction, probabilities, doubt)
+    suspects = write_suspects(out, judged)
+    console = Console()
+    for line in _summary(judged, doubt):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if findings.items:
+        console.print(f"Findings: {findings.summary()}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{suspects:,} suspicious pairs: {out}", highlight=False, markup=False, soft_wrap=True)
+    if keep is not None:
+        kept = write_kept(keep, judged)
+        console.print(f"{kept:,} other pairs: {keep}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _summary(judged: list[Judged], doubt: float) -> list[str]:
+    from llamafactory_sekd.host.corpus import REASONS
+
+    lines = []
+    for reason, words in REASONS.items():
+        count = sum(reason in one.reasons for one in judged)
+        note = f" (probability below {doubt:g})" if reason == "doubted" else ""
+        lines.append(f"{count:>8,} of {len(judged):,} pairs: {words}{note}")
+    lines += doubted_lines([(one.probability, one.pair.source, one.pair.target) for one in judged])
+    return lines
+
+
+def doubted_lines(pairs: list[tuple[float, str, str]]) -> list[str]:
+    """Return the most doubted pairs, one a line: the teacher's probability, source, reference."""
+    most = sorted(pairs)[:SHOWN]
+    return ["Most doubted:", *(f"  {probability:8.2g}  {source}  →  {target}" for probability, source, target in most)]
