@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 # Text that is free of the words in .github/retired_words.txt.
 PROSE := README.md AGENTS.md CONTRIBUTING.md SECURITY.md Makefile mkdocs.yml noxfile.py examples docs/site \
 	$(wildcard docs/*.md) \
-	$(filter-out %/evaluation %/objectives %/teacher,$(wildcard llamafactory_sekd/*)) $(wildcard llamafactory_sekd/teacher/*.py)
+	llamafactory_sekd
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-matrix lint bench docs package

@@ -437,7 +437,7 @@ def _check_placement(args: DistillationArguments) -> None:
         _refuse(args, "teacher_offload", "`teacher_model_device: cpu` keeps the weights there anyway; remove one")
 
     if args.teacher_deepspeed is not None and device != AUTO:
-        _refuse(args, "teacher_deepspeed", f"`teacher_model_device: {device}` takes the teacher apart; remove one")
+        _refuse(args, "teacher_deepspeed", f"`teacher_model_device: {device}` is a device of its own; remove one")
 
 
 def _check_temperature(args: DistillationArguments) -> None:

@@ -182,7 +182,7 @@ def parse(value: Any, *, kd_lambda: float = 0.5, kd_temperature: float = 1.0) ->
     """Read a mapping.
 
     Args:
-        value: what stands in the YAML.
+        value: what the YAML holds.
         kd_lambda: λ where the mapping names none.
         kd_temperature: T where the mapping names none.
 

@@ -19,7 +19,7 @@ class Preset:
         equation: what a token loses, in words or symbols; `(7)` and `(8)` are the paper's hard and easy loss.
         keys: the keys that it reads, besides those that all objectives read.
         source: where it was published.
-        expansion: the mapping that it stands for. A text that is the name of a key stands for the key's value.
+        expansion: the mapping that it means. A text that is the name of a key means the key's value.
     """
 
     equation: str
@@ -158,7 +158,7 @@ def preset_of(kd_loss: Any) -> str | None:
 
 
 def expand(kd_loss: Any, keys: Mapping[str, Any]) -> Formula:
-    """Return the formula that a `kd_loss` stands for: a preset's name, a mapping, or one that changes a preset.
+    """Return the formula that a `kd_loss` means: a preset's name, a mapping, or one that changes a preset.
 
     Args:
         kd_loss: the value in the YAML.

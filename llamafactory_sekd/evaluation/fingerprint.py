@@ -20,7 +20,7 @@ from llamafactory_sekd.evaluation.translator import Description, ModelSource
 from llamafactory_sekd.files import read_json, write_json
 
 
-# The files that loading reads. Optimizer states, logs and model cards lie beside them and change nothing.
+# The files that loading reads. Optimizer states, logs and model cards are next to them and change nothing.
 _MODEL_FILES = (
     "*.safetensors",
     "*.index.json",

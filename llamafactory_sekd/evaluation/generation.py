@@ -25,7 +25,7 @@ def translate_pending(
 ) -> None:
     """Translate ``messages[i]`` for this rank's share of the indices ``pending``; what is finished is kept at once.
 
-    Shares are dealt out by length, so that all ranks get like work. ``label`` stands before the progress bar, which
+    Shares are dealt out by length, so that all ranks get like work. ``label`` comes before the progress bar, which
     counts the sentences of this rank. The seconds that are recorded hold everything from here on, writing included.
     """
     mark = time.perf_counter()

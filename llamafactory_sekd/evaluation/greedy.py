@@ -2,7 +2,7 @@
 
 A sentence that has ended would cost as much as one that has not for as long as its batch lasts; here it leaves, and
 the next one takes its place. All prompts of a direction begin alike, so the beginning goes through the model once
-and not once per sentence. And the attention mask is kept, where ``generate`` has the model build it anew for every
+and not once per sentence. And the attention mask is kept, where ``generate`` has the model build it again for every
 token.
 """
 
@@ -144,7 +144,7 @@ def greedy_search(
     """Yield groups of ``(index into prompts, new tokens)`` as they end, all of them in the end.
 
     The tokens are those that ``model.generate`` finds for each prompt alone, rounding aside, up to and including the
-    stop token; what stands behind that is without meaning. ``pick`` chooses each token in place of the most likely
+    stop token; what follows it is without meaning. ``pick`` chooses each token in place of the most likely
     one.
     """
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), prompts[index], index))

@@ -198,11 +198,11 @@ def _system(name: Any, entry: Any) -> System:
     if "hypotheses" in keys:
         extra = next((key for key in keys if key != "hypotheses"), None)
         if extra is not None:
-            raise EvaluationError(f"`systems.{name}` is only scored: `{extra}` has no place beside `hypotheses`.")
+            raise EvaluationError(f"`systems.{name}` is only scored: `{extra}` has no place next to `hypotheses`.")
         return System(name, hypotheses=Path(_text(keys, "hypotheses")))
     misplaced = next((key for key in keys if key in _KEYS and key != "template"), None)
     if misplaced is not None:
-        raise EvaluationError(f"`systems.{name}.{misplaced}`: `{misplaced}` holds for all systems; set it at the top.")
+        raise EvaluationError(f"`systems.{name}.{misplaced}`: `{misplaced}` applies to all systems; move it up.")
     return System(name, model=keys)
 
 

@@ -1,6 +1,6 @@
 """Translations on disk: what is finished, what is under way, and what may be used again.
 
-Each system and direction has ``<direction>.txt`` and beside it ``<direction>.meta.json``, which says what made the
+Each system and direction has ``<direction>.txt`` and next to it ``<direction>.meta.json``, which says what made the
 translations (the fingerprint). While a model translates, every rank appends its finished sentences to a hidden file of
 its own; a killed run loses the batch it was in.
 """

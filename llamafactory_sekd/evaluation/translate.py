@@ -93,11 +93,11 @@ def _plan(
         store = Store(hypotheses_folder(settings, system), str(direction), len(messages))
         finished = store.finished(fingerprint)
         if finished is not None:
-            logger.info("%s %s: translated before, nothing has changed.", system.name, direction)
+            logger.info("%s %s: already translated and unchanged; skipping.", system.name, direction)
             done[direction] = finished
             continue
         if store.text_path.exists():
-            logger.warning("%s %s: the model or its surroundings changed, translating anew.", system.name, direction)
+            logger.warning("%s %s: the model or its environment changed; translating again.", system.name, direction)
         pending = store.resume(fingerprint)
         if len(pending) < len(messages):
             kept = len(messages) - len(pending)

@@ -31,7 +31,7 @@ Translate = Callable[[Sequence[list[int]], BatchLimits], Iterator[list[tuple[int
 
 @dataclass(frozen=True)
 class Translator:
-    """A loaded model; ``encode`` turns a user's message into the token ids of the whole prompt."""
+    """A loaded model; ``encode`` turns a user's message into the token ids of the entire prompt."""
 
     encode: Callable[[str], list[int]]
     translate: Translate

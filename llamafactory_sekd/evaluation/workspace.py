@@ -1,4 +1,4 @@
-"""The directory of an evaluation: whose it is, and that one run at a time works in it."""
+"""Ownership and locking of an evaluation's directory."""
 
 from __future__ import annotations
 

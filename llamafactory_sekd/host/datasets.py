@@ -42,7 +42,7 @@ def explain_missing_file(load_single_dataset: Callable[..., Any]) -> Callable[..
             command = command_for(path.stem, path.parent)
             if command is not None and path.suffix == ".json" and not path.exists():
                 raise DataError(
-                    f"The file {path} of data set {path.stem!r} is not there yet: run `{command}` to make it."
+                    f"The file {path} of data set {path.stem!r} does not exist yet: run `{command}` to create it."
                 )
         return load_single_dataset(dataset_attr, model_args, data_args, training_args)
 

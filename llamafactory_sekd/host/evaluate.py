@@ -37,7 +37,7 @@ def run_eval(argv: list[str]) -> None:
         if wants_torchrun(settings):
             from llamafactory_sekd.evaluation.run import prepare
 
-            # Whatever is wrong is said here, once, and not by every rank.
+            # Whatever is wrong is reported here, once, and not by every rank.
             prepare(settings, build_host(settings))
             sys.exit(start_ranks("llamafactory_sekd", "eval", *argv))
         evaluate_settings(settings)

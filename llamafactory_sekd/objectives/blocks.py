@@ -1,7 +1,7 @@
 """From the logits of a few tokens to their statistics, loss and gradient, within a fixed set of buffers.
 
 What follows the logits is bound by memory traffic, so it is done for a few rows at a time: on the CPU they and the
-buffers then stay in the cache, elsewhere the buffers stay small beside the logits.
+buffers then stay in the cache, elsewhere the buffers stay small next to the logits.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class BlockProcessor:
         device: of the logits.
         may_be_infinite: whether logits can be `-inf`, which costs one pass more.
         wants_gradient: False in evaluation.
-        compile: whether torch.compile takes a block as a whole; it then needs few buffers and plans them itself.
+        compile: whether torch.compile takes an entire block; it then needs few buffers and plans them itself.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What lies between the logits and their gradient, compiled: a traversal or two in place of a pass per operation."""
+"""What happens between the logits and their gradient, compiled: one or two passes in place of one per operation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMPILATIONS = 64
 
 
 class Compiled:
-    """A function of tensors `[rows, …]`, compiled as a whole when it is first called, for any number of rows.
+    """A function of tensors `[rows, …]`, compiled when it is first called, for any number of rows.
 
     Where that fails (no C++ compiler or no Triton on the machine, an objective that decides by its data), the
     function itself runs from then on, and one line in the log says so.

@@ -96,7 +96,7 @@ def fused_linear_distillation(
         student_transform, teacher_transform: what the models do to the products of their heads, a scale or a soft cap.
         vocab_size: use the first entries of both heads only, the common vocabulary; the gradient of the others is
             zero. Default: all.
-        compile: let torch.compile take what lies between the logits and their gradient; where it cannot, a line in
+        compile: let torch.compile take what is between the logits and their gradient; where it cannot, a line in
             the log says so.
         kd_loss, kd_lambda, kd_beta, kd_gamma, kd_topk, kd_temperature, kd_hard_scale: see `distillation_loss`.
 

@@ -150,7 +150,7 @@ class HeadGradients:
 
     Args:
         head: the student's head.
-        weight: its whole weight, uncut and uncast: the shape and type of the gradient.
+        weight: its complete weight, uncut and uncast: the shape and type of the gradient.
         wants: whether the gradients of hidden states, weight and bias are needed.
         num_items: the divisor of the loss.
         chunks: how many parts the tokens come in.

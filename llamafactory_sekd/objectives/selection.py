@@ -8,7 +8,7 @@ from llamafactory_sekd.objectives.settings import Settings
 
 
 def above_threshold(difficulty: torch.Tensor, gamma: float | torch.Tensor) -> torch.Tensor:
-    """Hard tokens are those with `d > Γ` (a token that lies exactly on Γ is easy).
+    """Hard tokens are those with `d > Γ` (a token exactly at Γ is easy).
 
     Args:
         difficulty: `d`, `[tokens]`.
@@ -41,7 +41,7 @@ def largest_share(difficulty: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def share_threshold(scores: torch.Tensor, share: float) -> torch.Tensor:
-    """Return a score above which about this share of these tokens lies, 0-dimensional."""
+    """Return a score above which about this share of these tokens is, 0-dimensional."""
     number = int(share * len(scores) + 0.5)
     # The place after the last hard token; where all are hard there is none.
     return torch.cat([scores.sort(descending=True).values, scores.new_full((1,), -torch.inf)])[number]

@@ -38,7 +38,7 @@ def print_estimate(console: Console, result: Estimate, run: Run, memory: int) ->
 
 def print_remedies(console: Console, priced: Iterable[Priced], memory: int) -> None:
     """Print the remedies of a run that does not fit, as they are estimated."""
-    table = Table("What would help, the cheapest first", "alone", "with those above", "price")
+    table = Table("Ways to save memory, cheapest first", "alone", "cumulative", "cost")
     table.columns[0].no_wrap = True
     for item in priced:
         cells = [f"[green]{_gib(size)}[/]" if size <= memory else _gib(size) for size in (item.alone, item.together)]

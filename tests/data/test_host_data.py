@@ -194,8 +194,8 @@ def test_missing_file_of_ours_names_the_command(dataset_dir: Path, tmp_path: Pat
     with pytest.raises(DataError) as caught:
         _host_dataset(dataset_dir, tmp_path, _tokenizer(), dataset)
     assert str(caught.value) == (
-        f"The file {out}/{dataset}.json of data set {dataset!r} is not there yet: "
-        f"run `{command.format(out=out)}` to make it."
+        f"The file {out}/{dataset}.json of data set {dataset!r} does not exist yet: "
+        f"run `{command.format(out=out)}` to create it."
     )
 
 

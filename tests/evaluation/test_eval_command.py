@@ -176,7 +176,7 @@ def test_what_is_finished_is_used_again_until_the_model_changes(
     assert "translated before" not in caplog.text
 
     run_eval([str(path), f"systems.one.model_name_or_path={moved}", "batch_size=3"])
-    assert "one en-de: translated before, nothing has changed." in caplog.text
+    assert "one en-de: already translated and unchanged; skipping." in caplog.text
     assert "all params" not in capsys.readouterr().out.split("Report:")[-1]
 
     model = AutoModelForCausalLM.from_pretrained(moved, dtype=torch.float32)
@@ -184,7 +184,7 @@ def test_what_is_finished_is_used_again_until_the_model_changes(
         model.lm_head.weight[-50:] = model.lm_head.weight[-50:].flip(0)
     model.save_pretrained(moved)
     run_eval([str(path), f"systems.one.model_name_or_path={moved}"])
-    assert "one en-de: the model or its surroundings changed, translating anew." in caplog.text
+    assert "one en-de: the model or its environment changed; translating again." in caplog.text
     assert hypotheses(Path(config["save_dir"])) != first
 
 

@@ -81,8 +81,8 @@ def test_a_question_mark_makes_comet_optional(metrics: list[str], expected: tupl
         ({"systems": {"a": None}}, "`systems.a` must hold `model_name_or_path` or `hypotheses`, not None."),
         ({"systems": {"a": {}}}, "`systems.a` needs either `model_name_or_path` or `hypotheses`."),
         ({"systems": {"a": {"model_name_or_path": "m", "hypotheses": "h"}}}, "`systems.a` needs either"),
-        ({"systems": {"a": {"hypotheses": "h", "infer_dtype": "float32"}}}, "`infer_dtype` has no place beside"),
-        ({"systems": {"a": {"model_name_or_path": "m", "num_beams": 4}}}, "`num_beams` holds for all systems"),
+        ({"systems": {"a": {"hypotheses": "h", "infer_dtype": "float32"}}}, "`infer_dtype` has no place next to"),
+        ({"systems": {"a": {"model_name_or_path": "m", "num_beams": 4}}}, "`num_beams` applies to all systems"),
         ({"systems": {"../a": {"hypotheses": "h"}}}, "`systems`: '../a' cannot be a name"),
     ],
 )

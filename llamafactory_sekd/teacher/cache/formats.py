@@ -37,7 +37,7 @@ class Format(Protocol):
 
 
 class HiddenFormat:
-    """The hidden states that the teacher's head reads; with the head beside them the logits are exact.
+    """The hidden states that the teacher's head reads; with the head next to them the logits are exact.
 
     Args:
         width: of the teacher.

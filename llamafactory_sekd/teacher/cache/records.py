@@ -1,4 +1,4 @@
-"""JSON and safetensors files that are written whole, and that notice when they have changed since."""
+"""JSON and safetensors files that appear complete or not at all, and that notice when they have changed since."""
 
 from __future__ import annotations
 
@@ -86,5 +86,5 @@ def _write(path: Path, data: bytes) -> None:
         write_atomic(path, data)
     except DataError as error:
         raise TeacherError(
-            f"{str(error).rstrip('.')}: make room there and run the same command again, it goes on where it stopped."
+            f"{str(error).rstrip('.')}: make room there and run the same command again to resume."
         ) from error

@@ -126,7 +126,7 @@ class Session:
             manifest.save(self.directory)
         elif entry != self.manifest.head:
             raise TeacherError(
-                f"{self.directory / HEAD} was damaged, and this teacher's head is another one: build a new cache."
+                f"{self.directory / HEAD} was damaged, and this teacher's head does not match: build a new cache."
             )
 
     def _lock(self) -> None:

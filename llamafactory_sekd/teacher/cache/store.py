@@ -2,7 +2,7 @@
 
 A shard is a safetensors file that holds the records of some examples one after the other, their keys
 ``[examples, 2]`` and their offsets ``[examples + 1]``. A rank lists a shard in its own ``index-<rank>.json`` once the
-shard is whole; what no index lists does not exist. So ranks never write to one file, and a killed run loses what it
+shard is complete; what no index lists does not exist. So ranks never write to one file, and a killed run loses what it
 had not listed.
 """
 

@@ -123,7 +123,7 @@ class CachedTeacher:
 
 
 class FillingTeacher(CachedTeacher):
-    """Asks the teacher itself for batches that the cache does not have whole, and keeps its answers.
+    """Asks the teacher itself for batches that the cache does not have completely, and keeps its answers.
 
     What it hands out is what later epochs will read, rounded alike.
 
