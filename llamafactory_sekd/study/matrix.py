@@ -30,7 +30,7 @@ _LOADED_TEACHER = frozenset(
 # Keys of a system that are no keys of its training.
 _OF_STUDY = ("train", "text", "mix")
 _OUR_PREFIXES = ("kd_", "teacher_")
-# Stands for the cell's seed in a value, such as a path.
+# Replaced by the cell's seed in a value, such as a path.
 SEED = "{seed}"
 # Below the 255 bytes that file systems allow, with room for what tools append.
 _LONGEST_ID = 180

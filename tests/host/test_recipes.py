@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from llamafactory_sekd.config import read_config
+from llamafactory_sekd.evaluation.settings import parse_settings
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -34,6 +35,13 @@ def test_a_file_of_the_pages_parses_with_the_hosts_classes(text):
     model_args, *_, finetuning_args, _ = parser._parse_train_args(yaml.safe_load(text))
     assert model_args.model_name_or_path
     assert finetuning_args.teacher_model
+
+
+def test_an_evaluation_of_the_pages_is_one_that_the_evaluation_takes():
+    texts = [text for text in re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL) if "systems:" in text]
+    assert texts
+    for text in texts:
+        assert parse_settings(yaml.safe_load(text), "README").systems
 
 
 @pytest.mark.parametrize("command", COMMANDS)

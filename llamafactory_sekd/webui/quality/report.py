@@ -27,7 +27,7 @@ def report_files(save_dir: Path) -> list[str]:
     if not any(folder.is_relative_to(root.resolve()) for root in (Path.cwd(), Path(tempfile.gettempdir()))):
         return []
 
-    own = [folder / name for name in ("report.html", "report.md", "results.json")]
+    own = [folder / name for name in ("report.html", "report.md", "report.tex", "results.json")]
     beyond = [folder.parent / f"{folder.name}{suffix}" for suffix in (".yaml", ".log")]
     return [str(path) for path in (*own, *beyond) if path.is_file()]
 
