@@ -89,6 +89,20 @@ def base_code(code: str) -> str:
     return str(language)
 
 
+@cache
+def script_of(code: str) -> str:
+    """Return the ISO 15924 code of the script that a language is written in, the usual one where ``code`` has none.
+
+    Empty for a code that is not known.
+    """
+    from langcodes import Language, LanguageTagError
+
+    try:
+        return str(Language.get(code).maximize().script or "")
+    except LanguageTagError:
+        return ""
+
+
 @dataclass(frozen=True, order=True)
 class Direction:
     """A translation direction, written ``en-de``: from ``source`` to ``target``.

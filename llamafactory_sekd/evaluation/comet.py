@@ -1,68 +1,30 @@
-"""COMET, by the unbabel-comet library, on a GPU where there is one."""
+"""COMET models of any kind, by the unbabel-comet library, on a GPU where there is one."""
 
 from __future__ import annotations
 
-import gc
-import hashlib
 import importlib.metadata
-import json
 import logging
+import platform
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.errors import EvaluationError, one_line
 from llamafactory_sekd.evaluation.fingerprint import Digests
-from llamafactory_sekd.files import read_json, write_json
+from llamafactory_sekd.evaluation.segment_scores import Predict, SegmentScorer, Texts
 
-
-logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 16
 
 
-@dataclass(frozen=True)
-class CometScorer:
-    """A COMET model that was loaded once to see that it can be; it is loaded again when scores are asked for."""
-
-    name: str
-    checkpoint: Path
-    signature: str
-
-    def score(
-        self, systems: dict[Path, tuple[Sequence[str], Sequence[str], Sequence[str]]]
-    ) -> dict[Path, list[float]]:
-        """Return the segment scores of each entry: ``{cache file: (sources, hypotheses, references)}``.
-
-        A cache file that already holds the scores of the same text by the same model is taken as it is; the others are
-        written as soon as they are known, so a killed run goes on where it stopped.
-        """
-        keys = {path: self._key(texts) for path, texts in systems.items()}
-        known = {path: _cached(path, key) for path, key in keys.items()}
-        model = _load(self.checkpoint) if any(scores is None for scores in known.values()) else None
-        result: dict[Path, list[float]] = {}
-        for path, texts in systems.items():
-            scores = known[path]
-            if scores is None:
-                logger.info("COMET: %s %s", path.parent.name, path.name.removesuffix(".comet.json"))
-                scores = _predict(model, *texts)
-                write_json(path, {"key": keys[path], "signature": self.signature, "scores": scores})
-            result[path] = scores
-        del model
-        gc.collect()
-        return result
-
-    def _key(self, texts: tuple[Sequence[str], Sequence[str], Sequence[str]]) -> str:
-        content = json.dumps([self.signature, *map(list, texts)], ensure_ascii=False)
-        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def prepare_comet(name: str, digests: Digests) -> CometScorer:
+def prepare_comet(name: str, digests: Digests, has_references: bool = True, metric: str = "comet") -> SegmentScorer:
     """Find and load the checkpoint ``name``, a file, a directory with ``checkpoints/model.ckpt``, or a hub name.
 
-    Raises :class:`EvaluationError` when the extra is not installed, or when the checkpoint cannot be had or loaded.
+    The model is loaded once to see that it can be and what it reads: COMET needs references, XCOMET does with them and
+    without, CometKiwi takes none. ``metric`` is the key of its scores. Raises :class:`EvaluationError` when the extra
+    is not installed, or when the checkpoint cannot be had or loaded.
     """
     try:
         with warnings.catch_warnings():
@@ -82,10 +44,19 @@ def prepare_comet(name: str, digests: Digests) -> CometScorer:
         raise EvaluationError(
             f"The COMET checkpoint {checkpoint} cannot be loaded ({one_line(str(reason))})."
         ) from None
-    kind = type(model).__name__
-    version = importlib.metadata.version("unbabel-comet")
-    signature = f"model:{name}|class:{kind}|sha256:{digests.of_file(checkpoint)[:16]}|version:{version}"
-    return CometScorer(name, checkpoint, signature)
+    needs_references = bool(model.requires_references())
+    reads_references = has_references and (needs_references or "ref" in model.hparams.get("input_segments", ()))
+    parts = {
+        "model": name,
+        "class": type(model).__name__,
+        "sha256": digests.of_file(checkpoint)[:16],
+        "references": "yes" if reads_references else "no",
+        "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "version": importlib.metadata.version("unbabel-comet"),
+        "python": platform.python_version(),
+    }
+    signature = "|".join(f"{key}:{value}" for key, value in parts.items())
+    return SegmentScorer(metric, signature, needs_references, partial(_predictor, checkpoint, reads_references))
 
 
 def _checkpoint(name: str, comet: Any) -> Path:
@@ -124,23 +95,28 @@ def _load(checkpoint: Path) -> Any:
         return comet.load_from_checkpoint(str(checkpoint)).eval()
 
 
-def _predict(model: Any, sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[str]) -> list[float]:
+def _predictor(checkpoint: Path, reads_references: bool) -> Predict:
+    model = _load(checkpoint)
+
+    def predict(texts: Texts) -> list[float]:
+        return _predict(model, texts.sources, texts.hypotheses, texts.references if reads_references else None)
+
+    return predict
+
+
+def _predict(
+    model: Any, sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[str] | None
+) -> list[float]:
     import torch
 
-    samples = [
-        {"src": source, "mt": hypothesis, "ref": reference}
-        for source, hypothesis, reference in zip(sources, hypotheses, references, strict=True)
-    ]
+    samples = [{"src": source, "mt": hypothesis} for source, hypothesis in zip(sources, hypotheses, strict=True)]
+    if references is not None:
+        samples = [{**sample, "ref": reference} for sample, reference in zip(samples, references, strict=True)]
     gpus = 1 if torch.cuda.is_available() else 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         output = model.predict(samples, batch_size=BATCH_SIZE, gpus=gpus, accelerator="auto" if gpus else "cpu")
     return [float(score) for score in output.scores]
-
-
-def _cached(path: Path, key: str) -> list[float] | None:
-    content = read_json(path)
-    return content["scores"] if isinstance(content, dict) and content.get("key") == key else None
 
 
 def _quiet() -> None:

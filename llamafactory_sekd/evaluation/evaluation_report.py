@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llamafactory_sekd.evaluation.results import Evaluated
+from llamafactory_sekd.evaluation.scores import SURFACE_METRICS
 from llamafactory_sekd.evaluation.sentence_examples import Example, most_different
-from llamafactory_sekd.evaluation.significance import SAMPLES, is_significant
+from llamafactory_sekd.evaluation.significance import SAMPLES, TRIALS, is_significant
 from llamafactory_sekd.files import write_atomic, write_json
-from llamafactory_sekd.reporting.document import Column, Document, Entry, Line, Passage, Row, Section, Span, Table
+from llamafactory_sekd.reporting.document import (
+    Column,
+    Document,
+    Entry,
+    Line,
+    Passage,
+    Plot,
+    Row,
+    Section,
+    Span,
+    Table,
+)
+from llamafactory_sekd.reporting.figures import INK, canvas, distinct_looks, finish
 from llamafactory_sekd.reporting.html import render_html
 from llamafactory_sekd.reporting.latex import render_latex
 from llamafactory_sekd.reporting.markdown import render_markdown
@@ -18,9 +32,10 @@ from llamafactory_sekd.reporting.metric_labels import (
     AVERAGE,
     GUARD_LABELS,
     MARKS,
-    METRIC_LABELS,
-    METRIC_SCALES,
+    best_of,
     guard_is_alarming,
+    metric_label,
+    metric_look,
     number,
     p_text,
     significance_mark,
@@ -29,6 +44,8 @@ from llamafactory_sekd.reporting.terminal import print_document
 
 
 NOTHING = Entry("–")
+# Columns of figures that fit on a page side by side.
+WIDEST = 12
 
 
 def write_report(data: Evaluated, results: dict[str, Any]) -> None:
@@ -37,6 +54,9 @@ def write_report(data: Evaluated, results: dict[str, Any]) -> None:
     write_json(folder / "results.json", results)
     document = build_document(data, results)
     write_atomic(folder / "report.md", render_markdown(document))
+    for plot in (plot for section in document.sections for plot in section.plots):
+        write_atomic(folder / "plots" / f"{plot.name}.png", plot.png)
+        write_atomic(folder / "plots" / f"{plot.name}.svg", plot.svg)
     write_atomic(folder / "report.tex", render_latex(document))
     write_atomic(folder / "report.html", render_html(document))
     print_document(document)
@@ -50,6 +70,8 @@ def build_document(data: Evaluated, results: dict[str, Any]) -> Document:
     sections = [
         *_scores(results),
         _significance(results),
+        _domains(results),
+        _costs(results),
         _similarity(results),
         _guards(results),
         _examples(data),
@@ -64,13 +86,17 @@ def build_document(data: Evaluated, results: dict[str, Any]) -> Document:
 
 def _facts(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for direction, test_set in results["test_sets"].items():
-        yield direction, f"{test_set['sentences']:,} sentences"
+        several = f", {test_set['references']} references" if test_set["references"] > 1 else ""
+        yield direction, f"{test_set['sentences']:,} sentences{several}"
+    for origin in dict.fromkeys(test_set["origin"] for test_set in results["test_sets"].values()):
+        if origin:
+            yield "from", origin
     yield "template", str(results["template"])
     beams = results["decoding"]["num_beams"]
     yield "decoding", f"{beams} beams" if beams > 1 else "greedy"
     yield "new tokens at most", str(results["decoding"]["max_new_tokens"])
     for name, metrics in results.get("interference", {}).items():
-        shown = ", ".join(METRIC_LABELS[metric] for metric in metrics)
+        shown = ", ".join(metric_label(metric) for metric in metrics)
         yield (
             "metric interference",
             f"{name} was trained on text that {shown} or a relative chose: trust other metrics",
@@ -91,31 +117,54 @@ def _scores(results: Mapping[str, Any]) -> Iterator[Section]:
     """Yield the paper's table, and chrF2 in a table of its own where the metrics of the paper are there."""
     metrics = _shown_metrics(results)
     main = tuple(metric for metric in metrics if metric != "chrf") or metrics
-    skipped = [f"{METRIC_LABELS[metric]} was skipped: {reason}" for metric, reason in results["skipped"].items()]
-    yield Section("Scores", _note(results), " ".join(skipped), (_score_table(results, main),), main=True)
+    left_out = [f"{metric_label(metric)} was skipped: {reason}" for metric, reason in results["skipped"].items()]
+    alarm = " ".join([*left_out, *results["notes"]])
+    if not main:
+        yield Section("Scores", "No metric of this evaluation can run; see the guards.", alarm, main=True)
+        return
+    yield Section("Scores", _note(results), alarm, tuple(_score_tables(results, main)), main=True)
     others = tuple(metric for metric in metrics if metric not in main)
     if others:
         note = "A score over characters, more tolerant of rich morphology than BLEU."
-        title = METRIC_LABELS[others[0]]
-        yield Section(title, note, tables=(_score_table(results, others),), main=True)
+        yield Section(metric_label(others[0]), note, tables=(_score_table(results, others),), main=True)
 
 
 def _note(results: Mapping[str, Any]) -> str:
     note = ""
     if results["baseline"] is not None:
+        test = "paired bootstrap" if results["test"] == "paired_bs" else "paired approximate randomization"
+        resampled = [metric_label(m) for m in _shown_metrics(results) if m in SURFACE_METRICS]
+        by_model = [metric_label(m) for m in _shown_metrics(results) if m not in SURFACE_METRICS]
+        how = [f"{_and(resampled)} by {test}"] if resampled else []
+        how += [f"{_and(by_model)} by a paired t-test, and over all directions by {test}"] if by_model else []
         note = (
             f"± is the 95 % interval of a bootstrap with {SAMPLES:,} samples. The smaller figures are differences to "
-            f"the baseline {results['baseline']}. {MARKS}; BLEU and chrF2 by paired bootstrap, COMET by a paired "
-            "t-test. "
+            f"the baseline {results['baseline']}. {MARKS}, corrected for the number of systems by Holm; "
+            f"{'; '.join(how)}. "
         )
     note += "The best score of a column is bold"
     note += ", the teacher aside." if results["teacher"] is not None else "."
-    return note + (" COMET is shown times 100." if "comet" in _shown_metrics(results) else "")
+    note += " COMET is shown times 100." if any(m.startswith("comet") for m in _shown_metrics(results)) else ""
+    lower = [metric_label(m) for m in _shown_metrics(results) if not metric_look(m).higher_is_better]
+    return note + (f" Of {_and(lower)}, lower is better." if lower else "")
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _score_tables(results: Mapping[str, Any], metrics: Sequence[str]) -> Iterator[Table]:
+    """Yield one table of all metrics, or one for each where they would not fit on a page."""
+    if len(metrics) * len(columns_of(results)) <= WIDEST:
+        yield _score_table(results, metrics)
+        return
+    for metric in metrics:
+        yield _score_table(results, [metric])
 
 
 def _score_table(results: Mapping[str, Any], metrics: Sequence[str]) -> Table:
     pairs = [(column, metric) for column in columns_of(results) for metric in metrics]
-    columns = tuple(Column(METRIC_LABELS[metric], column) for column, metric in pairs)
+    columns = tuple(Column(metric_label(metric), column) for column, metric in pairs)
     rows = (_row(results, name, [score_entry(results, name, *pair) for pair in pairs]) for name in results["systems"])
     return Table(("system",), columns, tuple(rows), title=results["task"])
 
@@ -130,25 +179,27 @@ def score_entry(results: Mapping[str, Any], name: str, column: str, metric: str)
 
     The teacher takes no part in the best of a column, for it nearly always wins.
     """
-    scale = METRIC_SCALES[metric]
+    look = metric_look(metric)
     everyone = {system: entry["scores"][column][metric] for system, entry in results["systems"].items()}
     value, baseline = everyone[name], results["baseline"]
     if value is None:
         return NOTHING
     rivals = [score for system, score in everyone.items() if score is not None and system != results["teacher"]]
-    best = len(rivals) > 1 and name != results["teacher"] and value == max(rivals)
+    best = len(rivals) > 1 and name != results["teacher"] and value == best_of(metric, rivals)
     test = results["significance"].get(name, {}).get(column, {}).get(metric, {})
-    spread = number(test["ci"] * scale, 1) if test.get("ci") is not None else ""
+    spread = number(test["ci"] * look.scale, look.digits) if test.get("ci") is not None else ""
+    shown = number(value * look.scale, look.digits)
     if baseline is None or name == baseline or everyone[baseline] is None:
-        return Entry(number(value * scale, 1), spread, best=best)
+        return Entry(shown, spread, best=best)
     difference = value - everyone[baseline]
+    significant = is_significant(test.get("p_holm"), difference)
     return Entry(
-        number(value * scale, 1),
+        shown,
         spread,
-        mark=significance_mark(difference * scale, is_significant(test.get("p"), difference), 1),
-        small=number(difference * scale, 1, sign=True),
+        mark=significance_mark(difference * look.scale, significant, look.digits, look.higher_is_better),
+        small=number(difference * look.scale, look.digits, sign=True),
         best=best,
-        hint=f"p = {test['p']:.4f}" if test.get("p") is not None else "",
+        hint=f"p = {test['p']:.4f}, corrected {test['p_holm']:.4f}" if test.get("p") is not None else "",
     )
 
 
@@ -156,21 +207,109 @@ def _significance(results: Mapping[str, Any]) -> Section | None:
     """List p of every test: hovering over a score does not print."""
     if len(results["significance"]) < 2:
         return None
-    pairs = [(column, metric) for column in results["directions"] for metric in _shown_metrics(results)]
+    pairs = [(column, metric) for column in columns_of(results) for metric in _shown_metrics(results)]
     rows = tuple(
-        _row(results, name, [Entry(p_text(_p(results, name, *pair))) for pair in pairs])
+        _row(results, name, [_p_entry(results, name, *pair) for pair in pairs])
         for name in results["significance"]
         if name != results["baseline"]
     )
-    columns = tuple(Column(f"p, {METRIC_LABELS[metric]}", column) for column, metric in pairs)
-    note = f"p of the paired tests against the baseline {results['baseline']}; nothing is corrected for their number."
+    columns = tuple(Column(f"p, {metric_label(metric)}", column) for column, metric in pairs)
+    trials = f"{SAMPLES:,} resamples" if results["test"] == "paired_bs" else f"{TRIALS:,} trials"
+    note = (
+        f"p of the paired tests against the baseline {results['baseline']} ({trials}), corrected for the number of "
+        "systems by Holm; below it, p of the test alone."
+    )
     return Section("Significance", note, tables=(Table(("system",), columns, rows),))
 
 
-def _p(results: Mapping[str, Any], name: str, column: str, metric: str) -> float | None:
-    """Return p, None for equal scores: sacrebleu's bootstrap has 1/1001 for them, which says nothing."""
+def _p_entry(results: Mapping[str, Any], name: str, column: str, metric: str) -> Entry:
+    """Return p, none for equal scores: sacrebleu's bootstrap has 1/1001 for them, which says nothing."""
     own, base = (results["systems"][one]["scores"][column][metric] for one in (name, results["baseline"]))
-    return None if own == base else results["significance"][name][column].get(metric, {}).get("p")
+    test = results["significance"][name][column].get(metric, {})
+    if own == base or test.get("p") is None:
+        return NOTHING
+    several = len(results["significance"]) > 2
+    return Entry(p_text(test["p_holm"]), small=p_text(test["p"]) if several else "")
+
+
+def _domains(results: Mapping[str, Any]) -> Section | None:
+    """Show the scores of each domain, where the test set knows them."""
+    tables = []
+    for direction, domains in results["by_domain"].items():
+        for metric in _shown_metrics(results):
+            columns = tuple(Column(f"{name or 'no domain'} ({one['sentences']:,})") for name, one in domains.items())
+            rows = tuple(
+                _row(results, name, [_plain_entry(one["scores"][name][metric], metric) for one in domains.values()])
+                for name in results["systems"]
+            )
+            tables.append(Table(("system",), columns, rows, f"{metric_label(metric)}, {direction}"))
+    if not tables:
+        return None
+    return Section("By domain", "In brackets: how many sentences a domain has.", tables=tuple(tables))
+
+
+def _plain_entry(value: float, metric: str) -> Entry:
+    look = metric_look(metric)
+    return Entry(number(value * look.scale, look.digits))
+
+
+def _costs(results: Mapping[str, Any]) -> Section | None:
+    """Show what each model takes, and its quality against its size."""
+    found = {name: entry["cost"] for name, entry in results["systems"].items() if entry["cost"]}
+    if not found:
+        return None
+    column = columns_of(results)[-1]
+    metrics = _shown_metrics(results)[-1:]  # the last one is a model's, where there is one
+    rows = tuple(
+        _row(
+            results,
+            name,
+            [
+                *(score_entry(results, name, column, metric) for metric in metrics),
+                _amount(cost["parameters"], 1e6),
+                _amount(cost["disk_bytes"], 1e9),
+                _amount(cost["sentences_per_second"], 1),
+                _amount(cost["peak_memory"], 1e9),
+            ],
+        )
+        for name, cost in found.items()
+    )
+    names = ("parameters (M)", "on disk (GB)", "sentences/s", "GPU memory (GB)")
+    columns = (*(Column(f"{metric_label(metric)}, {column}") for metric in metrics), *map(Column, names))
+    plots = tuple(plot for metric in metrics if (plot := _cost_plot(results, found, metric, column)) is not None)
+    note = (
+        "Parameters and bytes are those of the model's files, adapters included; speed is over all directions and "
+        "processes, and memory the most that one GPU had to hold, as this run measured them."
+    )
+    return Section("Quality and cost", note, tables=(Table(("system",), columns, rows),), plots=plots)
+
+
+def _amount(value: float | None, unit: float) -> Entry:
+    return (
+        NOTHING if value is None else Entry(f"{value / unit:,.3g}" if value / unit < 1000 else f"{value / unit:,.0f}")
+    )
+
+
+def _cost_plot(
+    results: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]], metric: str, column: str
+) -> Plot | None:
+    """Draw a metric against the parameters; None where fewer than two systems have both."""
+    look = metric_look(metric)
+    points = {
+        name: (cost["parameters"] / 1e6, results["systems"][name]["scores"][column][metric] * look.scale)
+        for name, cost in found.items()
+        if cost["parameters"] and results["systems"][name]["scores"][column][metric] is not None
+    }
+    if len(points) < 2:
+        return None
+    with canvas(height=3.4) as (figure, (axes,)):
+        for (name, (size, score)), how in zip(points.items(), itertools.cycle(distinct_looks()), strict=False):
+            axes.plot([size], [score], how.marker, color=how.color, markersize=8)
+            axes.annotate(name, (size, score), (8, 4), textcoords="offset points", color=INK, fontsize=9.5)
+        axes.set_xscale("log")
+        axes.margins(x=0.25, y=0.2)
+        axes.set(xlabel="parameters (millions)", ylabel=f"{metric_label(metric)}, {column}", title="Quality and size")
+        return finish(figure, "cost", f"{metric_label(metric)} ({column}) against the number of parameters.")
 
 
 def _similarity(results: Mapping[str, Any]) -> Section | None:
@@ -192,15 +331,22 @@ def _similarity_entry(value: float | None) -> Entry:
 
 
 def _guards(results: Mapping[str, Any]) -> Section:
+    everyone = [
+        (d, name, entry["guards"][d]) for d in results["directions"] for name, entry in results["systems"].items()
+    ]
+    shown = [guard for guard in GUARD_LABELS if any(found[guard] is not None for _, _, found in everyone)]
+    shown = [guard for guard in shown if guard != "thoughts" or any(found[guard] for _, _, found in everyone)]
     rows = tuple(
-        _row(results, name, [_guard(guard, value) for guard, value in entry["guards"][direction].items()], direction)
-        for direction in results["directions"]
-        for name, entry in results["systems"].items()
+        _row(results, name, [_guard(guard, found[guard]) for guard in shown], direction)
+        for direction, name, found in everyone
     )
     note = (
-        "Shares of the sentences; the length ratio is output by reference, in tokens. What deserves a look is marked."
+        "Shares of the sentences; the length ratio is output by reference, in tokens. Extra text is a heading of a "
+        "prompt, a preface, or quotation marks around all of it. What deserves a look is marked."
     )
-    table = Table(("system", "direction"), tuple(map(Column, GUARD_LABELS.values())), rows)
+    if "thoughts" in shown:
+        note += " Thoughts before a translation are counted and taken off."
+    table = Table(("system", "direction"), tuple(Column(GUARD_LABELS[guard]) for guard in shown), rows)
     return Section("Guards", note, tables=(table,))
 
 
@@ -212,7 +358,7 @@ def _guard(name: str, value: float | None) -> Entry:
 
 
 def _examples(data: Evaluated) -> Section | None:
-    found = most_different(data)
+    found = most_different(data) if all(test_set.references for test_set in data.test_sets.values()) else []
     if not found:
         return None
     alone = len(data.hypotheses) == 1
@@ -261,6 +407,11 @@ def _origin(results: Mapping[str, Any]) -> Section:
             for metric, signature in by_metric.items()
         ],
     )
+    prompts = _texts(
+        "Prompts",
+        ("system", "key"),
+        [(system, key, value) for system, keys in results["prompts"].items() for key, value in keys.items()],
+    )
     versions = _texts("Versions", ("package",), list(results["versions"].items()))
     prints = _texts(
         "Fingerprints of the translations",
@@ -272,7 +423,9 @@ def _origin(results: Mapping[str, Any]) -> Section:
         ],
     )
     note = "What anyone needs to repeat it; results.json in this folder has every figure at full precision."
-    return Section("How this was made", note, tables=(signatures, versions, prints))
+    return Section(
+        "How this was made", note, tables=(signatures, *([prompts] if prompts.rows else []), versions, prints)
+    )
 
 
 def _texts(title: str, heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:

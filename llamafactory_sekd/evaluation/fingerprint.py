@@ -16,7 +16,7 @@ from typing import Any
 
 from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.evaluation.settings import Decoding, System
-from llamafactory_sekd.evaluation.translator import Description, ModelSource
+from llamafactory_sekd.evaluation.translator import Description, ModelSource, Request
 from llamafactory_sekd.files import read_json, write_json
 
 
@@ -105,11 +105,11 @@ def system_fingerprint(
     system: System,
     description: Description,
     decoding: Decoding,
-    messages: Sequence[str],
+    requests: Sequence[Request],
     digests: Digests,
     versions: dict[str, str],
 ) -> str:
-    """Return the SHA-256 of all that decides how ``system`` translates ``messages`` (prompts before the template)."""
+    """Return the SHA-256 of all that decides how ``system`` answers ``requests`` (prompts before the template)."""
     arguments = {key: value for key, value in (system.model or {}).items() if key not in _LOCATION_KEYS}
     return _hash(
         {
@@ -117,7 +117,7 @@ def system_fingerprint(
             "arguments": arguments,
             "template": description.template,
             "decoding": asdict(decoding),
-            "messages": list(messages),
+            "messages": [[one.message, *one.examples] if one.examples else one.message for one in requests],
             "versions": versions,
         }
     )

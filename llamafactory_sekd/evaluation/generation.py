@@ -9,13 +9,13 @@ from tqdm import tqdm
 
 from llamafactory_sekd.evaluation.settings import Settings
 from llamafactory_sekd.evaluation.store import Record, Store
-from llamafactory_sekd.evaluation.translator import BatchLimits, Translator
+from llamafactory_sekd.evaluation.translator import BatchLimits, Request, Translator
 from llamafactory_sekd.ranks import Ranks
 
 
 def translate_pending(
     translator: Translator,
-    messages: Sequence[str],
+    requests: Sequence[Request],
     pending: Sequence[int],
     store: Store,
     fingerprint: str,
@@ -23,13 +23,13 @@ def translate_pending(
     ranks: Ranks,
     label: str,
 ) -> None:
-    """Translate ``messages[i]`` for this rank's share of the indices ``pending``; what is finished is kept at once.
+    """Translate ``requests[i]`` for this rank's share of the indices ``pending``; what is finished is kept at once.
 
     Shares are dealt out by length, so that all ranks get like work. ``label`` comes before the progress bar, which
     counts the sentences of this rank. The seconds that are recorded hold everything from here on, writing included.
     """
     mark = time.perf_counter()
-    prompts = {index: translator.encode(messages[index]) for index in pending}
+    prompts = {index: translator.encode(requests[index]) for index in pending}
     mine = ranks.share(sorted(pending, key=lambda index: (-len(prompts[index]), index)))
     part = store.open_part(fingerprint, ranks.rank)
     limits = BatchLimits(settings.batch_tokens, settings.batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -44,6 +45,14 @@ REPEATS_WITHOUT_LETTERS = 8
 # Repeated characters, where there are no spaces, must be this many: "zzzz" and "哈哈哈哈" are no loops.
 MIN_LOOP_CHARACTERS = 24
 MIN_LOOP_SIGNS = 32
+# What belongs to a prompt or to a chat, and not to a translation.
+_HEADING = re.compile(r"#{2,} ?(Instruction|Input|Response)\b|<\|?(im_start|im_end|assistant|user|endoftext)\|?>")
+_PREFACE = re.compile(
+    r"^(sure|certainly|of course|okay)\b[^.:]{0,80}[:!]|\b(here is|here's|this is) (the|my|your|a) translation\b"
+    r"|^(the )?(german|english|translated|translation)\b[^.:]{0,40}:",
+    re.IGNORECASE,
+)
+_QUOTES = {'"': '"', "“": "”", "„": "“”", "«": "»", "»": "«", "「": "」", "'": "'"}
 # A row of one of these is a ruler or a gap to fill in, in a good translation too.
 RULERS = frozenset("-=_*.~#─━═…·")
 
@@ -52,18 +61,28 @@ RULERS = frozenset("-=_*.~#─━═…·")
 class Guards:
     """Shares (0 to 1) of the sentences of one system in one direction.
 
-    ``wrong_language`` is None where the identifier does not know the target language; ``hit_max_new_tokens`` where the
-    translations are only scored. ``length_ratio`` is sacrebleu's: tokens of the output by tokens of the reference.
+    ``wrong_language`` is None where the identifier does not know the target language; ``hit_max_new_tokens`` where
+    the translations are only scored. ``length_ratio`` is sacrebleu's: tokens of the output by tokens of the reference,
+    None without references. ``extra_text`` is text that is no translation; ``thoughts`` are taken off before all else.
     """
 
     empty: float
     wrong_language: float | None
     repetition: float
     hit_max_new_tokens: float | None
-    length_ratio: float
+    length_ratio: float | None
+    extra_text: float | None = None
+    thoughts: float | None = None
 
 
-def inspect(lines: Sequence[str], language: str, hit_limit: Sequence[bool] | None, length_ratio: float) -> Guards:
+def inspect(
+    lines: Sequence[str],
+    language: str,
+    hit_limit: Sequence[bool] | None,
+    length_ratio: float | None,
+    sources: Sequence[str] | None = None,
+    thoughts: Sequence[bool] | None = None,
+) -> Guards:
     """Look at the translations of one system into ``language``, a code of any kind."""
     count = len(lines)
     language = base_code(language)  # the identifier knows languages, not their scripts and territories
@@ -74,7 +93,17 @@ def inspect(lines: Sequence[str], language: str, hit_limit: Sequence[bool] | Non
         repetition=sum(has_loop(line) for line in lines) / count,
         hit_max_new_tokens=sum(hit_limit) / count if hit_limit is not None else None,
         length_ratio=length_ratio,
+        extra_text=sum(map(has_extra_text, lines, sources)) / count if sources is not None else None,
+        thoughts=sum(thoughts) / count if thoughts is not None else None,
     )
+
+
+def has_extra_text(line: str, source: str) -> bool:
+    """Tell whether ``line`` has what no translation of ``source`` has: a heading, a preface, quotation marks."""
+    if any(heading.search(line) and not heading.search(source) for heading in (_HEADING, _PREFACE)):
+        return True
+    quoted = len(line) > 1 and _QUOTES.get(line[0], "") and line[-1] in _QUOTES[line[0]]
+    return bool(quoted) and source[:1] not in _QUOTES
 
 
 def is_other_language(line: str, language: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from llamafactory_sekd.errors import EvaluationError, one_line
@@ -26,3 +27,18 @@ def read_hypotheses(path: Path, expected: int) -> list[str]:
     if len(lines) != expected:
         raise EvaluationError(f"The hypotheses {path} have {len(lines)} lines, but the test set has {expected}.")
     return [one_line(line) for line in lines]
+
+
+def split_thought(line: str, words: Sequence[str]) -> tuple[str, bool]:
+    """Return a translation without the thoughts before it, and whether there were any.
+
+    ``words`` open and close them. A thought that does not end is all that there is; the opening word may be part of
+    the prompt, so that only the closing one is here.
+    """
+    opening, closing = (word.strip() for word in words)
+    _, found, after = line.rpartition(closing)
+    if found:
+        return after.strip(), True
+    if opening in line:
+        return line.partition(opening)[0].strip(), True
+    return line, False

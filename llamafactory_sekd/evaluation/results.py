@@ -5,43 +5,64 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from llamafactory_sekd import __version__
 from llamafactory_sekd.data.languages import Direction
+from llamafactory_sekd.data.prompts import PARROT
 from llamafactory_sekd.data.testsets import TestSet
-from llamafactory_sekd.evaluation.comet import CometScorer
+from llamafactory_sekd.evaluation.costs import Cost
 from llamafactory_sekd.evaluation.guards import inspect
 from llamafactory_sekd.evaluation.interference import interfering
-from llamafactory_sekd.evaluation.scores import mean, score_corpus, surface_metric
+from llamafactory_sekd.evaluation.scores import SURFACE_METRICS, mean, score_corpus, surface_metric, tokenizer_note
+from llamafactory_sekd.evaluation.segment_scores import SegmentScorer, Texts, segment_file
 from llamafactory_sekd.evaluation.settings import Settings
-from llamafactory_sekd.evaluation.significance import comet_paired, paired_bootstrap
+from llamafactory_sekd.evaluation.significance import (
+    PairedTests,
+    Statistics,
+    comet_paired,
+    corpus_statistics,
+    holm,
+    paired_signature,
+    segment_statistics,
+)
 from llamafactory_sekd.evaluation.similarity import similarity
 from llamafactory_sekd.evaluation.store import Hypotheses
+from llamafactory_sekd.reporting.metric_labels import AVERAGE
 
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _PACKAGES = ("llamafactory", "transformers", "torch", "sacrebleu", "unbabel-comet", "py3langid", "peft", "vllm")
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """All that the results are made of. ``comet`` is None where the metric was not asked for or is skipped."""
+    """All that the results are made of.
+
+    ``scorers`` are the metrics that are models, ``skipped`` those left out, with the reason, and ``costs`` those of
+    the systems that are models.
+    """
 
     settings: Settings
     test_sets: Mapping[Direction, TestSet]
     hypotheses: Mapping[str, Mapping[Direction, Hypotheses]]
-    comet: CometScorer | None
+    scorers: Mapping[str, SegmentScorer]
     skipped: Mapping[str, str]
+    costs: Mapping[str, Cost | None] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Return the metrics that can run."""
+        return tuple(metric for metric in self.settings.metrics if metric not in self.skipped)
 
 
 def build_results(data: Evaluated) -> dict[str, Any]:
     """Return the contents of ``results.json`` (its schema is described in docs/evaluation.md)."""
-    segments = _comet_segments(data)
+    segments = _segments(data)
     signatures: dict[str, dict[str, str]] = {str(direction): {} for direction in data.test_sets}
     systems = {name: _system(data, name, segments, signatures) for name in data.hypotheses}
     significance = _significance(data, segments, signatures)
@@ -51,49 +72,85 @@ def build_results(data: Evaluated) -> dict[str, Any]:
         "directions": [str(direction) for direction in data.test_sets],
         "metrics": list(data.settings.metrics),
         "skipped": dict(data.skipped),
+        "notes": _notes(data),
         "baseline": data.settings.baseline,
         "teacher": data.settings.teacher,
         "template": data.settings.template,
+        "prompts": _prompts(data.settings),
         "decoding": asdict(data.settings.decoding),
+        "test": data.settings.significance,
         "test_sets": {
-            str(direction): {"sentences": len(test_set.sources), "fingerprint": test_set.fingerprint}
+            str(direction): {
+                "sentences": len(test_set.sources),
+                "fingerprint": test_set.fingerprint,
+                "references": len(test_set.reference_sets),
+                "origin": test_set.origin,
+            }
             for direction, test_set in data.test_sets.items()
         },
         "systems": systems,
         "significance": significance,
+        "by_domain": _by_domain(data, segments),
         "signatures": signatures,
         "fingerprints": {
             name: {str(direction): done.fingerprint for direction, done in by_direction.items()}
             for name, by_direction in data.hypotheses.items()
         },
-        "interference": interfering(data.settings.systems, data.settings.metrics),
+        "interference": interfering(data.settings.systems, data.metrics),
         "versions": _versions(),
     }
 
 
-_Segments = dict[tuple[str, Direction], list[float]]
+# (metric, system, direction) to the scores of the sentences.
+_Segments = dict[tuple[str, str, Direction], list[float]]
 
 
-def _comet_segments(data: Evaluated) -> _Segments:
-    if data.comet is None:
-        return {}
+def _segments(data: Evaluated) -> _Segments:
     folder = data.settings.save_dir / "segment_scores"
-    places = {
-        (name, direction): folder / name / f"{direction}.comet.json"
-        for name, by_direction in data.hypotheses.items()
-        for direction in by_direction
-    }
-    scores = data.comet.score(
-        {
-            place: (
-                data.test_sets[direction].sources,
-                data.hypotheses[name][direction].lines,
-                data.test_sets[direction].references,
-            )
-            for (name, direction), place in places.items()
+    found: _Segments = {}
+    for metric, scorer in data.scorers.items():
+        places = {
+            (name, direction): folder / name / segment_file(direction, metric)
+            for name, by_direction in data.hypotheses.items()
+            for direction in by_direction
         }
-    )
-    return {key: scores[place] for key, place in places.items()}
+        scores = scorer.score(
+            {
+                place: Texts(
+                    data.test_sets[direction].sources,
+                    data.hypotheses[name][direction].lines,
+                    data.test_sets[direction].references or None,
+                )
+                for (name, direction), place in places.items()
+            }
+        )
+        found |= {(metric, *key): scores[place] for key, place in places.items()}
+    return found
+
+
+def _notes(data: Evaluated) -> list[str]:
+    """Return what a reader of the scores has to know, each note once."""
+    notes: list[str] = []
+    for direction, test_set in data.test_sets.items():
+        notes += [f"{direction}: {note}" for note in test_set.notes]
+        if "bleu" in data.metrics and test_set.references:
+            notes.append(tokenizer_note(direction.target, data.settings.bleu_tokenizer))
+        if test_set.more_references and data.scorers:
+            notes.append(f"{direction} has {len(test_set.reference_sets)} references; models read the first of them.")
+    return [note for note in dict.fromkeys(notes) if note]
+
+
+def _prompts(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Return what each model was asked, where that is not the default."""
+    found: dict[str, dict[str, Any]] = {}
+    for system in settings.systems:
+        model = system.model or {}
+        entry: dict[str, Any] = {} if system.prompt == PARROT else {"prompt": system.prompt.text}
+        entry |= {key: model[key] for key in ("default_system", "enable_thinking") if key in model}
+        entry |= {"examples": asdict(system.examples)} if system.examples is not None else {}
+        if entry:
+            found[system.name] = entry
+    return found
 
 
 def _system(data: Evaluated, name: str, segments: _Segments, signatures: dict[str, dict[str, str]]) -> dict[str, Any]:
@@ -101,34 +158,67 @@ def _system(data: Evaluated, name: str, segments: _Segments, signatures: dict[st
     guards: dict[str, dict[str, float | None]] = {}
     generation: dict[str, dict[str, float]] = {}
     for direction, done in data.hypotheses[name].items():
-        text = str(direction)
-        references = data.test_sets[direction].references
+        text, test_set = str(direction), data.test_sets[direction]
         scores[text] = {}
         for metric in data.settings.metrics:
-            if metric == "comet":
-                values = segments.get((name, direction))
-                scores[text][metric] = sum(values) / len(values) if values is not None else None
-                if data.comet is not None:
-                    signatures[text][metric] = data.comet.signature
-            else:
-                score = score_corpus(surface_metric(metric, direction.target), done.lines, references)
-                scores[text][metric], signatures[text][metric] = score.value, score.signature
-        ratio = _length_ratio(direction, done.lines, references)
-        guards[text] = asdict(inspect(done.lines, direction.target, done.hit_limit, ratio))
+            scores[text][metric], signature = _score(data, name, direction, metric, segments)
+            if signature:
+                signatures[text][metric] = signature
+        ratio = _length_ratio(data, direction, done)
+        found = inspect(done.lines, direction.target, done.hit_limit, ratio, test_set.sources, done.thoughts)
+        guards[text] = asdict(found)
         if done.seconds:
             seconds = done.seconds / done.ranks
             generation[text] = {"seconds": seconds, "sentences_per_second": len(done.lines) / seconds}
     average = {metric: mean([row[metric] for row in scores.values()]) for metric in data.settings.metrics}
     return {
-        "scores": {**scores, "average": average},
+        "scores": {**scores, AVERAGE: average},
         "similarity": _similarity(data, name, signatures),
         "guards": guards,
         "generation": generation,
+        "cost": _cost(data, name, generation),
+        "model": next((dict(one.model) for one in data.settings.systems if one.name == name and one.model), None),
     }
 
 
-def _length_ratio(direction: Direction, lines: Sequence[str], references: Sequence[str]) -> float:
-    score: Any = surface_metric("bleu", direction.target).corpus_score(list(lines), [list(references)])
+def _score(
+    data: Evaluated, name: str, direction: Direction, metric: str, segments: _Segments
+) -> tuple[float | None, str]:
+    """Return a score and its signature; none of a metric that was left out."""
+    if metric in data.skipped:
+        return None, ""
+    if metric in data.scorers:
+        values = segments[metric, name, direction]
+        return sum(values) / len(values), data.scorers[metric].signature
+    lines = data.hypotheses[name][direction].lines
+    score = score_corpus(_surface(data, metric, direction), lines, *data.test_sets[direction].reference_sets)
+    return score.value, score.signature
+
+
+def _surface(data: Evaluated, metric: str, direction: Direction) -> Any:
+    return surface_metric(metric, direction.target, data.settings.bleu_tokenizer)
+
+
+def _cost(data: Evaluated, name: str, generation: Mapping[str, Mapping[str, float]]) -> dict[str, float | None] | None:
+    """Return what a model takes: parameters, bytes, sentences per second over all directions, memory of one GPU."""
+    cost = data.costs.get(name)
+    if cost is None:
+        return None
+    seconds = sum(entry["seconds"] for entry in generation.values())
+    sentences = sum(len(done.lines) for done in data.hypotheses[name].values() if done.seconds)
+    memory = [done.peak_memory for done in data.hypotheses[name].values() if done.peak_memory]
+    return {
+        **asdict(cost),
+        "sentences_per_second": sentences / seconds if seconds else None,
+        "peak_memory": max(memory, default=None),
+    }
+
+
+def _length_ratio(data: Evaluated, direction: Direction, done: Hypotheses) -> float | None:
+    references = data.test_sets[direction].reference_sets
+    if not references:
+        return None
+    score: Any = _surface(data, "bleu", direction).corpus_score(done.lines, [list(texts) for texts in references])
     return score.sys_len / score.ref_len if score.ref_len else 0.0
 
 
@@ -138,40 +228,98 @@ def _similarity(data: Evaluated, name: str, signatures: dict[str, dict[str, str]
         return None
     result: dict[str, float | None] = {}
     for direction, done in data.hypotheses[name].items():
-        score = similarity(done.lines, data.hypotheses[teacher][direction].lines, direction.target)
+        reference = data.hypotheses[teacher][direction].lines
+        score = similarity(done.lines, reference, direction.target, data.settings.bleu_tokenizer)
         result[str(direction)], signatures[str(direction)]["similarity"] = score.value, score.signature
-    return {**result, "average": mean(list(result.values()))}
+    return {**result, AVERAGE: mean(list(result.values()))}
 
 
 def _significance(
     data: Evaluated, segments: _Segments, signatures: dict[str, dict[str, str]]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return ``{system: {direction: {metric: …}}}`` against the baseline, the baseline with its mean and interval."""
-    baseline = data.settings.baseline
+    """Return ``{system: {direction or average: {metric: …}}}`` against the baseline, which has mean and interval."""
+    baseline, directions = data.settings.baseline, tuple(data.test_sets)
     if baseline is None:
         return {}
-    result: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in data.hypotheses}
-    for direction, test_set in data.test_sets.items():
-        text = str(direction)
-        logger.info("Significance %s: %d systems against %s", direction, len(data.hypotheses) - 1, baseline)
-        lines = {name: by_direction[direction].lines for name, by_direction in data.hypotheses.items()}
-        rows: dict[str, dict[str, Any]] = {name: {} for name in lines}
-        for metric in data.settings.metrics:
-            if metric == "comet":
-                for name in lines:
-                    if name != baseline and data.comet is not None:
-                        paired = comet_paired(segments[name, direction], segments[baseline, direction])
-                        rows[name][metric] = _finite(asdict(paired))
-                continue
-            others = {name: text for name, text in lines.items() if name != baseline}
-            tests, signatures[text][f"{metric}_paired"] = paired_bootstrap(
-                surface_metric(metric, direction.target), test_set.references, (baseline, lines[baseline]), others
-            )
-            for name, test in tests.items():
-                rows[name][metric] = asdict(test)
-        for name, row in rows.items():
-            result[name][text] = row
+    columns = [*map(str, directions), *([AVERAGE] if len(directions) > 1 else [])]
+    result: dict[str, dict[str, dict[str, Any]]] = {name: {c: {} for c in columns} for name in data.hypotheses}
+    for metric in data.metrics:
+        logger.info("Significance, %s: %d systems against %s", metric, len(data.hypotheses) - 1, baseline)
+        statistics = {
+            name: [_statistics(data, name, direction, metric, segments) for direction in directions]
+            for name in data.hypotheses
+        }
+        tests = PairedTests(data.settings.significance, baseline, statistics)
+        for index, direction in enumerate(directions):
+            if metric in data.scorers:
+                intervals = {name: test.ci for name, test in tests.direction(index).items()}
+                found = _segment_tests(data, metric, direction, segments, intervals)
+            else:
+                signature = paired_signature(_scored(data, metric, direction), data.settings.significance)
+                signatures[str(direction)][f"{metric}_paired"] = signature
+                found = {name: asdict(test) for name, test in tests.direction(index).items()}
+            for name, test in found.items():
+                result[name][str(direction)][metric] = test
+        if len(directions) > 1:
+            for name, paired in tests.average().items():
+                result[name][AVERAGE][metric] = asdict(paired)
     return result
+
+
+def _statistics(data: Evaluated, name: str, direction: Direction, metric: str, segments: _Segments) -> Statistics:
+    if metric in data.scorers:
+        return segment_statistics(segments[metric, name, direction])
+    references = data.test_sets[direction].reference_sets
+    return corpus_statistics(_surface(data, metric, direction), data.hypotheses[name][direction].lines, *references)
+
+
+def _scored(data: Evaluated, metric: str, direction: Direction) -> Any:
+    """Return a metric that knows the number of references, which its signature tells."""
+    scored = _surface(data, metric, direction)
+    references = data.test_sets[direction].reference_sets
+    scored.corpus_score(list(references[0][:1]), [list(texts[:1]) for texts in references])
+    return scored
+
+
+def _segment_tests(
+    data: Evaluated, metric: str, direction: Direction, segments: _Segments, intervals: Mapping[str, float]
+) -> dict[str, dict[str, float | None]]:
+    """Compare as comet-compare does; the p of equal scores, which is none, counts as 1 for the correction."""
+    baseline = str(data.settings.baseline)
+    found = {
+        name: _finite(asdict(comet_paired(segments[metric, name, direction], segments[metric, baseline, direction])))
+        for name in data.hypotheses
+        if name != baseline
+    }
+    corrected = holm({name: 1.0 if test["p"] is None else test["p"] for name, test in found.items()})
+    tests = {name: {**test, "p_holm": corrected[name], "ci": intervals[name]} for name, test in found.items()}
+    return {baseline: {"ci": intervals[baseline]}, **tests}
+
+
+def _by_domain(data: Evaluated, segments: _Segments) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """Return ``{direction: {domain: {"sentences": …, "scores": {system: {metric: …}}}}}``, where domains are known."""
+    result: dict[str, dict[str, Any]] = {}
+    for direction, test_set in data.test_sets.items():
+        for domain in dict.fromkeys(test_set.domains):
+            places = [index for index, name in enumerate(test_set.domains) if name == domain]
+            scores = {
+                name: {metric: _part(data, name, direction, metric, places, segments) for metric in data.metrics}
+                for name in data.hypotheses
+            }
+            result.setdefault(str(direction), {})[domain] = {"sentences": len(places), "scores": scores}
+    return result
+
+
+def _part(
+    data: Evaluated, name: str, direction: Direction, metric: str, places: list[int], segments: _Segments
+) -> float:
+    """Return the score of some sentences."""
+    if metric not in SURFACE_METRICS:
+        values = segments[metric, name, direction]
+        return sum(values[index] for index in places) / len(places)
+    lines = data.hypotheses[name][direction].lines
+    references = [[texts[index] for index in places] for texts in data.test_sets[direction].reference_sets]
+    return score_corpus(_surface(data, metric, direction), [lines[index] for index in places], *references).value
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:

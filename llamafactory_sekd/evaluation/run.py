@@ -10,16 +10,21 @@ from typing import Any
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.testsets import TestSet, load_test_set
 from llamafactory_sekd.errors import EvaluationError
-from llamafactory_sekd.evaluation.comet import CometScorer, prepare_comet
+from llamafactory_sekd.evaluation.asking import requests_of
+from llamafactory_sekd.evaluation.comet import prepare_comet
+from llamafactory_sekd.evaluation.costs import model_cost
 from llamafactory_sekd.evaluation.evaluation_report import write_report
 from llamafactory_sekd.evaluation.fingerprint import Digests, locate
+from llamafactory_sekd.evaluation.metricx import prepare_metricx
 from llamafactory_sekd.evaluation.results import Evaluated, build_results
-from llamafactory_sekd.evaluation.scores import surface_metric
+from llamafactory_sekd.evaluation.scores import SURFACE_METRICS, surface_metric
+from llamafactory_sekd.evaluation.segment_scores import SegmentScorer
 from llamafactory_sekd.evaluation.settings import Settings
 from llamafactory_sekd.evaluation.translate import collect_hypotheses, given_hypotheses
 from llamafactory_sekd.evaluation.translator import Host
 from llamafactory_sekd.evaluation.workspace import check_workspace, open_workspace
 from llamafactory_sekd.ranks import join_ranks
+from llamafactory_sekd.reporting.metric_labels import metric_label
 
 
 logger = logging.getLogger(__name__)
@@ -27,10 +32,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """What :func:`prepare` found: test sets, the COMET model, and the metrics left out, with the reason."""
+    """What :func:`prepare` found: test sets, metrics that are models, and the metrics left out, with the reason."""
 
     test_sets: dict[Direction, TestSet]
-    comet: CometScorer | None
+    scorers: dict[str, SegmentScorer]
     skipped: dict[str, str]
 
     @property
@@ -44,37 +49,61 @@ def prepare(settings: Settings, host: Host) -> Prepared:
 
     Raises :class:`EvaluationError` or :class:`DataError`, one line each.
     """
-    test_sets = {d: load_test_set(settings.task, settings.task_dir, str(d)) for d in settings.directions}
+    test_sets = {d: load_test_set(settings.task, settings.task_dir, d, False) for d in settings.directions}
     for direction, test_set in test_sets.items():
         if not test_set.sources:
             raise EvaluationError(f"The test set {settings.task} {direction} in {settings.task_dir} is empty.")
-        for metric in settings.metrics:
-            if metric != "comet":
-                surface_metric(metric, direction.target)
+    skipped = _without_references(settings, test_sets)
     check_workspace(settings, {str(direction): test_set.fingerprint for direction, test_set in test_sets.items()})
 
     for system in settings.systems:
-        if system.model is None:
-            for direction, test_set in test_sets.items():
+        for direction, test_set in test_sets.items():
+            if system.model is None:
                 given_hypotheses(system, direction, test_set)
-        else:
+            elif system.examples is not None:
+                requests_of(system, direction, test_set, settings.task_dir)
+        if system.model is not None:
             for source in host.describe(system).sources:
                 locate(source, system.name)
 
-    comet, skipped = _prepare_comet(settings)
-    return Prepared(test_sets, comet, skipped)
+    scorers: dict[str, SegmentScorer] = {}
+    for metric in settings.metrics:
+        if metric not in skipped:
+            try:
+                scorer = _prepare_metric(settings, metric, test_sets)
+            except EvaluationError as error:
+                if metric not in settings.optional:
+                    raise
+                skipped[metric] = str(error)
+            else:
+                scorers |= {metric: scorer} if scorer is not None else {}
+    for metric, reason in skipped.items():
+        logger.warning("%s is skipped: %s", metric_label(metric), reason)
+    return Prepared(test_sets, scorers, skipped)
 
 
-def _prepare_comet(settings: Settings) -> tuple[CometScorer | None, dict[str, str]]:
-    if "comet" not in settings.metrics:
-        return None, {}
-    try:
-        return prepare_comet(settings.comet_model, Digests()), {}
-    except EvaluationError as error:
-        if not settings.comet_optional:
-            raise
-        logger.warning("COMET is skipped: %s", error)
-        return None, {"comet": str(error)}
+def _without_references(settings: Settings, test_sets: dict[Direction, TestSet]) -> dict[str, str]:
+    """Return the surface metrics with the reason, where a direction has sources alone."""
+    missing = [str(direction) for direction, test_set in test_sets.items() if not test_set.references]
+    reason = f"{', '.join(missing)} has no references ({settings.task_dir})."
+    return {metric: reason for metric in settings.metrics if missing and metric in SURFACE_METRICS}
+
+
+def _prepare_metric(settings: Settings, metric: str, test_sets: dict[Direction, TestSet]) -> SegmentScorer | None:
+    """See that a metric can run; return its model where it is one."""
+    if metric in SURFACE_METRICS:
+        for direction in test_sets:
+            surface_metric(metric, direction.target, settings.bleu_tokenizer)
+        return None
+    has_references = all(test_set.references for test_set in test_sets.values())
+    location = settings.models[metric]
+    if metric.partition(":")[0] == "metricx":
+        scorer = prepare_metricx(location, Digests(), has_references, metric)
+    else:
+        scorer = prepare_comet(location, Digests(), has_references, metric)
+    if scorer.needs_references and not has_references:
+        raise EvaluationError(f"{location} needs references, and a direction of {settings.task} has none.")
+    return scorer
 
 
 def evaluate(settings: Settings, host: Host) -> dict[str, Any] | None:
@@ -89,7 +118,12 @@ def evaluate(settings: Settings, host: Host) -> dict[str, Any] | None:
             hypotheses = collect_hypotheses(settings, prepared.test_sets, host, ranks)
             if not ranks.is_first:
                 return None
-            data = Evaluated(settings, prepared.test_sets, hypotheses, prepared.comet, prepared.skipped)
+            costs = {
+                system.name: model_cost(host.describe(system).sources, system.name)
+                for system in settings.systems
+                if system.model is not None
+            }
+            data = Evaluated(settings, prepared.test_sets, hypotheses, prepared.scorers, prepared.skipped, costs)
             results = build_results(data)
             write_report(data, results)
     return results

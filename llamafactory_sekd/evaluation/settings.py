@@ -10,13 +10,34 @@ from typing import Any
 
 from llamafactory_sekd.config import suggestion
 from llamafactory_sekd.data.languages import Direction, parse_direction
-from llamafactory_sekd.errors import DataError, EvaluationError, one_line
+from llamafactory_sekd.data.prompts import PARROT, Prompt, prompt_named
+from llamafactory_sekd.errors import ArgumentError, DataError, EvaluationError, one_line
+from llamafactory_sekd.evaluation.scores import SURFACE_METRICS, TOKENIZERS, BleuTokenizer
+from llamafactory_sekd.evaluation.segment_scores import metric_keys
 
 
-METRICS = ("bleu", "chrf", "comet")
+# Metrics that are models, of which an evaluation may have several, and the one that is meant when none is named.
+MODEL_METRICS = {"comet": "Unbabel/wmt22-comet-da", "metricx": ""}
+METRICS = (*SURFACE_METRICS, *MODEL_METRICS)
+# Those that may need the network: with a question mark, they are left out where they cannot run.
+OPTIONAL = ("spbleu", *MODEL_METRICS)
 BACKENDS = ("hf", "vllm")
+TESTS = ("paired_bs", "paired_ar")
 # A directory below save_dir is named after the system.
 _SYSTEM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Translations that a prompt shows before the sentence (few-shot).
+
+    ``origin`` is a folder of ``<src>-<tgt>.<lang>`` files or the name of a test set; of its pairs, ``number`` are
+    shown: the ``nearest`` to the sentence by chrF2, or the first ones.
+    """
+
+    origin: str
+    number: int
+    nearest: bool = True
 
 
 @dataclass(frozen=True)
@@ -25,12 +46,14 @@ class System:
 
     ``model`` holds the host's own model arguments (``model_name_or_path``, ``adapter_name_or_path``,
     ``infer_dtype``, …); ``hypotheses`` a directory with one ``<source>-<target>.txt`` per direction. Exactly one of
-    them is set.
+    them is set. ``prompt`` and ``examples`` are what the model is asked.
     """
 
     name: str
     model: Mapping[str, Any] | None = None
     hypotheses: Path | None = None
+    prompt: Prompt = PARROT
+    examples: Examples | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +69,11 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Settings:
-    """A checked configuration. ``batch_size`` and ``batch_tokens`` change the speed, never the result."""
+    """A checked configuration. ``batch_size`` and ``batch_tokens`` change the speed, never the result.
+
+    ``models`` maps each metric that is a model to its name or path, ``optional`` are the metrics that are left out
+    where they cannot run.
+    """
 
     task: str
     directions: tuple[Direction, ...]
@@ -56,9 +83,11 @@ class Settings:
     template: str = "parrot"
     baseline: str | None = None
     teacher: str | None = None
-    metrics: tuple[str, ...] = METRICS
-    comet_optional: bool = True
-    comet_model: str = "Unbabel/wmt22-comet-da"
+    metrics: tuple[str, ...] = ("bleu", "chrf", "comet")
+    optional: frozenset[str] = frozenset({"comet"})
+    models: Mapping[str, str] = field(default_factory=lambda: {"comet": MODEL_METRICS["comet"]})
+    bleu_tokenizer: BleuTokenizer = None
+    significance: str = "paired_bs"
     decoding: Decoding = field(default_factory=Decoding)
     batch_size: int | None = None
     batch_tokens: int = 16384
@@ -66,8 +95,11 @@ class Settings:
 
 
 _DECODING_KEYS = tuple(Decoding.__dataclass_fields__)
+_PROMPT_KEYS = ("prompt", "system_prompt", "examples", "enable_thinking")
 _KEYS = (
-    *(name for name in Settings.__dataclass_fields__ if name not in ("decoding", "comet_optional")),
+    *(name for name in Settings.__dataclass_fields__ if name not in ("decoding", "optional", "models")),
+    *("comet", "comet_model", "metricx", "language_names"),
+    *_PROMPT_KEYS,
     *_DECODING_KEYS,
 )
 _REQUIRED = ("task", "directions", "systems", "save_dir")
@@ -87,27 +119,34 @@ def parse_settings(config: Mapping[str, Any], origin: str) -> Settings:
         if key not in given:
             raise EvaluationError(f"{origin}: the key `{key}` is missing.")
 
-    systems = _systems(given["systems"])
+    systems = _systems(given["systems"], {key: given[key] for key in _PROMPT_KEYS if key in given})
+    metrics, optional, models = _metrics(given)
     values: dict[str, Any] = {
         "task": _text(given, "task"),
         "save_dir": Path(_text(given, "save_dir")),
-        "directions": _directions(given["directions"]),
+        "directions": _directions(given["directions"], given.get("language_names", {})),
         "systems": systems,
+        "metrics": metrics,
+        "optional": optional,
+        "models": models,
         "decoding": _decoding(given),
     }
     if "task_dir" in given:
         values["task_dir"] = Path(_text(given, "task_dir"))
-    for key in ("template", "comet_model"):
-        if key in given:
-            values[key] = _text(given, key)
+    if "template" in given:
+        values["template"] = _text(given, "template")
+    if "bleu_tokenizer" in given:
+        values["bleu_tokenizer"] = _bleu_tokenizer(given["bleu_tokenizer"])
+    if "significance" in given:
+        values["significance"] = given["significance"]
+        if given["significance"] not in TESTS:
+            raise EvaluationError(f"`significance` must be {' or '.join(TESTS)}, not {given['significance']!r}.")
     for key, minimum in (("batch_size", 1), ("batch_tokens", 1), ("seed", 0)):
         if key in given:
             values[key] = _integer(given, key, minimum)
     for key in ("baseline", "teacher"):
         if key in given:
             values[key] = _among(given, key, systems)
-    if "metrics" in given:
-        values["metrics"], values["comet_optional"] = _metrics(given["metrics"])
     return Settings(**values)
 
 
@@ -141,24 +180,80 @@ def _list(value: Any, key: str, example: str) -> list[str]:
     return value
 
 
-def _directions(value: Any) -> tuple[Direction, ...]:
+def _directions(value: Any, names: Any) -> tuple[Direction, ...]:
+    if not isinstance(names, Mapping) or not all(isinstance(name, str) and name for name in names.values()):
+        raise EvaluationError(f"`language_names` must map codes to names, such as {{nds: Low German}}, not {names!r}.")
     try:
-        return tuple(parse_direction(text) for text in _list(value, "directions", "[en-de, de-en]"))
+        return tuple(_direction(text, names) for text in _list(value, "directions", "[en-de, de-en]"))
     except DataError as error:
-        raise EvaluationError(f"`directions`: {one_line(str(error))}") from None
+        raise EvaluationError(
+            f"`directions`: {one_line(str(error))} Here, `language_names: {{CODE: NAME}}` gives one."
+            if "code" in str(error)
+            else f"`directions`: {one_line(str(error))}"
+        ) from None
 
 
-def _metrics(value: Any) -> tuple[tuple[str, ...], bool]:
+def _direction(text: str, names: Mapping[str, str]) -> Direction:
+    codes = parse_direction(text, "any", "any")
+    return parse_direction(text, names.get(codes.source), names.get(codes.target))
+
+
+def _metrics(given: Mapping[str, Any]) -> tuple[tuple[str, ...], frozenset[str], dict[str, str]]:
+    """Return the metrics, those of them that are optional, and the models of those that are models."""
+    asked = _asked_metrics(given.get("metrics", ["bleu", "chrf", "comet?"]))
+    locations = {"comet": _models(given, "comet", "comet_model"), "metricx": _models(given, "metricx")}
+    for kind, named in locations.items():
+        if kind in given and kind not in asked and f"{kind}?" not in asked:
+            asked.append(kind)
+        if not named and kind in asked:
+            raise EvaluationError(
+                f"`metrics` has {kind}, so `{kind}` must name its model, such as google/metricx-24-hybrid-large-v2p6."
+            )
+    metrics: list[str] = [metric for metric in SURFACE_METRICS if metric in asked or f"{metric}?" in asked]
+    models: dict[str, str] = {}
+    for kind, usual in MODEL_METRICS.items():
+        if kind in asked or f"{kind}?" in asked:
+            # `comet_model` is the COMET of the tables, whatever it is called.
+            models |= metric_keys(kind, locations[kind], usual)
+    optional = {metric for metric in (*metrics, *models) if f"{metric.partition(':')[0]}?" in asked}
+    return (*metrics, *models), frozenset(optional), models
+
+
+def _asked_metrics(value: Any) -> list[str]:
     names = _list(value, "metrics", "[bleu, chrf, comet?]")
     for name in names:
-        if name not in (*METRICS, "comet?"):
+        plain = name.removesuffix("?")
+        if plain not in METRICS or (name != plain and plain not in OPTIONAL):
             raise EvaluationError(
-                f"`metrics`: unknown metric {name!r}: use bleu, chrf, comet, or comet? to skip it if it cannot run."
+                f"`metrics`: unknown metric {name!r}: use {', '.join(METRICS)}; a question mark, as in comet?, skips "
+                f"{', '.join(OPTIONAL)} where it cannot run."
             )
-    plain = [name.removesuffix("?") for name in names]
-    if len(set(plain)) < len(plain):
-        raise EvaluationError("`metrics` names comet twice.")
-    return tuple(name for name in METRICS if name in plain), "comet?" in names
+    plain_names = [name.removesuffix("?") for name in names]
+    twice = next((name for index, name in enumerate(plain_names) if name in plain_names[:index]), None)
+    if twice is not None:
+        raise EvaluationError(f"`metrics` names {twice} twice.")
+    return list(names)
+
+
+def _models(given: Mapping[str, Any], key: str, single: str | None = None) -> list[str]:
+    if key in given and single in given:
+        raise EvaluationError(f"`{key}` and `{single}` are the same: name all models in `{key}`.")
+    if single in given:
+        return [_text(given, str(single))]
+    if key in given:
+        value = given[key]
+        return [value] if isinstance(value, str) and value else _list(value, key, f"[{MODEL_METRICS['comet']}]")
+    return [MODEL_METRICS[key]] if MODEL_METRICS[key] else []
+
+
+def _bleu_tokenizer(value: Any) -> BleuTokenizer:
+    chosen = list(value.values()) if isinstance(value, Mapping) else [value]
+    wrong = next((one for one in chosen if one not in TOKENIZERS), None)
+    if wrong is not None or not chosen:
+        raise EvaluationError(
+            f"`bleu_tokenizer` must be one of {', '.join(TOKENIZERS)}, or map target languages to them, not {value!r}."
+        )
+    return value
 
 
 def _decoding(given: Mapping[str, Any]) -> Decoding:
@@ -181,13 +276,14 @@ def _decoding(given: Mapping[str, Any]) -> Decoding:
     return decoding
 
 
-def _systems(value: Any) -> tuple[System, ...]:
+def _systems(value: Any, shared: Mapping[str, Any]) -> tuple[System, ...]:
     if not isinstance(value, Mapping) or not value:
         raise EvaluationError("`systems` must map at least one name to its model or its hypotheses.")
-    return tuple(_system(name, entry) for name, entry in value.items())
+    _asking(shared, "")  # a key that cannot work is named where it is
+    return tuple(_system(name, entry, shared) for name, entry in value.items())
 
 
-def _system(name: Any, entry: Any) -> System:
+def _system(name: Any, entry: Any, shared: Mapping[str, Any]) -> System:
     if not isinstance(name, str) or _SYSTEM_NAME.fullmatch(name) is None:
         raise EvaluationError(f"`systems`: {name!r} cannot be a name: use letters, digits and . _ + - only.")
     if not isinstance(entry, Mapping):
@@ -200,10 +296,44 @@ def _system(name: Any, entry: Any) -> System:
         if extra is not None:
             raise EvaluationError(f"`systems.{name}` is only scored: `{extra}` has no place next to `hypotheses`.")
         return System(name, hypotheses=Path(_text(keys, "hypotheses")))
-    misplaced = next((key for key in keys if key in _KEYS and key != "template"), None)
+    own = (*_PROMPT_KEYS, "template")
+    misplaced = next((key for key in keys if key in _KEYS and key not in own), None)
     if misplaced is not None:
         raise EvaluationError(f"`systems.{name}.{misplaced}`: `{misplaced}` applies to all systems; move it up.")
-    return System(name, model=keys)
+    if "system_prompt" in keys and "default_system" in keys:
+        raise EvaluationError(f"`systems.{name}`: `system_prompt` and `default_system` are the same: use one of them.")
+    asked = {**shared, **{key: entry[key] for key in _PROMPT_KEYS if key in entry}}  # null takes back what is shared
+    given = {key: value for key, value in asked.items() if value is not None}
+    prompt, examples, arguments = _asking(given, f"systems.{name}.")
+    model = {key: item for key, item in keys.items() if key not in _PROMPT_KEYS}
+    return System(name, model={**arguments, **model}, prompt=prompt, examples=examples)
+
+
+def _asking(given: Mapping[str, Any], where: str) -> tuple[Prompt, Examples | None, dict[str, Any]]:
+    """Return the prompt, the examples, and what the host calls the rest of the keys of a prompt."""
+    arguments: dict[str, Any] = {}
+    if "system_prompt" in given:
+        arguments["default_system"] = _text(given, "system_prompt")
+    if "enable_thinking" in given:
+        arguments["enable_thinking"] = given["enable_thinking"]
+        if not isinstance(given["enable_thinking"], bool):
+            raise EvaluationError(f"`{where}enable_thinking` must be true or false, not {given['enable_thinking']!r}.")
+    try:
+        prompt = prompt_named(_text(given, "prompt") if "prompt" in given else None)
+    except ArgumentError as error:
+        raise EvaluationError(f"`{where}prompt`: {one_line(str(error))}") from None
+    examples = _examples(given["examples"], f"{where}examples") if "examples" in given else None
+    return prompt, examples, arguments
+
+
+def _examples(value: Any, key: str) -> Examples:
+    form = "{from: FOLDER, number: 3, choose: nearest}"
+    if not isinstance(value, Mapping) or not {"from", "number"} <= set(value) <= {"from", "number", "choose"}:
+        raise EvaluationError(f"`{key}` must be like {form}, not {value!r}.")
+    choose = value.get("choose", "nearest")
+    if choose not in ("nearest", "first"):
+        raise EvaluationError(f"`{key}.choose` must be nearest or first, not {choose!r}.")
+    return Examples(_text(value, "from"), _integer(value, "number", 1), choose == "nearest")
 
 
 def _among(given: Mapping[str, Any], key: str, systems: tuple[System, ...]) -> str:

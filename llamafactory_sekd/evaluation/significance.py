@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from sacrebleu.metrics.base import Metric
-from sacrebleu.significance import PairedTest
+from sacrebleu.significance import estimate_ci
 
 
+# sacrebleu's numbers for --paired-bs and --paired-ar.
 SAMPLES = 1000
+TRIALS = 10_000
 SEED = 12345
 ALPHA = 0.05
 # What comet-compare takes: resamples, the share of the test set in each, the smallest difference that counts, the
@@ -27,11 +25,15 @@ COMET_SEED = 1
 
 @dataclass(frozen=True)
 class Paired:
-    """A paired bootstrap: p against the baseline (None for the baseline itself), resampled mean, 95 % half-width."""
+    """A paired test: p against the baseline (None for the baseline itself), bootstrap mean, 95 % half-width.
+
+    ``p_holm`` is p after Holm's correction for the number of systems that are compared.
+    """
 
     p: float | None
     mean: float
     ci: float
+    p_holm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,39 +49,136 @@ class CometPaired:
     ties: float
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """What a system's corpus score is made of: ``rows`` ``[sentences, counts]``, whose sums ``score`` reads."""
+
+    rows: np.ndarray
+    score: Callable[[np.ndarray], float]
+
+    def scores(self, weights: np.ndarray) -> np.ndarray:
+        """Return the score of each resample of ``weights`` ``[samples, sentences]``."""
+        return np.array([self.score(sums) for sums in weights @ self.rows])
+
+
+def corpus_statistics(metric: Metric, hypotheses: Sequence[str], *references: Sequence[str]) -> Statistics:
+    """Return sacrebleu's sufficient statistics."""
+    rows = metric._extract_corpus_statistics(list(hypotheses), [list(texts) for texts in references])
+    return Statistics(
+        np.asarray(rows, dtype="float64"), lambda sums: float(metric._compute_score_from_stats(sums.tolist()).score)
+    )
+
+
+def segment_statistics(scores: Sequence[float]) -> Statistics:
+    """Return the statistics of a metric that is the mean of its segment scores."""
+    return Statistics(np.asarray(scores, dtype="float64")[:, None], lambda sums: float(sums[0]) / len(scores))
+
+
+def bootstrap_weights(sentences: int, samples: int = SAMPLES) -> np.ndarray:
+    """Return how often each resample holds each sentence, ``[samples, sentences]``; drawn as sacrebleu draws."""
+    drawn = np.random.default_rng(SEED).choice(sentences, size=(samples, sentences), replace=True)
+    flat = drawn + sentences * np.arange(samples)[:, None]
+    counts = np.bincount(flat.ravel(), minlength=samples * sentences)
+    return counts.reshape(samples, sentences).astype("float64")
+
+
+class PairedTests:
+    """sacrebleu's paired tests of systems in several directions, and of the mean over the directions.
+
+    ``kind`` is ``paired_bs`` (bootstrap) or ``paired_ar`` (approximate randomization). ``statistics`` maps the systems
+    to the statistics of their directions, in one order.
+    """
+
+    def __init__(self, kind: str, baseline: str, statistics: Mapping[str, Sequence[Statistics]]) -> None:
+        self._kind = kind
+        self._baseline = baseline
+        self._statistics = statistics
+        sizes = [len(one.rows) for one in statistics[baseline]]
+        self._weights = [bootstrap_weights(size) for size in sizes]
+        self._signs = [_signs(size) for size in sizes] if kind == "paired_ar" else []
+        self._resampled = {
+            name: [one.scores(weights) for one, weights in zip(found, self._weights, strict=True)]
+            for name, found in statistics.items()
+        }
+
+    def direction(self, index: int) -> dict[str, Paired]:
+        """Return the tests in one direction, those of the baseline and of all systems."""
+        return self._tests([index])
+
+    def average(self) -> dict[str, Paired]:
+        """Return the tests of the mean over all directions."""
+        return self._tests(range(len(self._weights)))
+
+    def _tests(self, directions: Sequence[int]) -> dict[str, Paired]:
+        found = {}
+        for name in self._statistics:
+            mean, ci = estimate_ci(np.mean([self._resampled[name][index] for index in directions], axis=0))
+            p = None if name == self._baseline else self._p(name, directions)
+            found[name] = Paired(p, float(mean), float(ci))
+        corrected = holm({name: test.p for name, test in found.items() if test.p is not None})
+        return {name: replace(test, p_holm=corrected.get(name)) for name, test in found.items()}
+
+    def _p(self, name: str, directions: Sequence[int]) -> float:
+        own, base = self._statistics[name], self._statistics[self._baseline]
+        real = [
+            own[index].score(own[index].rows.sum(0)) - base[index].score(base[index].rows.sum(0))
+            for index in directions
+        ]
+        observed = abs(float(np.mean(real)))
+        if self._kind == "paired_ar":
+            return _p_value(np.abs(np.mean([self._shuffled(name, index) for index in directions], axis=0)), observed)
+        pairs = [self._resampled[name][index] - self._resampled[self._baseline][index] for index in directions]
+        sizes = np.abs(np.mean(pairs, axis=0))
+        return _p_value(sizes - sizes.mean(), observed)
+
+    def _shuffled(self, name: str, index: int) -> np.ndarray:
+        """Return the differences of pseudo-systems, for which the translations of each sentence may change sides."""
+        own, base, signs = self._statistics[name][index], self._statistics[self._baseline][index], self._signs[index]
+        kept, swapped = signs @ own.rows, signs @ base.rows
+        left, right = kept + base.rows.sum(0) - swapped, swapped + own.rows.sum(0) - kept
+        return np.array([own.score(a) - own.score(b) for a, b in zip(left, right, strict=True)])
+
+
+def _signs(sentences: int) -> np.ndarray:
+    drawn = np.random.default_rng(SEED).integers(2, size=(TRIALS, sentences), dtype=bool)
+    return (~drawn).astype("float32")
+
+
+def _p_value(samples: np.ndarray, observed: float) -> float:
+    return (int(np.sum(samples > observed)) + 1) / (len(samples) + 1)
+
+
 def paired_bootstrap(
     metric: Metric, references: Sequence[str], baseline: tuple[str, Sequence[str]], others: Mapping[str, Sequence[str]]
 ) -> tuple[dict[str, Paired], str]:
-    """Run sacrebleu's own paired bootstrap of ``others`` against ``baseline`` (name and translations).
+    """Run sacrebleu's paired bootstrap of ``others`` against ``baseline`` (name and translations), in one direction.
 
     Returns the result per system, the baseline included, and the signature (``…|bs:1000|seed:12345|…``).
     """
-    # It tells about every step, on the level that other messages need.
-    logging.getLogger("sacrebleu").setLevel(logging.WARNING)
-    systems: list[tuple[str, Sequence[str]]] = [baseline, *others.items()]
-    with _sacrebleu_seed(SEED):
-        test = PairedTest(systems, {"metric": metric}, [list(references)], test_type="bs", n_samples=SAMPLES)
-    signatures, results = test()
-    (name,) = signatures
-    paired: list[Any] = list(results[name])
-    return {
-        system: Paired(result.p_value, float(result.mean), float(result.ci))
-        for (system, _), result in zip(systems, paired, strict=True)
-    }, str(signatures[name])
+    lines = {baseline[0]: baseline[1], **others}
+    statistics = {name: [corpus_statistics(metric, texts, references)] for name, texts in lines.items()}
+    return PairedTests("paired_bs", baseline[0], statistics).direction(0), paired_signature(metric, "paired_bs")
 
 
-@contextmanager
-def _sacrebleu_seed(seed: int) -> Iterator[None]:
-    """Hold sacrebleu to ``seed``, which it reads from the environment."""
-    before = os.environ.get("SACREBLEU_SEED")
-    os.environ["SACREBLEU_SEED"] = str(seed)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["SACREBLEU_SEED"]
-        else:
-            os.environ["SACREBLEU_SEED"] = before
+def paired_signature(metric: Metric, kind: str) -> str:
+    """Return the signature of a test of sacrebleu's kind with a metric that has scored something."""
+    signature = metric.get_signature()
+    signature.update("seed", str(SEED))
+    if kind == "paired_ar":
+        signature.update("ar", TRIALS)
+    else:
+        signature.update("bs", SAMPLES)
+    return str(signature)
+
+
+def holm(values: Mapping[str, float]) -> dict[str, float]:
+    """Return p of several comparisons after Holm's step-down correction: none is found by chance, with 1 - alpha."""
+    corrected: dict[str, float] = {}
+    highest = 0.0
+    for place, name in enumerate(sorted(values, key=lambda name: values[name])):
+        highest = max(highest, min(1.0, (len(values) - place) * values[name]))
+        corrected[name] = highest
+    return corrected
 
 
 def comet_paired(system: Sequence[float], baseline: Sequence[float]) -> CometPaired:
@@ -109,7 +208,7 @@ def comet_paired(system: Sequence[float], baseline: Sequence[float]) -> CometPai
 
 
 def is_significant(p: float | None, difference: float) -> bool:
-    """Tell whether to set the †.
+    """Tell whether to set a mark.
 
     Two systems with the same score get p = 1/1001 from sacrebleu's bootstrap; no difference is never a significant
     one.

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.errors import EvaluationError
-from llamafactory_sekd.evaluation.hypotheses import read_hypotheses
-from llamafactory_sekd.evaluation.translator import Translation
+from llamafactory_sekd.evaluation.hypotheses import read_hypotheses, split_thought
+from llamafactory_sekd.evaluation.translator import THOUGHT_WORDS, Translation
 from llamafactory_sekd.files import read_json, write_atomic, write_json, write_lines
 
 
@@ -25,7 +25,8 @@ class Hypotheses:
     """All translations of one system in one direction.
 
     ``hit_limit`` (per sentence) and ``seconds`` (of decoding, by all ranks together; ``ranks`` at last) are unknown,
-    None, for translations that are only scored.
+    None, for translations that are only scored; ``peak_memory`` (bytes of one GPU) is also where there is no GPU.
+    ``thoughts`` tells before which lines there was a thought, which is no part of them.
     """
 
     lines: list[str]
@@ -33,6 +34,8 @@ class Hypotheses:
     hit_limit: list[bool] | None = None
     seconds: float | None = None
     ranks: int = 1
+    thoughts: list[bool] | None = None
+    peak_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,16 @@ class Record:
 
 
 class Store:
-    """The translations of one system in one direction, below ``folder``; ``size`` is the test set's."""
+    """The translations of one system in one direction, below ``folder``; ``size`` is the test set's.
 
-    def __init__(self, folder: Path, direction: str, size: int) -> None:
+    ``thought_words`` enclose what a model may write before a translation; it is taken off.
+    """
+
+    def __init__(
+        self, folder: Path, direction: str, size: int, thought_words: tuple[str, str] = THOUGHT_WORDS
+    ) -> None:
         self.folder = folder
+        self._thought_words = thought_words
         self.size = size
         self.text_path = folder / f"{direction}.txt"
         self._meta_path = folder / f"{direction}.meta.json"
@@ -61,13 +70,17 @@ class Store:
             return None
         if hashlib.sha256(self.text_path.read_bytes()).hexdigest() != meta["text_sha256"]:
             return None
-        hit = set(meta["hit_limit"])
+        hit, thought = set(meta["hit_limit"]), set(meta.get("thoughts", []))
+        # Versions before 0.2 kept the thoughts in the file.
+        lines, more = self._without_thoughts(read_hypotheses(self.text_path, self.size))
         return Hypotheses(
-            lines=read_hypotheses(self.text_path, self.size),
+            lines=lines,
             fingerprint=fingerprint,
             hit_limit=[index in hit for index in range(self.size)],
             seconds=meta["seconds"],
             ranks=meta["ranks"],
+            thoughts=[index in thought or more[index] for index in range(self.size)],
+            peak_memory=meta.get("peak_memory"),
         )
 
     def resume(self, fingerprint: str) -> list[int]:
@@ -88,19 +101,26 @@ class Store:
         """Return the file to which ``rank`` appends."""
         return Part(self.folder / f"{self._partial}.{rank}.jsonl", fingerprint)
 
-    def finish(self, fingerprint: str, ranks: int) -> Hypotheses:
+    def _without_thoughts(self, lines: Iterable[str]) -> tuple[list[str], list[bool]]:
+        found = [split_thought(line, self._thought_words) for line in lines]
+        return [text for text, _ in found], [thought for _, thought in found]
+
+    def finish(self, fingerprint: str, ranks: int, peak_memory: int | None = None) -> Hypotheses:
         """Put the finished sentences of all ranks together, in the order of the test set."""
         records = self._records(fingerprint)
         missing = [index for index in range(self.size) if index not in records]
         if missing:
             raise RuntimeError(f"{self.text_path}: {len(missing)} sentences were not translated, first {missing[0]}")
         ordered = [records[index] for index in range(self.size)]
+        lines, thoughts = self._without_thoughts(record.translation.text for record in ordered)
         done = Hypotheses(
-            lines=[record.translation.text for record in ordered],
+            lines=lines,
             fingerprint=fingerprint,
             hit_limit=[record.translation.hit_limit for record in ordered],
             seconds=sum(record.seconds for record in ordered),
             ranks=ranks,
+            thoughts=thoughts,
+            peak_memory=peak_memory,
         )
         write_lines(self.text_path, done.lines)
         write_json(self._meta_path, self._meta(done, sum(record.translation.tokens for record in ordered)))
@@ -115,6 +135,8 @@ class Store:
             "ranks": done.ranks,
             "generated_tokens": tokens,
             "hit_limit": [index for index, hit in enumerate(done.hit_limit or []) if hit],
+            "thoughts": [index for index, thought in enumerate(done.thoughts or []) if thought],
+            "peak_memory": done.peak_memory,
         }
 
     def _partials(self) -> list[Path]:

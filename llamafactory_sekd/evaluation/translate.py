@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamafactory_sekd.data.languages import Direction
-from llamafactory_sekd.data.prompts import user_message
 from llamafactory_sekd.data.testsets import TestSet
+from llamafactory_sekd.evaluation.asking import requests_of
 from llamafactory_sekd.evaluation.fingerprint import Digests, lines_fingerprint, system_fingerprint
 from llamafactory_sekd.evaluation.generation import translate_pending
-from llamafactory_sekd.evaluation.hypotheses import read_hypotheses
+from llamafactory_sekd.evaluation.hypotheses import read_hypotheses, split_thought
 from llamafactory_sekd.evaluation.settings import Settings, System
 from llamafactory_sekd.evaluation.store import Hypotheses, Store
-from llamafactory_sekd.evaluation.translator import Host
+from llamafactory_sekd.evaluation.translator import THOUGHT_WORDS, Host, Request
 from llamafactory_sekd.files import write_lines
 from llamafactory_sekd.ranks import Ranks
 
@@ -33,7 +33,7 @@ class _Job:
     direction: Direction
     store: Store
     fingerprint: str
-    messages: list[str]
+    requests: list[Request]
     pending: list[int]
 
 
@@ -63,10 +63,9 @@ def collect_hypotheses(
             continue
         plan = _plan(settings, system, test_sets, host, digests) if ranks.is_first else None
         done, jobs = ranks.from_first(plan)
-        if jobs:
-            _run(settings, system, jobs, host, ranks)
+        memory = _run(settings, system, jobs, host, ranks) if jobs else None
         if ranks.is_first:
-            done |= {job.direction: job.store.finish(job.fingerprint, ranks.world) for job in jobs}
+            done |= {job.direction: job.store.finish(job.fingerprint, ranks.world, memory) for job in jobs}
         collected[system.name] = {direction: done[direction] for direction in settings.directions if direction in done}
     return collected
 
@@ -74,9 +73,10 @@ def collect_hypotheses(
 def _bring(settings: Settings, system: System, test_sets: TestSets) -> dict[Direction, Hypotheses]:
     brought = {}
     for direction, test_set in test_sets.items():
-        lines = given_hypotheses(system, direction, test_set)
+        found = [split_thought(line, THOUGHT_WORDS) for line in given_hypotheses(system, direction, test_set)]
+        lines = [text for text, _ in found]
         write_lines(hypotheses_folder(settings, system) / f"{direction}.txt", lines)
-        brought[direction] = Hypotheses(lines, lines_fingerprint(lines))
+        brought[direction] = Hypotheses(lines, lines_fingerprint(lines), thoughts=[thought for _, thought in found])
     return brought
 
 
@@ -88,9 +88,10 @@ def _plan(
     done: dict[Direction, Hypotheses] = {}
     jobs: list[_Job] = []
     for direction, test_set in test_sets.items():
-        messages = [user_message(source, direction) for source in test_set.sources]
-        fingerprint = system_fingerprint(system, description, settings.decoding, messages, digests, host.versions)
-        store = Store(hypotheses_folder(settings, system), str(direction), len(messages))
+        requests = requests_of(system, direction, test_set, settings.task_dir)
+        fingerprint = system_fingerprint(system, description, settings.decoding, requests, digests, host.versions)
+        folder = hypotheses_folder(settings, system)
+        store = Store(folder, str(direction), len(requests), description.thought_words)
         finished = store.finished(fingerprint)
         if finished is not None:
             logger.info("%s %s: already translated and unchanged; skipping.", system.name, direction)
@@ -99,30 +100,37 @@ def _plan(
         if store.text_path.exists():
             logger.warning("%s %s: the model or its environment changed; translating again.", system.name, direction)
         pending = store.resume(fingerprint)
-        if len(pending) < len(messages):
-            kept = len(messages) - len(pending)
-            logger.info("%s %s: continuing, %d of %d are done.", system.name, direction, kept, len(messages))
-        jobs.append(_Job(direction, store, fingerprint, messages, pending))
+        if len(pending) < len(requests):
+            kept = len(requests) - len(pending)
+            logger.info("%s %s: continuing, %d of %d are done.", system.name, direction, kept, len(requests))
+        jobs.append(_Job(direction, store, fingerprint, requests, pending))
     return done, jobs
 
 
-def _run(settings: Settings, system: System, jobs: list[_Job], host: Host, ranks: Ranks) -> None:
-    """Translate with one system on all ranks and free its model."""
+def _run(settings: Settings, system: System, jobs: list[_Job], host: Host, ranks: Ranks) -> int | None:
+    """Translate with one system on all ranks and free its model; return the peak memory of this rank's GPU."""
+    memory = None
     if any(job.pending for job in jobs):
         translator = host.load(system)
         for job in jobs:
             label = f"{system.name} {job.direction}"
             translate_pending(
-                translator, job.messages, job.pending, job.store, job.fingerprint, settings, ranks, label
+                translator, job.requests, job.pending, job.store, job.fingerprint, settings, ranks, label
             )
         del translator
-        _free_memory()
+        memory = _free_memory()
     ranks.wait()
+    return memory
 
 
-def _free_memory() -> None:
+def _free_memory() -> int | None:
+    """Free what a model held, and return the most that was allocated since the last call; None without a GPU."""
     import torch
 
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if not torch.cuda.is_available():
+        return None
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return peak

@@ -8,6 +8,18 @@ from dataclasses import dataclass
 from llamafactory_sekd.evaluation.settings import System
 
 
+# What encloses a model's thoughts where its template does not say otherwise.
+THOUGHT_WORDS = ("<think>", "</think>")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a model is asked: the user's message, and earlier exchanges (message, answer) that show how it is done."""
+
+    message: str
+    examples: tuple[tuple[str, str], ...] = ()
+
+
 @dataclass(frozen=True)
 class Translation:
     """One translation: a single line of text, its number of generated tokens, and whether the limit cut it off."""
@@ -31,9 +43,9 @@ Translate = Callable[[Sequence[list[int]], BatchLimits], Iterator[list[tuple[int
 
 @dataclass(frozen=True)
 class Translator:
-    """A loaded model; ``encode`` turns a user's message into the token ids of the entire prompt."""
+    """A loaded model; ``encode`` turns a request into the token ids of the entire prompt."""
 
-    encode: Callable[[str], list[int]]
+    encode: Callable[[Request], list[int]]
     translate: Translate
 
 
@@ -51,10 +63,14 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class Description:
-    """What the framework makes of a system's arguments: its weights (base model, then adapters) and its template."""
+    """What the framework makes of a system's arguments: its weights (base model, then adapters) and its template.
+
+    ``thought_words`` open and close the thoughts that a model of that template may write before its answer.
+    """
 
     sources: tuple[ModelSource, ...]
     template: str
+    thought_words: tuple[str, str] = THOUGHT_WORDS
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import subprocess
@@ -13,7 +14,7 @@ from llamafactory_sekd.children import end_rank_with_launcher, end_with_parent
 from llamafactory_sekd.config import read_config
 from llamafactory_sekd.errors import EvaluationError, SekdError
 from llamafactory_sekd.evaluation.settings import Settings, System, parse_settings
-from llamafactory_sekd.evaluation.translator import Description, Host, ModelSource, Translator
+from llamafactory_sekd.evaluation.translator import Description, Host, ModelSource, Request, Translator
 
 
 USAGE = "usage: llamafactory-cli eval CONFIG.yaml [KEY=VALUE …]   (keys: docs/evaluation.md)"
@@ -92,6 +93,12 @@ def build_host(settings: Settings) -> Host:
     import torch
     import transformers
     from llamafactory.extras.env import VERSION
+    from llamafactory.extras.logging import get_logger
+
+    get_logger(__name__)  # makes the host's handler where nothing has logged yet
+    for handler in logging.getLogger("llamafactory").handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.stream = sys.stderr  # standard output is for the tables
 
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "llamafactory": VERSION}
     if _is_vllm(settings):
@@ -148,28 +155,46 @@ def _describe(settings: Settings, system: System) -> Description:
             *(ModelSource(adapter, config="adapter_config.json") for adapter in adapters),
         ),
         template=repr(TEMPLATES[data_args.template]),
+        thought_words=TEMPLATES[data_args.template].thought_words,
     )
 
 
 def encoder(tokenizer: Any, template: Any) -> Any:
-    """Return the function that turns a user's message into prompt ids, exactly as the host's chat engine does."""
+    """Return the function that turns a request into prompt ids, exactly as the host's chat engine does."""
 
-    def encode(message: str) -> list[int]:
-        turns = [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
+    def encode(request: Request) -> list[int]:
+        turns = []
+        for message, answer in (*request.examples, (request.message, "")):
+            turns += [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
         prompt_ids, _ = template.encode_oneturn(tokenizer, turns)
         return prompt_ids
 
     return encode
 
 
+def _template(tokenizer: Any, data_args: Any) -> Any:
+    """Return the template of a system, whose system prompt and way of thinking stay its own.
+
+    The host writes both into the registry's template, where the next system would find them.
+    """
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.data.template import TEMPLATES
+
+    registered = TEMPLATES[data_args.template]
+    TEMPLATES[data_args.template] = copy.deepcopy(registered)
+    try:
+        return get_template_and_fix_tokenizer(tokenizer, data_args)
+    finally:
+        TEMPLATES[data_args.template] = registered
+
+
 def load_model_for_generation(settings: Settings, system: System) -> tuple[Any, Any, Any]:
     """Return a system's model, tokenizer and template."""
-    from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.model import load_model, load_tokenizer
 
     model_args, data_args, finetuning_args, _ = _host_arguments(settings, system)
     tokenizer = load_tokenizer(model_args)["tokenizer"]
-    template = get_template_and_fix_tokenizer(tokenizer, data_args)
+    template = _template(tokenizer, data_args)
     model = load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
     return model, tokenizer, template
 
@@ -190,7 +215,6 @@ def _load_hf(settings: Settings, system: System) -> Translator:
 
 def load_vllm_engine(settings: Settings, system: System) -> tuple[Any, Any, Any, Any]:
     """Return vLLM's engine with the options that the host's chat engine takes, its adapter, tokenizer and template."""
-    from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.extras.misc import get_device_count
     from llamafactory.model import load_tokenizer
     from vllm import LLM
@@ -198,7 +222,7 @@ def load_vllm_engine(settings: Settings, system: System) -> tuple[Any, Any, Any,
 
     model_args, data_args, _, _ = _host_arguments(settings, system)
     tokenizer = load_tokenizer(model_args)["tokenizer"]
-    template = get_template_and_fix_tokenizer(tokenizer, data_args)
+    template = _template(tokenizer, data_args)
     adapters = model_args.adapter_name_or_path
     options = {
         "model": model_args.model_name_or_path,

@@ -12,10 +12,15 @@ from llamafactory_sekd.presets import PRESETS, preset_of
 _SIGNS = {"kd_lambda": "λ", "kd_beta": "β", "kd_gamma": "Γ", "kd_topk": "hard share", "kd_hard_scale": "hard scale"}
 
 
-def print_opening(model_args: Any, finetuning_args: DistillationArguments, trainer: Any) -> None:
-    """Print the block on the first rank, whatever the log level: a run that does something else is seen at once."""
+def print_opening(model_args: Any, finetuning_args: DistillationArguments, trainer: Any) -> list[str]:
+    """Print the block on the first rank, whatever the log level: a run that does something else is seen at once.
+
+    Returns its lines, which the model card has as well.
+    """
+    lines = opening_lines(model_args, finetuning_args, trainer)
     if trainer.args.process_index == 0:
-        print("\n".join(opening_lines(model_args, finetuning_args, trainer)), flush=True)
+        print("\n".join(lines), flush=True)
+    return lines
 
 
 def opening_lines(model_args: Any, finetuning_args: DistillationArguments, trainer: Any) -> list[str]:

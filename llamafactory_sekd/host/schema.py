@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, Union
 
 import typer
 
-from llamafactory_sekd.evaluation.settings import BACKENDS, METRICS, Decoding, Settings
+from llamafactory_sekd.evaluation.scores import TOKENIZERS
+from llamafactory_sekd.evaluation.settings import BACKENDS, METRICS, OPTIONAL, TESTS, Decoding, Settings
 from llamafactory_sekd.files import write_atomic
 from llamafactory_sekd.formula import DIVERGENCES, PARAMETERS, SIGNALS, TARGETS
 from llamafactory_sekd.presets import PRESET_KEY, PRESETS
@@ -101,14 +102,21 @@ def evaluation_schema() -> Schema:
     from llamafactory.hparams import ModelArguments
 
     defaults = {field.name: field.default for cls in (Settings, Decoding) for field in fields(cls)}
-    properties = {
-        "task": {**_TEXT, "description": "wmt22, wmt21_valid, or a test set of your own."},
+    examples = {"from": _TEXT, "number": _COUNT, "choose": {"enum": ["nearest", "first"]}}
+    prompt: Schema = {
+        "prompt": {**_TEXT, "description": "parrot, plain, or a text with {source} and other fields."},
+        "system_prompt": {**_TEXT, "description": "In place of the template's own."},
+        "examples": {**_object(examples), "description": "Translations to show before the sentence."},
+        "enable_thinking": {"type": "boolean", "description": "Of templates with thoughts."},
+    }
+    properties: Schema = {
+        "task": {**_TEXT, "description": "wmt22, wmt21_valid, a test set of sacrebleu, or a folder of your own."},
         "task_dir": {**_TEXT, "description": "Folder of the test sets."},
         "directions": {**_TEXTS, "description": "Such as [en-de, de-en]."},
         "systems": {
             "type": "object",
             "minProperties": 1,
-            "additionalProperties": _system(dict(_properties(ModelArguments))),
+            "additionalProperties": _system({**dict(_properties(ModelArguments)), **prompt}),
             "description": "Name -> a model, or translations that are only scored.",
         },
         "template": {**_TEXT, "description": "A template of LLaMA-Factory; a system may name its own."},
@@ -116,10 +124,19 @@ def evaluation_schema() -> Schema:
         "teacher": {**_TEXT, "description": "The system whose translations similarity is measured to."},
         "metrics": {
             **_TEXTS,
-            "items": {"enum": [*METRICS, "comet?"]},
+            "items": {"enum": [*METRICS, *(f"{metric}?" for metric in OPTIONAL)]},
             "description": "`comet?` is COMET where it can run, and a note where not.",
         },
-        "comet_model": {**_TEXT, "description": "A name on the Hub, a checkpoint, or a folder."},
+        "comet": {**_one_of([_TEXT, _TEXTS]), "description": "COMET models of any kind: names on the Hub or paths."},
+        "comet_model": {**_TEXT, "description": "The only COMET model: a name on the Hub, a checkpoint, or a folder."},
+        "metricx": {**_one_of([_TEXT, _TEXTS]), "description": "MetricX models: names on the Hub or folders."},
+        "bleu_tokenizer": {
+            "anyOf": [{"enum": list(TOKENIZERS)}, _object_of({"enum": list(TOKENIZERS)})],
+            "description": "BLEU's tokenizer, or target language -> tokenizer.",
+        },
+        "significance": {"enum": list(TESTS), "description": "Paired bootstrap or approximate randomization."},
+        "language_names": {**_object_of(_TEXT), "description": "Code -> the language's name in the prompt."},
+        **prompt,
         "num_beams": {**_COUNT, "description": "1 is greedy."},
         "max_new_tokens": _COUNT,
         "length_penalty": {"type": "number", "description": "For beam search."},
@@ -178,6 +195,10 @@ def _closed(title: str, properties: Mapping[str, Schema], required: list[str] | 
 
 def _object(properties: Mapping[str, Schema]) -> Schema:
     return {"type": "object", "properties": dict(properties), "additionalProperties": False}
+
+
+def _object_of(values: Schema) -> Schema:
+    return {"type": "object", "additionalProperties": values}
 
 
 def _system(model_keys: dict[str, Schema]) -> Schema:

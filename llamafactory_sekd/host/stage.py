@@ -12,6 +12,7 @@ from typing import Any
 from llamafactory_sekd.arguments import STAGE, DistillationArguments
 from llamafactory_sekd.data.training_text import record_training_text
 from llamafactory_sekd.errors import DataError, HostError
+from llamafactory_sekd.evaluation.model_card import write_training
 from llamafactory_sekd.host.cut_text import counting_cut_text
 from llamafactory_sekd.host.opening import print_opening
 from llamafactory_sekd.host.own_samples import own_samples_of
@@ -87,7 +88,7 @@ def _run_sekd(
     say = print if training_args.process_index == 0 else None
     with (
         counting_cut_text(finetuning_args.kd_max_cut, say),
-        _our_trainer(*arguments, generating_args, fingerprint),
+        _our_trainer(*arguments, generating_args, fingerprint) as opening,
         _empty_dataset_explained(data_args),
     ):
         host_run_sft(model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
@@ -96,7 +97,9 @@ def _run_sekd(
         record_training_text(
             Path(training_args.output_dir), Path(data_args.dataset_dir), list(data_args.dataset or [])
         )
-
+    if training_args.do_train and training_args.should_save and opening:
+        # The host has just written the card; it names neither teacher nor objective.
+        write_training(Path(training_args.output_dir) / "README.md", opening, data_args.dataset or [])
     if training_args.do_train and training_args.should_save and finetuning_args.plot_loss:
         from llamafactory_sekd.trainer import plot_distillation
 
@@ -113,14 +116,18 @@ def _our_trainer(
     finetuning_args: DistillationArguments,
     generating_args: Any,
     fingerprint: str | None,
-) -> Iterator[None]:
-    """For the duration, the host's SFT workflow builds our trainer where it names its own."""
+) -> Iterator[list[str]]:
+    """For the duration, the host's SFT workflow builds our trainer where it names its own.
+
+    Gives the lines of the run's opening, once the trainer is built.
+    """
     from transformers.utils import logging
 
     from llamafactory_sekd.host.cached_teacher import CacheOfRun
     from llamafactory_sekd.teacher import TeacherSource, common_vocabulary
     from llamafactory_sekd.trainer import DistillationTrainer
 
+    opening: list[str] = []
     workflow: Any = sys.modules["llamafactory.train.sft.workflow"]
     host_trainer = workflow.CustomSeq2SeqTrainer
 
@@ -162,13 +169,13 @@ def _our_trainer(
         if cache is not None:
             cache.attach(trainer)
 
-        print_opening(model_args, finetuning_args, trainer)
+        opening.extend(print_opening(model_args, finetuning_args, trainer))
         return trainer
 
     workflow.CustomSeq2SeqTrainer = build
     try:
         with ExitStack() as open_things:
-            yield
+            yield opening
     finally:
         workflow.CustomSeq2SeqTrainer = host_trainer
 

@@ -7,9 +7,9 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.prompts import Prompt
 from llamafactory_sekd.errors import ArgumentError, EvaluationError
 from llamafactory_sekd.evaluation.candidates import hf_candidates
-from llamafactory_sekd.evaluation.comet import CometScorer, prepare_comet
+from llamafactory_sekd.evaluation.comet import prepare_comet
 from llamafactory_sekd.evaluation.fingerprint import Digests, system_fingerprint
+from llamafactory_sekd.evaluation.hypotheses import split_thought
+from llamafactory_sekd.evaluation.segment_scores import SegmentScorer
 from llamafactory_sekd.evaluation.settings import Settings, System
-from llamafactory_sekd.evaluation.translator import BatchLimits, Description, Host
+from llamafactory_sekd.evaluation.translator import BatchLimits, Description, Host, Request
 from llamafactory_sekd.files import write_json
 from llamafactory_sekd.host.evaluate import (
     build_host,
@@ -144,7 +146,7 @@ def _translate(
     texts, identity, made_of = ranks.from_first(
         _identify(settings, system, host, inputs, work) if ranks.is_first else None
     )
-    scorer: CometScorer | None = None
+    scorer: SegmentScorer | None = None
     if plan.choice.consensus == "comet" and ranks.is_first and outputs.shard.count == 1:
         scorer = prepare_comet(comet_model, Digests(work / ".digests.json"))
     messages = [sentence.message for sentence in texts.sentences if sentence.is_translated]
@@ -162,6 +164,8 @@ def _translate(
         )
         return
     candidates = collect(generation, outputs.join or 1, work) if messages else []
+    words = host.describe(system).thought_words
+    candidates = [[replace(one, text=split_thought(one.text, words)[0]) for one in found] for found in candidates]
     results = select(texts.sentences, candidates, plan.choice, outputs.filters, scorer, work)
     request = {
         "command": "translate",
@@ -224,6 +228,11 @@ def _identify(
     return texts, identity, {"model": weights, "template": settings.template}
 
 
+def _of_messages(tokenizer: Any, template: Any) -> Callable[[str], list[int]]:
+    encode = encoder(tokenizer, template)
+    return lambda message: encode(Request(message))
+
+
 def _load(settings: Settings, system: System, plan: Plan) -> Model:
     if plan.decoding.backend == "vllm":
         from llamafactory_sekd.evaluation.vllm_backend import vllm_candidates
@@ -231,7 +240,7 @@ def _load(settings: Settings, system: System, plan: Plan) -> Model:
         engine, lora, tokenizer, template = load_vllm_engine(settings, system)
         stop_ids = template.get_stop_token_ids(tokenizer)
         return Model(
-            encoder(tokenizer, template), vllm_candidates(engine, stop_ids, plan.decoding, plan.drawing, lora)
+            _of_messages(tokenizer, template), vllm_candidates(engine, stop_ids, plan.decoding, plan.drawing, lora)
         )
     model, tokenizer, template = load_model_for_generation(settings, system)
     candidates = hf_candidates(
@@ -243,7 +252,7 @@ def _load(settings: Settings, system: System, plan: Plan) -> Model:
         drawing=plan.drawing,
         best=1 if plan.drawing else plan.count,
     )
-    return Model(encoder(tokenizer, template), candidates)
+    return Model(_of_messages(tokenizer, template), candidates)
 
 
 def _settings(

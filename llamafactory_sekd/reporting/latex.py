@@ -18,6 +18,7 @@ _ESCAPES = str.maketrans(
         "−": "$-$",
         "±": r"$\pm$",
         "–": "--",
+        "↓": r"$\downarrow$",
         "β": r"$\beta$",
         "λ": r"$\lambda$",
         "Γ": r"$\Gamma$",

@@ -2,23 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
-METRIC_LABELS = {"bleu": "BLEU", "chrf": "chrF2", "comet": "COMET"}
+
+@dataclass(frozen=True)
+class MetricLook:
+    """How a metric is shown: its name, the factor on the figure of its library, decimals, and which way is better."""
+
+    label: str
+    scale: float = 1.0
+    digits: int = 1
+    higher_is_better: bool = True
+
+
 # COMET is shown times 100, as papers do; results.json keeps the library's own scale.
-METRIC_SCALES = {"bleu": 1.0, "chrf": 1.0, "comet": 100.0}
+METRIC_LOOKS = {
+    "bleu": MetricLook("BLEU"),
+    "chrf": MetricLook("chrF2"),
+    "chrf++": MetricLook("chrF2++"),
+    "spbleu": MetricLook("spBLEU"),
+    "ter": MetricLook("TER", higher_is_better=False),
+    "comet": MetricLook("COMET", scale=100.0),
+    "metricx": MetricLook("MetricX", digits=2, higher_is_better=False),
+}
 GUARD_LABELS = {
     "empty": "empty",
     "wrong_language": "wrong language",
     "repetition": "repetition loop",
     "hit_max_new_tokens": "hit max_new_tokens",
     "length_ratio": "length ratio",
+    "extra_text": "extra text",
+    "thoughts": "thoughts",
 }
 # A share above its limit is highlighted; so is a length ratio outside of LENGTH_RATIOS.
-GUARD_LIMITS = {"empty": 0.001, "wrong_language": 0.02, "repetition": 0.005, "hit_max_new_tokens": 0.01}
+GUARD_LIMITS = {
+    "empty": 0.001,
+    "wrong_language": 0.02,
+    "repetition": 0.005,
+    "hit_max_new_tokens": 0.01,
+    "extra_text": 0.01,
+    "thoughts": 1.0,  # what a model thinks is its own business
+}
 LENGTH_RATIOS = (0.8, 1.25)
 AVERAGE = "average"
 BETTER, WORSE = "†", "▾"
 MARKS = f"{BETTER} marks a system that is significantly better than the baseline, {WORSE} one that is worse (p < 0.05)"
+
+
+def metric_look(metric: str) -> MetricLook:
+    """Return how ``metric`` is shown; of several models of one kind, ``comet:XCOMET-XL``, the model is the name.
+
+    A figure that is no metric of translation, such as ``nll``, has the name that it is known by.
+    """
+    kind, _, model = metric.partition(":")
+    look = METRIC_LOOKS.get(kind, MetricLook(metric))
+    return replace(look, label=model) if model else look
+
+
+def metric_label(metric: str) -> str:
+    """Return the name of a metric; an arrow says that lower is better."""
+    look = metric_look(metric)
+    return look.label if look.higher_is_better else f"{look.label} ↓"
+
+
+def best_of(metric: str, values: Iterable[float]) -> float:
+    """Return the best of some scores."""
+    return max(values) if metric_look(metric).higher_is_better else min(values)
 
 
 def significance_mark(difference: float, significant: bool, digits: int, higher_is_better: bool = True) -> str:

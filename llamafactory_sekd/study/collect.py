@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.data.languages import parse_direction
-from llamafactory_sekd.data.testsets import TestSet
 from llamafactory_sekd.evaluation.hypotheses import read_hypotheses
 from llamafactory_sekd.evaluation.scores import mean
+from llamafactory_sekd.evaluation.segment_scores import segment_file, segment_key
 from llamafactory_sekd.evaluation.similarity import similarity
 from llamafactory_sekd.files import read_json
 from llamafactory_sekd.study.evaluation import SYSTEM, VALIDATION, Evaluation
@@ -27,7 +26,7 @@ def collect(spec: Spec, jobs: list[Job], test: Evaluation) -> dict[str, Any]:
     Jobs that are not done, or were done from something else, have their figures null.
     """
     teacher = next((job for job in jobs if job.cell is None and job.id == spec.teacher), None)
-    reader = _Reader(spec.output_dir, test.test_sets, teacher)
+    reader = _Reader(spec.output_dir, test, teacher)
     cells = [reader.cell(job) for job in jobs if job.cell is not None]
     chosen = select(cells, spec.select.key, spec.select.metric, spec.select.mode) if spec.select is not None else []
     return {
@@ -36,7 +35,11 @@ def collect(spec: Spec, jobs: list[Job], test: Evaluation) -> dict[str, Any]:
         "spec": dict(spec.effective),
         "directions": list(test.test_sets),
         "metrics": _metrics(jobs),
-        "test_set": {"task": test.config["task"], "task_dir": test.config.get("task_dir", "data/alma")},
+        "test_set": {
+            "task": test.config["task"],
+            "task_dir": test.config.get("task_dir", "data/alma"),
+            "bleu_tokenizer": test.config.get("bleu_tokenizer"),
+        },
         "cells": cells,
         "models": [reader.model(job) for job in jobs if job.cell is None],
         "selection": chosen,
@@ -55,8 +58,10 @@ def _metrics(jobs: list[Job]) -> list[str]:
 class _Reader:
     """Reads jobs; paths are given relative to ``folder``."""
 
-    def __init__(self, folder: Path, test_sets: Mapping[str, TestSet], teacher: Job | None) -> None:
+    def __init__(self, folder: Path, test: Evaluation, teacher: Job | None) -> None:
+        test_sets = test.test_sets
         self._folder = folder
+        self._tokenizer = test.config.get("bleu_tokenizer")
         self._test_sets = test_sets
         self._teacher = teacher
 
@@ -91,13 +96,18 @@ class _Reader:
                 **{key: {} for key in ("guards", "hypotheses", "segment_scores")},
             }
         found = results["systems"][SYSTEM]
-        segments = {d: job.eval_folder / "segment_scores" / SYSTEM / f"{d}.comet.json" for d in self._test_sets}
+        folder = job.eval_folder / "segment_scores" / SYSTEM
+        segments = {
+            segment_key(direction, metric): folder / segment_file(direction, metric)
+            for metric in results["metrics"]
+            for direction in self._test_sets
+        }
         return {
             "scores": found["scores"],
             "similarity": self._similarity(job),
             "guards": found["guards"],
             "hypotheses": {direction: self._path(_hypotheses(job, direction)) for direction in self._test_sets},
-            "segment_scores": {d: self._path(path) for d, path in segments.items() if path.is_file()},
+            "segment_scores": {key: self._path(path) for key, path in segments.items() if path.is_file()},
         }
 
     def _similarity(self, job: Job) -> dict[str, float | None] | None:
@@ -109,7 +119,7 @@ class _Reader:
         for direction, test_set in self._test_sets.items():
             size = len(test_set.sources)
             own, reference = (read_hypotheses(_hypotheses(one, direction), size) for one in (job, teacher))
-            found[direction] = similarity(own, reference, parse_direction(direction).target).value
+            found[direction] = similarity(own, reference, parse_direction(direction).target, self._tokenizer).value
         return {**found, "average": mean(list(found.values()))}
 
     def _path(self, path: Path) -> str:

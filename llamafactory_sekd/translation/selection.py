@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from llamafactory_sekd.data.checks import Findings, Pair, Problem
 from llamafactory_sekd.data.languages import base_code
-from llamafactory_sekd.evaluation.comet import CometScorer
+from llamafactory_sekd.evaluation.segment_scores import SegmentScorer, Texts
 from llamafactory_sekd.evaluation.translator import Translation
 from llamafactory_sekd.translation import chrf
 from llamafactory_sekd.translation.choosing import Utility, by_consensus, by_reference, chrf_utility
@@ -53,7 +53,7 @@ class Result:
     chosen: list[Chosen]
 
 
-def signature(choice: Choice, scorer: CometScorer | None) -> str | None:
+def signature(choice: Choice, scorer: SegmentScorer | None) -> str | None:
     """Return the metric that chooses, with all that can change it; None where none does."""
     used = [chrf.signature()] if choice.closest or choice.consensus == "chrf" else []
     used += [f"comet|{scorer.signature}"] if scorer is not None else []
@@ -65,7 +65,7 @@ def select(
     candidates: Sequence[Sequence[Made]],
     choice: Choice,
     filters: Sequence[str],
-    scorer: CometScorer | None,
+    scorer: SegmentScorer | None,
     folder: Path,
 ) -> list[Result]:
     """Choose among the candidates of the sentences that were translated, which ``candidates`` has in their order."""
@@ -112,22 +112,22 @@ def _looked_at(sentence: Sentence, made: Made, score: float | None, filters: Seq
 
 
 def _comet_utility(
-    scorer: CometScorer, sentences: Sequence[Sentence], candidates: Sequence[Sequence[Made]], folder: Path
+    scorer: SegmentScorer, sentences: Sequence[Sentence], candidates: Sequence[Sequence[Made]], folder: Path
 ) -> Utility:
     """Score every pair of different samples, in files of some sentences each, so that a killed run goes on."""
-    entries: dict[Path, tuple[list[str], list[str], list[str]]] = {}
+    entries: dict[Path, Texts] = {}
     for start in range(0, len(sentences), _CHUNK):
         pairs = [
             pair
             for number in range(start, min(start + _CHUNK, len(sentences)))
             for pair in _pairs(sentences[number], candidates[number])
         ]
-        entries[folder / f"{start}.comet.json"] = (
+        entries[folder / f"{start}.comet.json"] = Texts(
             [pair[0] for pair in pairs],
             [pair[1] for pair in pairs],
             [pair[2] for pair in pairs],
         )
-    scores: Iterator[float] = (score for part in scorer.score(dict(entries)).values() for score in part)
+    scores: Iterator[float] = (score for part in scorer.score(entries).values() for score in part)
     tables = []
     for found in candidates:
         size = len({one.text for one in found})

@@ -18,6 +18,7 @@ from helpers.sentences import ENGLISH, GERMAN, write_lines
 from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.evaluation.comet import prepare_comet
 from llamafactory_sekd.evaluation.fingerprint import Digests
+from llamafactory_sekd.evaluation.segment_scores import Texts
 from llamafactory_sekd.evaluation.significance import comet_paired
 
 
@@ -45,11 +46,41 @@ def predict(checkpoint: Path, hypotheses: Sequence[str]) -> list[float]:
 def test_segment_scores_are_those_of_the_library(checkpoint: Path, tmp_path: Path) -> None:
     scorer = prepare_comet(str(checkpoint.parents[1]), Digests())
     good, bad = tmp_path / "good.json", tmp_path / "bad.json"
-    scores = scorer.score({good: (ENGLISH, GERMAN, GERMAN), bad: (ENGLISH, WORSE, GERMAN)})
+    scores = scorer.score({good: Texts(ENGLISH, GERMAN, GERMAN), bad: Texts(ENGLISH, WORSE, GERMAN)})
     assert scores[good] == pytest.approx(predict(checkpoint, GERMAN), abs=1e-5)
     assert scores[bad] == pytest.approx(predict(checkpoint, WORSE), abs=1e-5)
     assert max(abs(a - b) for a, b in zip(scores[good], scores[bad], strict=True)) > 1e-3
     assert "class:RegressionMetric" in scorer.signature
+
+
+@pytest.mark.parametrize(
+    ("kind", "needs", "reads"),
+    [("kiwi", False, False), ("referenceless_regression_metric", False, False), ("unified_metric", False, True)],
+)
+def test_the_kind_of_a_model_is_found_out_and_its_scores_are_the_librarys(
+    kind: str, needs: bool, reads: bool, tmp_path: Path
+) -> None:
+    pytest.importorskip("comet", reason="unbabel-comet is not installed (the extra [comet])")
+    from comet import load_from_checkpoint
+    from helpers.tiny_comet import save_comet
+
+    checkpoint = save_comet(tmp_path / kind, ENGLISH + GERMAN, kind)
+    library = load_from_checkpoint(str(checkpoint)).eval()
+    pairs = [{"src": source, "mt": hypothesis} for source, hypothesis in zip(ENGLISH, WORSE, strict=True)]
+    with_references = [{**pair, "ref": reference} for pair, reference in zip(pairs, GERMAN, strict=True)]
+    keys = {"batch_size": 1, "gpus": 0, "accelerator": "cpu", "progress_bar": False}
+    without, with_them = (library.predict(samples, **keys).scores for samples in (pairs, with_references))
+
+    scorer = prepare_comet(str(checkpoint), Digests(), has_references=True)
+    assert scorer.needs_references == needs
+    assert f"references:{'yes' if reads else 'no'}|precision:float32|" in scorer.signature
+    found = scorer.score({tmp_path / "a.json": Texts(ENGLISH, WORSE, GERMAN)})[tmp_path / "a.json"]
+    assert found == pytest.approx(with_them if reads else without, abs=1e-5)
+    alone = prepare_comet(str(checkpoint), Digests(), has_references=False)
+    found = alone.score({tmp_path / "b.json": Texts(ENGLISH, WORSE, None)})[tmp_path / "b.json"]
+    assert found == pytest.approx(without, abs=1e-5)
+    if reads:
+        assert without != pytest.approx(with_them, abs=1e-4)
 
 
 def test_scores_that_are_known_are_not_computed_again(
@@ -57,15 +88,15 @@ def test_scores_that_are_known_are_not_computed_again(
 ) -> None:
     scorer = prepare_comet(str(checkpoint), Digests())
     place = tmp_path / "en-de.comet.json"
-    first = scorer.score({place: (ENGLISH, GERMAN, GERMAN)})
+    first = scorer.score({place: Texts(ENGLISH, GERMAN, GERMAN)})
 
     def refuse(*_: Any) -> None:
         raise AssertionError("loaded again")
 
     monkeypatch.setattr("llamafactory_sekd.evaluation.comet._load", refuse)
-    assert scorer.score({place: (ENGLISH, GERMAN, GERMAN)}) == first
+    assert scorer.score({place: Texts(ENGLISH, GERMAN, GERMAN)}) == first
     with pytest.raises(AssertionError, match="loaded again"):
-        scorer.score({place: (ENGLISH, WORSE, GERMAN)})
+        scorer.score({place: Texts(ENGLISH, WORSE, GERMAN)})
 
 
 def test_the_comparison_is_that_of_comet_compare(checkpoint: Path, tmp_path: Path) -> None:

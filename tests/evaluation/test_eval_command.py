@@ -212,7 +212,7 @@ def test_an_adapter_is_loaded_and_counts(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "wmt19"}, "Unknown task 'wmt19'"),
+        ({"task": "wmt99", "task_dir": "{one}"}, "Unknown task 'wmt99'"),
         ({"directions": ["en-fr"]}, "No wmt22 test set for en-fr in"),
         ({"template": "parot"}, "`template`: LLaMA-Factory has no template 'parot'."),
         ({"systems": {"one": {"model_name_or_path": "{one}", "infer_dtyp": "auto"}}}, "`systems.one`: Some keys"),

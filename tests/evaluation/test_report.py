@@ -62,7 +62,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
         }
         for name, lines in SYSTEMS.items()
     }
-    return Evaluated(settings, test_sets, hypotheses, None, {"comet": "not to be had"})
+    return Evaluated(settings, test_sets, hypotheses, {}, {"comet": "not to be had"})
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_results_have_the_documented_contents(results: dict[str, Any]) -> None:
     assert student["guards"]["de-en"]["hit_max_new_tokens"] is None
     assert student["generation"] == {"en-de": {"seconds": 1.0, "sentences_per_second": 10.0}}
     paired = results["significance"]["student"]["en-de"]["bleu"]
-    assert set(paired) == {"p", "mean", "ci"}
+    assert set(paired) == {"p", "p_holm", "mean", "ci"}
     assert results["significance"]["forward_kl"]["en-de"]["bleu"]["p"] is None
     assert results["signatures"]["en-de"]["bleu"].startswith("nrefs:1|case:mixed")
     assert results["fingerprints"]["student"] == {"en-de": "f", "de-en": "f"}

@@ -44,14 +44,15 @@ def test_the_keys_of_a_system_reach_the_host_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("metrics", "expected"),
     [
-        (["comet", "bleu"], (("bleu", "comet"), False)),
-        (["bleu", "comet?"], (("bleu", "comet"), True)),
-        (["chrf"], (("chrf",), False)),
+        (["comet", "bleu"], (("bleu", "comet"), set())),
+        (["bleu", "comet?"], (("bleu", "comet"), {"comet"})),
+        (["spbleu?", "ter", "chrf++"], (("chrf++", "spbleu", "ter"), {"spbleu"})),
+        (["chrf"], (("chrf",), set())),
     ],
 )
 def test_a_question_mark_makes_comet_optional(metrics: list[str], expected: tuple[Any, bool]) -> None:
     settings = parse_settings({**valid(), "metrics": metrics}, "x.yaml")
-    assert (settings.metrics, settings.comet_optional) == expected
+    assert (settings.metrics, settings.optional) == expected
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,18 @@ def test_a_question_mark_makes_comet_optional(metrics: list[str], expected: tupl
         ({"directions": ["en-xx"]}, "`directions`: Unknown direction 'en-xx'"),
         ({"directions": ["ende"]}, "`directions`: Unknown direction 'ende'"),
         ({"directions": ["en-de", "en-de"]}, "`directions` names 'en-de' twice."),
-        ({"metrics": ["bleu", "ter"]}, "`metrics`: unknown metric 'ter'"),
+        ({"metrics": ["bleu", "meteor"]}, "`metrics`: unknown metric 'meteor'"),
+        ({"metrics": ["metricx"]}, "`metricx` must name its model, such as google/metricx-24"),
+        ({"comet": ["a/x", "b/x"]}, "`comet`: a/x and b/x have the same name"),
+        ({"comet": ["a/x"], "comet_model": "a/y"}, "`comet` and `comet_model` are the same"),
+        ({"bleu_tokenizer": "words"}, "`bleu_tokenizer` must be one of none, zh, 13a,"),
+        ({"significance": "t-test"}, "`significance` must be paired_bs or paired_ar, not 't-test'."),
+        ({"prompt": "Translate"}, "`prompt`: The prompt 'Translate' needs {source} exactly once"),
+        ({"prompt": "{source} {lang}"}, "`prompt`: Unknown field {lang}"),
+        ({"enable_thinking": "no"}, "`enable_thinking` must be true or false, not 'no'."),
+        ({"examples": {"from": "x"}}, "`examples` must be like {from: FOLDER, number: 3, choose: nearest}"),
+        ({"examples": {"from": "x", "number": 0}}, "`number` must be an integer of at least 1"),
+        ({"language_names": ["nds"]}, "`language_names` must map codes to names"),
         ({"metrics": ["comet", "comet?"]}, "`metrics` names comet twice."),
         ({"metrics": ["bleu?"]}, "`metrics`: unknown metric 'bleu?'"),
         ({"num_beams": 0}, "`num_beams` must be an integer of at least 1, not 0."),
@@ -101,4 +113,4 @@ def test_the_example_is_valid() -> None:
     assert isinstance(config, dict)
     settings = parse_settings({str(key): value for key, value in config.items()}, path.name)
     assert [system.name for system in settings.systems] == ["student_sft", "forward_kl", "sekd", "teacher"]
-    assert not settings.comet_optional
+    assert not settings.optional

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import torch
 import yaml
-from comet.models import RegressionMetric
+from comet.models import ReferencelessRegression, RegressionMetric, UnifiedMetric
 from tokenizers import SentencePieceUnigramTokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import XLMRobertaConfig, XLMRobertaModel, XLMRobertaTokenizerFast
 
 
-def save_comet(directory: Path, sentences: Sequence[str]) -> Path:
-    """Save the checkpoint as COMET's hub repositories do, ``checkpoints/model.ckpt`` and ``hparams.yaml``."""
+def save_comet(directory: Path, sentences: Sequence[str], kind: str = "regression_metric") -> Path:
+    """Save the checkpoint as COMET's hub repositories do, ``checkpoints/model.ckpt`` and ``hparams.yaml``.
+
+    ``kind`` is the class's name in the library; ``kiwi`` is a unified metric without references.
+    """
     torch.manual_seed(0)
     encoder = directory / "encoder"
     tokenizer = _save_tokenizer(encoder, sentences)
@@ -28,10 +31,20 @@ def save_comet(directory: Path, sentences: Sequence[str]) -> Path:
         initializer_range=0.3,
     )
     XLMRobertaModel(config, add_pooling_layer=False).save_pretrained(encoder)
-    model = RegressionMetric(pretrained_model=str(encoder), hidden_sizes=[32, 16], layer_norm=False)
+    options = {"pretrained_model": str(encoder), "hidden_sizes": [32, 16], "layer_norm": False}
+    if kind == "kiwi":
+        kind = "unified_metric"
+        model = UnifiedMetric(**options, input_segments=["mt", "src"], word_layer=2)
+    else:
+        classes = {
+            "regression_metric": RegressionMetric,
+            "referenceless_regression_metric": ReferencelessRegression,
+            "unified_metric": UnifiedMetric,
+        }
+        model = classes[kind](**options, **({"word_layer": 2} if kind == "unified_metric" else {}))
     checkpoint = directory / "checkpoints" / "model.ckpt"
     checkpoint.parent.mkdir(parents=True)
-    hparams = {**model.hparams, "class_identifier": "regression_metric"}
+    hparams = {**model.hparams, "class_identifier": kind}
     torch.save(
         {
             "state_dict": model.state_dict(),

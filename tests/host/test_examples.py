@@ -39,7 +39,7 @@ def test_a_training_example_parses_with_the_hosts_classes(path, monkeypatch):
     monkeypatch.chdir(YAMLS.parents[1])
     model_args, data_args, _, finetuning_args, _ = parser._parse_train_args(config)
     assert model_args.model_name_or_path
-    assert data_args.template == "parrot"
+    assert data_args.template == ("qwen" if path.stem.endswith("_chat") else "parrot")
     assert finetuning_args.use_sekd == (config["stage"] == STAGE)
 
 

@@ -247,7 +247,7 @@ def test_bases_come_first_and_the_command_line_last():
         ),
         (
             {"matrix": {"x": [1]}, "select": {"key": "x", "evaluation": "v.yaml"}},
-            "`select.evaluation` has no effect on `metric: nll`: use bleu, chrf, comet.",
+            "`select.evaluation` has no effect on `metric: nll`: use bleu, chrf, chrf++, spbleu, ter, comet, metricx.",
         ),
         ({"teacher_cache": {"folder": "x", "kind": 1}}, "`teacher_cache.kind` is unknown"),
         ({"teacher_cache": 3}, "`teacher_cache` must be a folder"),

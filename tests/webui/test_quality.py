@@ -21,6 +21,7 @@ FIELDS = {
     "baseline": "base",
     "metrics": ["bleu", "comet?"],
     "comet_model": "Unbabel/wmt22-comet-da",
+    "prompt": " plain ",
     "num_beams": 1.0,
     "max_new_tokens": 256,
     "save_dir": "results/wmt22",
@@ -38,7 +39,8 @@ def test_the_yaml_says_to_the_evaluation_what_the_fields_say():
     assert (settings.baseline, settings.teacher) == ("base", "teacher")
     assert (settings.task, str(settings.task_dir), str(settings.save_dir)) == ("wmt22", "wmt", "results/wmt22")
     assert [str(direction) for direction in settings.directions] == ["en-de"]
-    assert (settings.metrics, settings.comet_optional) == (("bleu", "comet"), True)
+    assert (settings.metrics, "comet" in settings.optional) == (("bleu", "comet"), True)
+    assert settings.systems[0].prompt.name == "plain"
     assert (settings.decoding.num_beams, settings.decoding.max_new_tokens) == (1, 256)
 
 
@@ -120,6 +122,6 @@ def test_the_picture_shows_every_metric_that_was_computed_and_the_similarity(tmp
     }
     (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
     figure = draw_report(tmp_path)
-    assert [axes.get_title() for axes in figure.axes] == ["BLEU", "similarity to the teacher (BLEU)"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["BLEU", "similarity to the teacher (BLEU)"]
     assert [bar.get_height() for bar in figure.axes[0].patches] == [10.0, 10.0, 30.0, 30.0]
     assert [bar.get_height() for bar in figure.axes[1].patches] == [5.0, 0.0]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llamafactory_sekd.evaluation.significance import ALPHA, SAMPLES, SEED
+from llamafactory_sekd.evaluation.significance import ALPHA, SAMPLES, bootstrap_weights
 from llamafactory_sekd.reporting.metric_labels import AVERAGE
 from llamafactory_sekd.study.report.cells import Cell, Group
 from llamafactory_sekd.study.report.texts import Texts
@@ -41,12 +41,12 @@ class Difference:
 
     @property
     def better(self) -> bool:
-        """Tell whether the † is set: p < 0.05, and an interval that is above zero, which the p alone does not ask."""
+        """Tell whether it is above zero: p < 0.05, and an interval that is, which the p alone does not ask."""
         return self.p < ALPHA and self.low > 0
 
     @property
     def worse(self) -> bool:
-        """The same for a system that is behind; there is no mark for it."""
+        """The same for a difference below zero."""
         return self.p < ALPHA and self.high < 0
 
 
@@ -103,11 +103,7 @@ class PairedBootstrap:
     def _weights_of(self, direction: str, sentences: int) -> np.ndarray:
         """Return how often each resample holds each sentence, ``[samples, sentences]``; drawn as sacrebleu draws."""
         if direction not in self._weights:
-            rng = np.random.default_rng(SEED)
-            drawn = rng.choice(sentences, size=(self._samples, sentences), replace=True)
-            flat = drawn + sentences * np.arange(self._samples)[:, None]
-            counts = np.bincount(flat.ravel(), minlength=self._samples * sentences)
-            self._weights[direction] = counts.reshape(self._samples, sentences).astype("float64")
+            self._weights[direction] = bootstrap_weights(sentences, self._samples)
         return self._weights[direction]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llamafactory_sekd.reporting.metric_labels import METRIC_LABELS
+from llamafactory_sekd.reporting.metric_labels import metric_label
 from llamafactory_sekd.study.report.cells import Group, Study, is_number
 
 
@@ -65,5 +65,5 @@ def _identity(system: str, axes: Mapping[str, Any]) -> str:
 def selected_by(study: Study) -> str:
     """Return how the choice was made, in words."""
     row = study.results["selection"][0]
-    metric = METRIC_LABELS.get(row["metric"], row["metric"])
+    metric = metric_label(row["metric"])
     return f"{'largest' if row['mode'] == 'max' else 'smallest'} {metric} on the validation set"

@@ -8,8 +8,9 @@ from dataclasses import replace
 from llamafactory_sekd.reporting.document import Column, Entry, Row, Table
 from llamafactory_sekd.reporting.metric_labels import (
     AVERAGE,
-    METRIC_LABELS,
-    METRIC_SCALES,
+    best_of,
+    metric_label,
+    metric_look,
     number,
     p_text,
     significance_mark,
@@ -83,26 +84,28 @@ def score_table(study: Study, groups: Sequence[Group], keys: Sequence[str], comp
             cell = _score(group, *pair, compare(group, *pair))
             yield replace(cell, best=group in best[pair])
 
-    columns = tuple(Column(METRIC_LABELS[metric], column) for column, metric in pairs)
+    columns = tuple(Column(metric_label(metric), column) for column, metric in pairs)
     return Table(heads_of(keys), columns, rows_of(study, groups, keys, entries))
 
 
 def _score(group: Group, column: str, metric: str, difference: Difference | None) -> Entry:
-    scale = METRIC_SCALES[metric]
+    scale = metric_look(metric).scale
     cell = entry(group.scores(column, metric), scale=scale)
     if difference is None:
         return cell
     interval = f"{number(difference.low * scale)} to {number(difference.high * scale)}"
     return replace(
         cell,
-        mark=_mark(difference, scale),
+        mark=_mark(difference, metric),
         small=number(difference.value * scale, sign=True),
         hint=f"95 % interval of the difference {interval}, p = {p_text(difference.p)}",
     )
 
 
-def _mark(difference: Difference, scale: float) -> str:
-    return significance_mark(difference.value * scale, difference.better or difference.worse, digits=2)
+def _mark(difference: Difference, metric: str) -> str:
+    look = metric_look(metric)
+    significant = difference.better or difference.worse
+    return significance_mark(difference.value * look.scale, significant, 2, look.higher_is_better)
 
 
 def _best(study: Study, groups: Sequence[Group], column: str, metric: str) -> list[Group]:
@@ -112,7 +115,7 @@ def _best(study: Study, groups: Sequence[Group], column: str, metric: str) -> li
         for group in groups
         if group.system != study.teacher and (summary := group.scores(column, metric)) is not None
     }
-    top = max(means.values(), default=None)
+    top = best_of(metric, means.values()) if means else None
     return [group for group in groups if len(means) > 1 and means.get(group.name()) == top]
 
 
@@ -126,22 +129,23 @@ def difference_table(study: Study, groups: Sequence[Group], keys: Sequence[str],
 
     def entries(group: Group) -> Iterable[Entry]:
         for metric in metrics:
-            yield from _difference(found[group.name()][metric], METRIC_SCALES[metric])
+            yield from _difference(found[group.name()][metric], metric)
 
     columns = tuple(
-        Column(name, METRIC_LABELS[metric])
+        Column(name, metric_label(metric))
         for metric in metrics
         for name in ("difference", "95 % interval", "p", "seeds above 0")
     )
     return Table(heads_of(keys), columns, rows_of(study, compared, keys, entries))
 
 
-def _difference(difference: Difference | None, scale: float) -> tuple[Entry, ...]:
+def _difference(difference: Difference | None, metric: str) -> tuple[Entry, ...]:
     if difference is None:
         return (NOTHING,) * 4
+    scale = metric_look(metric).scale
     above = sum(value > 0 for value in difference.seeds)
     return (
-        Entry(number(difference.value * scale, sign=True), mark=_mark(difference, scale)),
+        Entry(number(difference.value * scale, sign=True), mark=_mark(difference, metric)),
         Entry(f"{number(difference.low * scale)} to {number(difference.high * scale)}"),
         Entry(p_text(difference.p)),
         Entry(f"{above} of {len(difference.seeds)}"),

@@ -11,7 +11,8 @@ from sacrebleu.metrics.base import Metric
 from llamafactory_sekd.data.testsets import TestSet, load_test_set
 from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.evaluation.hypotheses import read_hypotheses
-from llamafactory_sekd.evaluation.scores import surface_metric
+from llamafactory_sekd.evaluation.scores import SURFACE_METRICS, surface_metric
+from llamafactory_sekd.evaluation.segment_scores import segment_key
 from llamafactory_sekd.files import read_json
 from llamafactory_sekd.study.report.cells import Cell, Study
 
@@ -44,15 +45,17 @@ class Texts:
         """Return sacrebleu's ``bleu`` or ``chrf`` that holds the references of the direction."""
         if (name, direction) not in self._metrics:
             test_set = self.test_set(direction)
-            metric = surface_metric(name, test_set.direction.target)
-            metric._ref_cache = metric._cache_references([list(test_set.references)])
+            tokenizer = self._study.results["test_set"].get("bleu_tokenizer")
+            metric = surface_metric(name, test_set.direction.target, tokenizer)
+            metric._ref_cache = metric._cache_references([list(texts) for texts in test_set.reference_sets])
             self._metrics[name, direction] = metric
         return self._metrics[name, direction]
 
     def statistics(self, cell: Cell, direction: str, metric: str) -> np.ndarray:
         """Return sacrebleu's sufficient statistics, ``[sentences, counts]`` float64.
 
-        For COMET these are the segment scores, ``[sentences, 1]``. What a corpus score is made of are their sums.
+        For a metric that is a model these are the segment scores, ``[sentences, 1]``. What a corpus score is made of
+        are their sums.
         """
         path = self._path(cell["hypotheses"], direction)
         key = (str(path), direction, metric)
@@ -62,14 +65,14 @@ class Texts:
 
     def score(self, sums: np.ndarray, direction: str, metric: str, count: int) -> float:
         """Return the corpus score of statistics that were summed over ``count`` sentences."""
-        if metric == "comet":
+        if metric not in SURFACE_METRICS:
             return float(sums[0]) / count
         return float(self.metric(metric, direction)._compute_score_from_stats(sums.tolist()).score)
 
     def _extract(self, cell: Cell, direction: str, metric: str) -> Any:
-        if metric != "comet":
+        if metric in SURFACE_METRICS:
             return self.metric(metric, direction)._extract_corpus_statistics(self.hypotheses(cell, direction), None)
-        path = self._path(cell["segment_scores"], direction)
+        path = self._path(cell["segment_scores"], segment_key(direction, metric))
         content = read_json(path)
         scores = content.get("scores") if isinstance(content, dict) else content
         count = len(self.test_set(direction).sources)

@@ -80,6 +80,7 @@ def evaluation_config(
         "teacher": TEACHER if TEACHER in systems else None,
         "metrics": list(values["metrics"]),
         "comet_model": values["comet_model"].strip() if _uses_comet(values["metrics"]) else None,
+        "prompt": values["prompt"].strip(),
         "num_beams": int(values["num_beams"]),
         "max_new_tokens": int(values["max_new_tokens"]),
         "save_dir": values["save_dir"].strip(),

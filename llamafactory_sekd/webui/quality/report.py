@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamafactory_sekd.reporting.metric_labels import METRIC_LABELS, METRIC_SCALES
+from llamafactory_sekd.reporting.figures import Look, canvas, distinct_looks
+from llamafactory_sekd.reporting.metric_labels import metric_label, metric_look
 
 
 if TYPE_CHECKING:
@@ -38,19 +41,15 @@ def draw_report(save_dir: Path) -> Figure | None:
     if not path.is_file():
         return None
 
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     results = json.loads(path.read_text(encoding="utf-8"))
     tables = _tables(results)
-    figure = Figure(figsize=(4.2 * len(tables), 3.4))
-    figure.set_layout_engine("constrained", rect=(0, 0, 1, 0.92))  # the page puts a label into the upper corner
-    FigureCanvasAgg(figure)
-    for axes, (title, table) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
-        _draw_bars(axes, title, table, list(results["systems"]))
-
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    systems = dict(zip(results["systems"], itertools.cycle(distinct_looks()), strict=False))
+    with canvas(len(tables), len(tables), height=3.4) as (figure, panels):
+        figure.set_layout_engine("constrained", rect=(0, 0, 1, 0.92))  # the page puts a label into the upper corner
+        for axes, (title, table) in zip(panels, tables.items(), strict=True):
+            _draw_bars(axes, title, table, systems)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
@@ -63,11 +62,11 @@ def _tables(results: dict[str, Any]) -> dict[str, _Table]:
     for metric in results["metrics"]:
         if metric in results["skipped"]:
             continue
-        tables[METRIC_LABELS[metric]] = {
+        tables[metric_label(metric)] = {
             name: {
                 direction: None
                 if (value := system["scores"][direction][metric]) is None
-                else value * METRIC_SCALES[metric]
+                else value * metric_look(metric).scale
                 for direction in results["directions"]
             }
             for name, system in results["systems"].items()
@@ -83,19 +82,19 @@ def _tables(results: dict[str, Any]) -> dict[str, _Table]:
     return tables
 
 
-def _draw_bars(axes: Axes, title: str, table: _Table, systems: list[str]) -> None:
+def _draw_bars(axes: Axes, title: str, table: _Table, systems: Mapping[str, Look]) -> None:
     directions = list(next(iter(table.values())))
     width = 0.8 / len(systems)
-    for number, system in enumerate(systems):
+    for number, (system, look) in enumerate(systems.items()):
         if system not in table:
             continue
         places = [index - 0.4 + (number + 0.5) * width for index in range(len(directions))]
         heights = [value or 0.0 for value in table[system].values()]
-        bars = axes.bar(places, heights, width, label=system, color=f"C{number % 10}")
+        bars = axes.bar(places, heights, width, label=system, color=look.color)
         axes.bar_label(bars, fmt="%.1f", fontsize=8)
 
     highest = max((value or 0.0 for values in table.values() for value in values.values()), default=0.0)
     axes.set_ylim(0, max(1.0, 1.12 * highest))
     axes.set_xticks(range(len(directions)), directions)
-    axes.set_title(title, fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title)
+    axes.grid(visible=False, axis="x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import gradio as gr
 from llamafactory_sekd.data.dataset_info import DEFAULT_OUT
 from llamafactory_sekd.data.layout import TASKS
 from llamafactory_sekd.errors import SekdError
+from llamafactory_sekd.evaluation.settings import METRICS
 from llamafactory_sekd.webui.labels import alert, element_labels
 from llamafactory_sekd.webui.page import Page
 from llamafactory_sekd.webui.quality.config import (
@@ -33,6 +35,7 @@ from llamafactory_sekd.webui.quality.report import draw_report, read_report, rep
 _PREFIX = "quality_"
 _DIRECTIONS = ("en-de", "de-en", "en-cs", "cs-en")
 _SECONDS_BETWEEN_UPDATES = 1.0
+_RESULTS = Path("results")
 Data = Mapping[Any, Any]
 
 
@@ -75,13 +78,14 @@ def build_quality_section(page: Page) -> QualitySection:
 
         with gr.Row():
             fields["metrics"] = gr.Dropdown(
-                choices=["bleu", "chrf", "comet", "comet?"],
+                choices=[name for name in (*METRICS, "comet?") if name != "metricx"],  # its model is named in a file
                 value=["bleu", "chrf", "comet?"],
                 multiselect=True,
                 scale=4,
                 **_texts("metrics"),
             )
             fields["comet_model"] = gr.Textbox(value="Unbabel/wmt22-comet-da", scale=3, **_texts("comet_model"))
+            fields["prompt"] = gr.Textbox(value="", scale=3, **_texts("prompt"))
             fields["num_beams"] = gr.Slider(minimum=1, maximum=16, value=1, step=1, scale=2, **_texts("num_beams"))
             fields["max_new_tokens"] = gr.Slider(
                 minimum=8, maximum=4096, value=256, step=1, scale=2, **_texts("max_new_tokens")
@@ -103,6 +107,7 @@ def build_quality_section(page: Page) -> QualitySection:
     events = _Events(page, fields, process, bar, output, plot, files, report)
     everything = {*fields.values(), *page.elements.values()}
     shown = [bar, output, plot, files, report]
+    fields["task"].change(_follow_task, [fields["task"], fields["save_dir"]], [fields["save_dir"]], queue=False)
     fields["checkpoints"].focus(events.list_checkpoints, everything, [fields["checkpoints"]], queue=False)
     systems = [fields[name].change for name in ("checkpoints", "with_base", "with_teacher")]
     gr.on(systems, events.list_systems, everything, [fields["baseline"]], queue=False)
@@ -120,6 +125,12 @@ def build_quality_section(page: Page) -> QualitySection:
     named = {**fields, "tab": tab, "preview_btn": preview, "start_btn": start, "stop_btn": stop}
     named.update(plot=plot, files=files)
     return QualitySection({f"{_PREFIX}{name}": element for name, element in named.items()}, process)
+
+
+def _follow_task(task: str, save_dir: str) -> str:
+    """Return the results folder of another test set; a folder that the user named stays."""
+    folder = Path(save_dir.strip() or _RESULTS)
+    return str(_RESULTS / re.sub(r"[^A-Za-z0-9._+-]+", "_", task or "")) if folder.parent == _RESULTS else save_dir
 
 
 def _on_load(function: Any, inputs: list[Any], outputs: list[Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llamafactory_sekd.data.languages import Direction
-from llamafactory_sekd.data.prompts import user_message
+from llamafactory_sekd.data.prompts import PARROT, Prompt
 from llamafactory_sekd.objectives import distillation_loss
 from llamafactory_sekd.teacher import check_tokenizers, common_vocabulary
 from llamafactory_sekd.webui.page import LoadedModel
@@ -73,6 +73,7 @@ def compare(
     reference: str,
     direction: Direction,
     objective: Mapping[str, Any],
+    prompt: Prompt = PARROT,
 ) -> Comparison:
     """Translate with all three models and score the reference's tokens, its end token included.
 
@@ -82,6 +83,7 @@ def compare(
         reference: its translation, the ground truth.
         direction: the languages, for the prompt.
         objective: keyword arguments of ``objectives.distillation_loss``.
+        prompt: what the models are asked; ``{source}`` alone asks the source itself, for models that do not translate.
 
     Raises:
         TeacherError: teacher and student do not mean the same by a token id.
@@ -90,13 +92,13 @@ def compare(
     for student in (before, after):
         check_tokenizers(student.tokenizer, teacher.tokenizer)
 
-    prompt, response = before.encode(user_message(source, direction), reference)
-    teacher_logits = _response_logits(teacher, prompt, response)
+    question, response = before.encode(prompt.user_message(source, direction), reference)
+    teacher_logits = _response_logits(teacher, question, response)
     columns = [
-        _column(model, prompt, response, _response_logits(model, prompt, response), teacher_logits, objective)
+        _column(model, question, response, _response_logits(model, question, response), teacher_logits, objective)
         for model in (before, after)
     ]
-    columns.append(_column(teacher, prompt, response, teacher_logits, teacher_logits, objective))
+    columns.append(_column(teacher, question, response, teacher_logits, teacher_logits, objective))
     return Comparison(source, reference, *columns)
 
 

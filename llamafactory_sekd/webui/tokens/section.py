@@ -14,6 +14,7 @@ from llamafactory_sekd.arguments import KEYS, DistillationArguments
 from llamafactory_sekd.data.dataset_info import DEFAULT_OUT
 from llamafactory_sekd.data.languages import parse_direction
 from llamafactory_sekd.data.layout import TASKS
+from llamafactory_sekd.data.prompts import prompt_named
 from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.errors import DataError, SekdError
 from llamafactory_sekd.webui.labels import alert, element_labels, words
@@ -45,6 +46,7 @@ def build_tokens_section(page: Page) -> dict[str, Any]:
             pick = gr.Button(**_texts("pick_btn"))
 
         with gr.Row():
+            fields["prompt"] = gr.Textbox(value="", **_texts("prompt"))
             fields["source"] = gr.Textbox(lines=2, **_texts("source"))
             fields["reference"] = gr.Textbox(lines=2, **_texts("reference"))
 
@@ -112,7 +114,8 @@ class _Events:
             direction = parse_direction(own["direction"])
             models = self._load([before, after, teacher or {}], values["top.template"])
             objective = DistillationArguments(**keys).objective_keywords()
-            comparison = compare(models, source, reference, direction, objective)
+            prompt = prompt_named(own["prompt"].strip() or None)
+            comparison = compare(models, source, reference, direction, objective, prompt)
         except (SekdError, OSError, ValueError, RuntimeError, ImportError) as failure:  # as the loaders raise them
             gr.Warning(_one_line(failure))
             return gr.skip()

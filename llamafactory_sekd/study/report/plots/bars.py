@@ -8,7 +8,7 @@ from typing import Any
 from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.reporting.document import Plot
 from llamafactory_sekd.reporting.figures import INK, SOFT, Look, canvas, finish
-from llamafactory_sekd.reporting.metric_labels import METRIC_LABELS, METRIC_SCALES
+from llamafactory_sekd.reporting.metric_labels import metric_label, metric_look
 from llamafactory_sekd.study.report.cells import Group, Study, short_names, summarize
 from llamafactory_sekd.study.report.tables import entry, last_column, shown_metrics
 
@@ -47,14 +47,14 @@ def progressive_plot(study: Study, groups: Sequence[Group], looks: Mapping[str, 
         for axes, metric in zip(panels, metrics, strict=True):
             values = {
                 group: [
-                    METRIC_SCALES[metric] * score
+                    metric_look(metric).scale * score
                     for cell in group.cells.values()
                     if (score := cell["scores"][column][metric]) is not None
                 ]
                 for group in shown
             }
             _bars(axes, values, looks, {group: _strategy(group) for group in shown})
-            axes.set(xlabel=f"{METRIC_LABELS[metric]}, {column}")
+            axes.set(xlabel=f"{metric_label(metric)}, {column}")
         caption = f"Progressive against fixed β ({column}); mean ± standard deviation, dots are seeds."
         return finish(figure, "progressive", caption)
 

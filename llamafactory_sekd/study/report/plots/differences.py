@@ -7,7 +7,7 @@ from typing import Any
 
 from llamafactory_sekd.reporting.document import Plot
 from llamafactory_sekd.reporting.figures import BASELINE, INK, Look, canvas, finish
-from llamafactory_sekd.reporting.metric_labels import METRIC_LABELS, METRIC_SCALES
+from llamafactory_sekd.reporting.metric_labels import metric_label, metric_look
 from llamafactory_sekd.study.report.cells import Group, Study, short_names
 from llamafactory_sekd.study.report.paired import Difference
 from llamafactory_sekd.study.report.plots.bars import MOST_BARS
@@ -32,12 +32,12 @@ def differences_plot(
             for place, group in enumerate(compared):
                 difference = found[metric][group]
                 if difference is not None:
-                    _draw(axes, place, difference, METRIC_SCALES[metric], looks[group.system].color)
+                    _draw(axes, place, difference, metric_look(metric).scale, looks[group.system].color)
             axes.axvline(0, color=BASELINE, linewidth=1.2)
             axes.set_yticks(range(len(compared)), [names[group] for group in compared], color=INK)
             axes.set_ylim(len(compared) - 0.4, -0.6)
             axes.grid(visible=False, axis="y")
-            axes.set(xlabel=f"{METRIC_LABELS[metric]}, difference ({column})")
+            axes.set(xlabel=f"{metric_label(metric)}, difference ({column})")
             if axes is not panels[0]:
                 axes.tick_params(labelleft=False)
         caption = (

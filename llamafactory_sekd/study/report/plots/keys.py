@@ -7,7 +7,7 @@ from typing import Any
 
 from llamafactory_sekd.reporting.document import Plot
 from llamafactory_sekd.reporting.figures import Look, canvas, finish, name_below
-from llamafactory_sekd.reporting.metric_labels import METRIC_LABELS, METRIC_SCALES
+from llamafactory_sekd.reporting.metric_labels import metric_label, metric_look
 from llamafactory_sekd.study.report.cells import Group, Study, Summary, is_number, shown, symbol
 from llamafactory_sekd.study.report.selection import Choice
 from llamafactory_sekd.study.report.tables import last_column, shown_metrics
@@ -35,15 +35,15 @@ def over_key(study: Study, groups: Sequence[Group], key: str, looks: Mapping[str
         for axes, metric in zip(panels, metrics, strict=True):
             for system, own in curves.items():
                 points = [(group.value(key), group.scores(column, metric)) for group in own]
-                _curve(axes, points, METRIC_SCALES[metric], looks[system])
+                _curve(axes, points, metric_look(metric).scale, looks[system])
             for group in levels:
-                _level(axes, group.scores(column, metric), METRIC_SCALES[metric], looks[group.system])
+                _level(axes, group.scores(column, metric), metric_look(metric).scale, looks[group.system])
             values = sorted({group.value(key) for own in curves.values() for group in own})
-            axes.set(xlabel=axis_name(key), ylabel=f"{METRIC_LABELS[metric]}, {column}")
+            axes.set(xlabel=axis_name(key), ylabel=f"{metric_label(metric)}, {column}")
             place_values(axes, values)
         drawn = {system: looks[system] for system in curves}
         name_below(figure, drawn | {group.name(): _level_look(looks[group.system]) for group in levels})
-        names = " and ".join(METRIC_LABELS[metric] for metric in metrics)
+        names = " and ".join(metric_label(metric) for metric in metrics)
         caption = f"{names} over {axis_name(key)}, {column}; mean over seeds, the band is ± one standard deviation."
         return finish(figure, f"over_{key}", caption)
 

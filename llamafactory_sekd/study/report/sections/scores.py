@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from llamafactory_sekd.evaluation.significance import SAMPLES
 from llamafactory_sekd.reporting.document import Column, Entry, Row, Section, Table
-from llamafactory_sekd.reporting.metric_labels import AVERAGE, MARKS, METRIC_LABELS, number
+from llamafactory_sekd.reporting.metric_labels import AVERAGE, MARKS, metric_label, number
 from llamafactory_sekd.study.report.cells import Group, short_names, shown, symbol
 from llamafactory_sekd.study.report.plots.bars import progressive_plot, similarity_plot
 from llamafactory_sekd.study.report.plots.differences import differences_plot
@@ -148,7 +148,7 @@ def _verdicts(views: Views) -> Iterator[str]:
             "undecided": [names[group] for group, one in known.items() if not one.better and not one.worse],
         }
         said = "; ".join(f"{verdict}: {SEPARATOR.join(who)}" for verdict, who in verdicts.items() if who)
-        yield f"{METRIC_LABELS[metric]}, {said}."
+        yield f"{metric_label(metric)}, {said}."
 
 
 def _over_keys(views: Views) -> Section | None:

@@ -1,0 +1,111 @@
+"""What a system is asked for each sentence: its prompt, and the examples before it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from llamafactory_sekd.data.languages import Direction
+from llamafactory_sekd.data.testsets import TestSet, load_test_set
+from llamafactory_sekd.errors import EvaluationError
+from llamafactory_sekd.evaluation.settings import Examples, System
+from llamafactory_sekd.evaluation.translator import Request
+
+
+# chrF2, as sacrebleu has it: n-grams of up to six characters, recall counted four times.
+_ORDER = 6
+_BETA_SQUARED = 4
+
+
+def requests_of(system: System, direction: Direction, test_set: TestSet, task_dir: Path) -> list[Request]:
+    """Return what ``system`` is asked, one request per sentence of the test set.
+
+    Raises :class:`EvaluationError` where the examples cannot be had.
+    """
+    plain = [Request(system.prompt.user_message(source, direction)) for source in test_set.sources]
+    if system.examples is None:
+        return plain
+    pool = _pool(system.examples.origin, task_dir, direction)
+    chosen = _choose(system.examples, pool, test_set.sources)
+    return [
+        replace(request, examples=tuple((system.prompt.user_message(s, direction), t) for s, t in shots))
+        for request, shots in zip(plain, chosen, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Translations to choose from."""
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+
+
+def _pool(origin: str, task_dir: Path, direction: Direction) -> _Pool:
+    folder = Path(origin)
+    task, place = (folder.name, folder.parent) if folder.is_dir() else (origin, task_dir)
+    found = load_test_set(task, place, direction)
+    return _Pool(found.sources, found.references)
+
+
+def _choose(examples: Examples, pool: _Pool, sources: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
+    """Yield the examples of each sentence, the nearest last; a sentence is never its own example."""
+    nearest = _Nearest(pool.sources) if examples.nearest else None
+    for source in sources:
+        order = nearest.order(source) if nearest is not None else range(len(pool.sources))
+        kept = [index for index in order if _same(pool.sources[index]) != _same(source)][: examples.number]
+        if len(kept) < examples.number:
+            raise EvaluationError(
+                f"`examples`: {examples.origin} has {len(kept)} other sentences, and {examples.number} are asked for."
+            )
+        yield [(pool.sources[index], pool.targets[index]) for index in reversed(kept)]
+
+
+@cache
+def _same(text: str) -> str:
+    return "".join(text.casefold().split())
+
+
+class _Nearest:
+    """Sentences by their sentence-level chrF2 to another one; the figures are sacrebleu's."""
+
+    def __init__(self, sentences: Sequence[str]) -> None:
+        places: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        self._totals = np.zeros((_ORDER, len(sentences)))
+        for index, sentence in enumerate(sentences):
+            for gram, count in _ngrams(sentence).items():
+                places[gram].append((index, count))
+                self._totals[len(gram) - 1, index] += count
+        self._places = {gram: np.array(found).T for gram, found in places.items()}
+
+    def scores(self, sentence: str) -> np.ndarray:
+        """Return chrF2 (0 to 1) of every sentence with ``sentence`` as the reference."""
+        matches = np.zeros_like(self._totals)
+        own = np.zeros((_ORDER, 1))
+        for gram, count in _ngrams(sentence).items():
+            own[len(gram) - 1] += count
+            if gram in self._places:
+                indices, counts = self._places[gram]
+                matches[len(gram) - 1, indices] += np.minimum(counts, count)
+        used = (self._totals > 0) & (own > 0)
+        orders = np.maximum(used.sum(axis=0), 1)
+        precision = (matches / np.maximum(self._totals, 1) * used).sum(axis=0) / orders
+        recall = (matches / np.maximum(own, 1) * used).sum(axis=0) / orders
+        below = _BETA_SQUARED * precision + recall
+        return (1 + _BETA_SQUARED) * precision * recall / np.where(below > 0, below, 1)
+
+    def order(self, sentence: str) -> list[int]:
+        """Return the places of the sentences, the nearest first; ties in their order."""
+        return np.argsort(-self.scores(sentence), kind="stable").tolist()
+
+
+def _ngrams(sentence: str) -> Counter[str]:
+    text = "".join(sentence.split())
+    return Counter(
+        text[start : start + size] for size in range(1, _ORDER + 1) for start in range(len(text) - size + 1)
+    )
