@@ -61,7 +61,7 @@ def doctor(
     from llamafactory_sekd.planner import estimate
     from llamafactory_sekd.planner.estimate import CONTEXT
     from llamafactory_sekd.planner.remedies import price
-    from llamafactory_sekd.planner.report import fits, print_estimate, print_remedies
+    from llamafactory_sekd.planner.report import fits, print_estimate, print_remedies, print_verdict
 
     keys = read_config(config, overrides or [])
     parsed = parse(keys)
@@ -95,6 +95,8 @@ def doctor(
     _count_cut_text(console, parsed)
     if look:
         _look(console, keys, look)
+
+    print_verdict(console, result, available)
 
 
 def _look(console: Console, keys: dict[str, Any], count: int) -> None:

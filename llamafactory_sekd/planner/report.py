@@ -52,6 +52,17 @@ def fits(result: Estimate, memory: int) -> bool:
     return result.device <= memory
 
 
+def print_verdict(console: Console, result: Estimate, memory: int) -> None:
+    """Print the answer in one line; whatever cannot run at all has ended the command before."""
+    sizes = f"{_gib(result.device)} of {_gib(memory)} GiB per device"
+    if not fits(result, memory):
+        console.print(f"Verdict: this run does not fit, {sizes}. Ways to save memory are above.", soft_wrap=True)
+    elif result.device > TIGHT * memory:
+        console.print(f"Verdict: this run fits tightly, {sizes}.", soft_wrap=True)
+    else:
+        console.print(f"Verdict: this run fits, {sizes}.", soft_wrap=True)
+
+
 def _verdict(result: Estimate, memory: int) -> str:
     if not fits(result, memory):
         return "[bold red]does not fit[/]"
