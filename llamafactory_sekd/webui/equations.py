@@ -10,6 +10,8 @@ _PROXY = r"\hat q = \beta\,q + (1-\beta)\,\tilde y"
 _TO_PROXY = r"\mathrm{KL}(\tilde y \,\|\, \hat q)"
 _TO_STUDENT = r"\mathrm{KL}(\tilde y \,\|\, q)"
 _DIFFICULTY = r"d = \mathrm{KL}(\tilde y \,\|\, q)"
+_FORWARD = r"\mathrm{KL}(p \,\|\, q)"
+_REVERSE = r"\mathrm{KL}(q \,\|\, p)"
 _CROSS_ENTROPY = r"(1-\lambda)\,(-\log q_y)"
 
 _EQUATIONS = {
@@ -31,8 +33,23 @@ _EQUATIONS = {
         rf"\ell = {_CROSS_ENTROPY} + \lambda\,\mathrm{{KL}}(p \,\|\, \hat q)",
         r"\hat q = \beta\,q + (1-\beta)\,p",
     ),
-    "forward_kl": (rf"\ell = {_CROSS_ENTROPY} + \lambda\,\mathrm{{KL}}(p \,\|\, q)",),
-    "reverse_kl": (rf"\ell = {_CROSS_ENTROPY} + \lambda\,\mathrm{{KL}}(q \,\|\, p)",),
+    "forward_kl": (rf"\ell = {_CROSS_ENTROPY} + \lambda\,{_FORWARD}",),
+    "reverse_kl": (rf"\ell = {_CROSS_ENTROPY} + \lambda\,{_REVERSE}",),
+    "jsd": (
+        rf"\ell = {_CROSS_ENTROPY} + \lambda\,[(1-\beta)\,\mathrm{{KL}}(p \,\|\, m) "
+        r"+ \beta\,\mathrm{KL}(q \,\|\, m)]",
+        r"m = \beta\,q + (1-\beta)\,p",
+    ),
+    "skew_reverse_kl": (
+        rf"\ell = {_CROSS_ENTROPY} + \lambda\,\mathrm{{KL}}(q \,\|\, m)",
+        r"m = \beta\,q + (1-\beta)\,p",
+    ),
+    "tvd": (rf"\ell = {_CROSS_ENTROPY} + \lambda\,\tfrac12 \textstyle\sum |p - q|",),
+    "adaptive_kl": (rf"\ell = {_CROSS_ENTROPY} + \lambda\,[g\,{_FORWARD} + (1-g)\,{_REVERSE}]",),
+    "verified_reference": (
+        rf"\ell = {_TO_STUDENT}",
+        r"\tilde y = \begin{cases} p & p_y < 0.01 \\ (1-\lambda)\,y + \lambda\,p & \text{else} \end{cases}",
+    ),
 }
 
 
