@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from llamafactory_sekd.arguments import STAGE
 from llamafactory_sekd.errors import ArgumentError, TeacherError
 from llamafactory_sekd.host.cut_text import counting_cut_text
 from llamafactory_sekd.host.teacher import teacher_identity, teacher_model_arguments
+from llamafactory_sekd.host.teacher_prompts import TeacherPrompts, configurations, templates_restored
 from llamafactory_sekd.teacher import Teacher
 from llamafactory_sekd.teacher.cache import (
     Fingerprints,
@@ -22,6 +23,7 @@ from llamafactory_sekd.teacher.cache import (
     Session,
     Settings,
     bytes_per_token,
+    check_responses,
     fill,
     fingerprints,
     make_plan,
@@ -36,6 +38,7 @@ _CONVERSATION = (
     {"role": "assistant", "content": "Zwei Katzen."},
 )
 _ONLY_FOR_TRAINING = ("teacher_cache", "resume_from_checkpoint", "load_best_model_at_end", "early_stopping_steps")
+PROMPTS = "prompts"  # in the fingerprint: what the teacher reads where it is not the student's
 # A cache needs a little more than its records: keys, offsets, headers.
 _HEADROOM = 1.05
 
@@ -76,6 +79,7 @@ def build_cache(
     settings: Settings,
     *,
     batch_size: int | None = None,
+    prompts: TeacherPrompts | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Let the teacher of a training configuration compute what the cache lacks of its data sets.
@@ -85,17 +89,19 @@ def build_cache(
         out: the cache; made where it is not there, continued where it is.
         settings: what to keep.
         batch_size: examples per forward pass and rank; None for `per_device_train_batch_size`.
+        prompts: what the teacher reads in place of the student's prompts.
         say: called with lines for the user, on the first rank.
 
     Raises:
         ArgumentError: the configuration is not one of the stage, or names no teacher.
-        TeacherError: the cache is of something else, the disk is too small, the teacher does not fit.
+        TeacherError: the cache is of something else, the disk is too small, the teacher does not fit, a response of
+            the teacher's own data sets differs.
     """
-    data = tokenized(config, say)
+    data = _with_prompts(config, prompts, say) if prompts else tokenized(config, say)
     session = Session(out, data.fingerprints, settings)
     try:
         with _bar(sum(map(len, data.datasets)), "Examples", "ex", session.rank) as bar:
-            plan = make_plan(data.datasets, session.reader, lambda count: bar.update(count) and None)
+            plan = make_plan(data.datasets, session.reader, lambda count: bar.update(count) and None, data.informed)
 
         if session.rank == 0:
             _announce(plan, session, data, say)
@@ -114,7 +120,10 @@ def build_cache(
 
 @dataclass(frozen=True)
 class Tokenized:
-    """A training configuration's examples, as the host makes them, and what they were made with."""
+    """A training configuration's examples, as the host makes them, and what they were made with.
+
+    `informed` are the same data sets with the teacher's own prompts, None where it reads the student's.
+    """
 
     datasets: list[Any]
     tokenizer: Any
@@ -122,6 +131,23 @@ class Tokenized:
     model_args: Any
     training_args: Any
     finetuning_args: Any
+    informed: list[Any] | None = None
+
+
+def _with_prompts(config: dict[str, Any], prompts: TeacherPrompts, say: Callable[[str], None]) -> Tokenized:
+    """Read the student's examples and those that the teacher reads, whose digest is part of what it is."""
+    students, teachers = configurations(config, prompts)
+    data = tokenized(students, say)
+    with templates_restored():
+        informed = tokenized(teachers, lambda _: None).datasets
+
+    longest = getattr(_teacher_config(data).get_text_config(), "max_position_embeddings", None)
+    pairs = zip(data.datasets, informed, strict=True)
+    digests = [check_responses(ours, theirs, data.tokenizer.decode, longest) for ours, theirs in pairs]
+    teacher = data.fingerprints.teacher
+    assert teacher is not None
+    marked = replace(data.fingerprints, teacher=lambda: {**teacher(), PROMPTS: " ".join(digests)})
+    return replace(data, fingerprints=marked, informed=informed)
 
 
 def tokenized(config: dict[str, Any], say: Callable[[str], None] = print) -> Tokenized:
@@ -181,6 +207,7 @@ def _compute(plan: Plan, session: Session, data: Tokenized, batch_size: int) -> 
             rank=session.rank,
             ranks=session.ranks,
             progress=lambda count: bar.update(count) and None,
+            informed=data.informed,
         )
     accelerator.wait_for_everyone()
 
@@ -220,6 +247,7 @@ def _teacher_fields(model_args: Any, finetuning_args: Any) -> dict[str, Any]:
         ),
         "teacher_model_quantization_bit": quantization_bit,
         "compute_dtype": str(model_args.compute_dtype).removeprefix("torch."),
+        PROMPTS: None,  # the student's
         "rope_scaling": str(getattr(model_args.rope_scaling, "value", model_args.rope_scaling)),
     }
 
@@ -260,9 +288,7 @@ def _announce(plan: Plan, session: Session, data: Tokenized, say: Callable[[str]
 
 def _expected(settings: Settings, data: Tokenized) -> Manifest:
     """Return the manifest of a cache that is not there yet, from the teacher's configuration alone."""
-    from llamafactory.model import load_config
-
-    config = load_config(teacher_model_arguments(data.model_args, data.finetuning_args)).get_text_config()
+    config = _teacher_config(data).get_text_config()
     dtype = data.model_args.compute_dtype
     head = config.vocab_size * config.hidden_size * dtype.itemsize if settings.format == "hidden" else 0
     return settings.manifest(
@@ -272,6 +298,12 @@ def _expected(settings: Settings, data: Tokenized) -> Manifest:
         computed_in=dtype,
         head={"bytes": head},
     )
+
+
+def _teacher_config(data: Tokenized) -> Any:
+    from llamafactory.model import load_config
+
+    return load_config(teacher_model_arguments(data.model_args, data.finetuning_args))
 
 
 def _size(count: float) -> str:

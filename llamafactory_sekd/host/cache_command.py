@@ -25,6 +25,12 @@ def cache(
     batch_size: Annotated[
         int | None, typer.Option(help="Examples per forward pass [default: per_device_train_batch_size].", min=1)
     ] = None,
+    teacher_dataset: Annotated[
+        str | None,
+        typer.Option(help="Data sets that the teacher reads: the same responses in the same order, other prompts."),
+    ] = None,
+    teacher_template: Annotated[str | None, typer.Option(help="The template of the teacher's prompts.")] = None,
+    teacher_system: Annotated[str | None, typer.Option(help="The teacher's system prompt.")] = None,
 ) -> None:
     """Compute the teacher once, over the training and evaluation sets of a YAML, for all runs that follow.
 
@@ -41,5 +47,12 @@ def cache(
 
     from llamafactory_sekd.config import read_config
     from llamafactory_sekd.host.cache import build_cache
+    from llamafactory_sekd.host.teacher_prompts import TeacherPrompts
 
-    build_cache(read_config(config, overrides or []), out, Settings(kept, dtype, k), batch_size=batch_size)
+    build_cache(
+        read_config(config, overrides or []),
+        out,
+        Settings(kept, dtype, k),
+        batch_size=batch_size,
+        prompts=TeacherPrompts(teacher_dataset, teacher_template, teacher_system),
+    )

@@ -14,6 +14,7 @@ from llamafactory_sekd.teacher.cache.formats import (
     TopKLogits,
     bytes_per_token,
 )
+from llamafactory_sekd.teacher.cache.informed import check_responses
 from llamafactory_sekd.teacher.cache.manifest import Manifest
 from llamafactory_sekd.teacher.cache.opening import Fingerprints, Settings, open_for_reading
 from llamafactory_sekd.teacher.cache.session import Session
@@ -41,6 +42,7 @@ __all__ = [
     "TopKFormat",
     "TopKLogits",
     "bytes_per_token",
+    "check_responses",
     "collate",
     "fill",
     "first_unanswered",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from llamafactory_sekd.teacher.cache.formats import Format
-from llamafactory_sekd.teacher.cache.segments import Segment, segments
+from llamafactory_sekd.teacher.cache.informed import questions
+from llamafactory_sekd.teacher.cache.segments import Segment
 from llamafactory_sekd.teacher.cache.store import Key, ShardWriter
 from llamafactory_sekd.teacher.model import Teacher
 
@@ -39,7 +40,10 @@ class Plan:
 
 
 def make_plan(
-    datasets: Sequence[Any], known: Container[Key], progress: Callable[[int], None] = lambda _: None
+    datasets: Sequence[Any],
+    known: Container[Key],
+    progress: Callable[[int], None] = lambda _: None,
+    informed: Sequence[Any] | None = None,
 ) -> Plan:
     """Go through the data sets and find out what is missing; the same on every rank.
 
@@ -47,12 +51,13 @@ def make_plan(
         datasets: of tokenized examples, with length and indices.
         known: the keys of the cache.
         progress: called with 1 after every example.
+        informed: the same data sets with the teacher's own prompts, None where it reads the student's.
     """
     plan, seen = Plan(), set[Key]()
     for number, dataset in enumerate(datasets):
         for index, example in enumerate(dataset):
-            for part, segment in enumerate(segments(example)):
-                key = segment.key()
+            asked = None if informed is None else informed[number][index]
+            for part, (key, segment) in enumerate(questions(example, asked)):
                 if key in seen:
                     continue
 
@@ -107,6 +112,7 @@ def fill(
     rank: int = 0,
     ranks: int = 1,
     progress: Callable[[int], None] = lambda _: None,
+    informed: Sequence[Any] | None = None,
 ) -> None:
     """Let the teacher compute the plan's segments and write them.
 
@@ -119,6 +125,7 @@ def fill(
         device: of the teacher's inputs.
         rank, ranks: every rank takes every `ranks`-th batch; all make equally many forward passes.
         progress: called with the tokens that all ranks have read in this round.
+        informed: the data sets with the teacher's own prompts, as for :func:`make_plan`.
 
     Raises:
         TeacherError: a shard cannot be written.
@@ -127,24 +134,27 @@ def fill(
     for round_start in range(0, len(starts), ranks):
         turn = starts[round_start : round_start + ranks]
         mine = turn[min(rank, len(turn) - 1)]
-        parts = list(_fetch(plan.places[mine : mine + batch_size], datasets))
+        asked = [_fetch(place, datasets, informed) for place in plan.places[mine : mine + batch_size]]
+        parts = [segment for _, segment in asked]
         inputs, rows = collate(parts, pad_id, device)
         records = {name: values.cpu() for name, values in kept.encode(teacher, inputs, rows).items()}
         if rank < len(turn):
-            _write(parts, records, writer)
+            _write(asked, records, writer)
         progress(sum(plan.lengths[turn[0] : turn[-1] + batch_size]))
 
     writer.flush()
 
 
-def _fetch(places: Sequence[tuple[int, int, int]], datasets: Sequence[Any]) -> Iterator[Segment]:
-    for number, index, part in places:
-        yield segments(datasets[number][index])[part]
+def _fetch(
+    place: tuple[int, int, int], datasets: Sequence[Any], informed: Sequence[Any] | None
+) -> tuple[Key, Segment]:
+    number, index, part = place
+    return questions(datasets[number][index], None if informed is None else informed[number][index])[part]
 
 
-def _write(parts: Sequence[Segment], records: dict[str, torch.Tensor], writer: ShardWriter) -> None:
+def _write(asked: Sequence[tuple[Key, Segment]], records: dict[str, torch.Tensor], writer: ShardWriter) -> None:
     start = 0
-    for part in parts:
-        stop = start + part.tokens
-        writer.add(part.key(), {name: values[start:stop] for name, values in records.items()})
+    for key, segment in asked:
+        stop = start + segment.tokens
+        writer.add(key, {name: values[start:stop] for name, values in records.items()})
         start = stop
