@@ -15,7 +15,7 @@ from llamafactory_sekd.evaluation.decoding import hf_translate, in_inference_mod
 from llamafactory_sekd.evaluation.greedy import agrees_with_plain_forward, can_share_cache, greedy_search
 from llamafactory_sekd.evaluation.settings import Decoding
 from llamafactory_sekd.evaluation.translator import BatchLimits, Translation
-from llamafactory_sekd.trainer.sampling import InverseTransform, Sampling, draw, uniforms_of
+from llamafactory_sekd.trainer.sampling import InverseTransform, RowDraws, Sampling, uniforms_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def hf_candidates(
     def several(requests: Sequence[Request], limits: BatchLimits) -> Iterator[list[tuple[int, list[Translation]]]]:
         prompts = [request.prompt for request in requests]
         if drawing is not None and can_share_cache(model) and agrees_with_plain_forward(model, prompts, pad_id):
-            pick = _Draw(_sampling(drawing, decoding, stop_ids, pad_id), [request.seed for request in requests])
+            pick = RowDraws(_sampling(drawing, decoding, stop_ids, pad_id), [request.seed for request in requests])
             found = greedy_search(model, prompts, stop_ids, pad_id, decoding.max_new_tokens, limits, pick)
             groups: _Rows = ([(index, [row]) for index, row in group] for group in found)
         else:
@@ -107,24 +107,6 @@ def _sampling(drawing: Drawing, decoding: Decoding, stop_ids: Sequence[int], pad
     return Sampling(
         True, drawing.temperature, drawing.top_p, drawing.top_k, decoding.max_new_tokens, tuple(stop_ids), pad_id
     )
-
-
-class _Draw:
-    """Draws the next token of each row by the row's own random numbers."""
-
-    def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
-        self._warpers = sampling.warpers()
-        self._seeds = seeds
-        self._count = sampling.max_new_tokens
-        self._uniforms: dict[int, torch.Tensor] = {}
-
-    def __call__(self, logits: torch.Tensor, places: list[int], numbers: list[int]) -> torch.Tensor:
-        for place, number in zip(places, numbers, strict=True):
-            if number == 0:
-                self._uniforms[place] = uniforms_of(self._seeds[place], self._count)
-        chosen = torch.stack([self._uniforms[place][number] for place, number in zip(places, numbers, strict=True)])
-        scores = self._warpers(torch.empty(0, dtype=torch.long), logits)
-        return draw(scores, chosen.to(logits.device))
 
 
 def _batches(

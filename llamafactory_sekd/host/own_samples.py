@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llamafactory_sekd.arguments import STAGE
@@ -11,7 +11,8 @@ from llamafactory_sekd.errors import ArgumentError
 
 
 if TYPE_CHECKING:
-    from llamafactory_sekd.trainer.on_policy import OwnSamples
+    from llamafactory_sekd.trainer.on_policy import OwnSamples, Search
+    from llamafactory_sekd.trainer.sampling import RowDraws, Sampling
 
 
 # The distribution that the loss is an expectation over. The host's own defaults (0.95, 0.7, 50) are for chatting.
@@ -106,4 +107,26 @@ def own_samples_of(
         accelerator=accelerator,
         output_dir=training_args.output_dir,
         look=look,
+        search=_search(sampling),
     )
+
+
+def _search(sampling: Sampling) -> Search:
+    """Return the evaluation's decoder, for students that agree with it; they are asked once."""
+    from llamafactory_sekd.evaluation.greedy import agrees_with_plain_forward, can_share_cache, greedy_search
+    from llamafactory_sekd.evaluation.translator import BatchLimits
+    from llamafactory_sekd.trainer.on_policy import TOKENS_AT_A_TIME
+
+    agrees: list[bool] = []
+
+    def search(
+        model: Any, prompts: Sequence[list[int]], draws: RowDraws | None, longest: int
+    ) -> Iterator[list[tuple[int, list[int]]]] | None:
+        if not agrees:
+            agrees.append(can_share_cache(model) and agrees_with_plain_forward(model, prompts, sampling.pad_id))
+        if not agrees[0]:
+            return None
+        limits = BatchLimits(TOKENS_AT_A_TIME)
+        return greedy_search(model, prompts, sampling.stop_ids, sampling.pad_id, longest, limits, draws)
+
+    return search

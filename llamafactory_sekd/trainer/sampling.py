@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +72,30 @@ class InverseTransform(LogitsProcessor):
         """Return scores ``[rows, vocab]`` that are 0 at the drawn token and -inf elsewhere."""
         drawn = draw(scores, self._uniforms[:, input_ids.shape[1] - self._prompt_width])
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn.unsqueeze(1), 0.0)  # type: ignore[return-value]
+
+
+class RowDraws:
+    """Draws the next token of each row by the row's own random numbers, whichever rows are decoded together.
+
+    Args:
+        sampling: how.
+        seeds: of each row, by its place.
+    """
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
+        self._warpers = sampling.warpers()
+        self._seeds = seeds
+        self._count = sampling.max_new_tokens
+        self._uniforms: dict[int, torch.Tensor] = {}
+
+    def __call__(self, logits: torch.Tensor, places: list[int], numbers: list[int]) -> torch.Tensor:
+        """Return tokens, int64 ``[rows]``, for ``logits [rows, vocab]``: the ``numbers``-th ones of these places."""
+        for place, number in zip(places, numbers, strict=True):
+            if number == 0:
+                self._uniforms[place] = uniforms_of(self._seeds[place], self._count)
+        chosen = torch.stack([self._uniforms[place][number] for place, number in zip(places, numbers, strict=True)])
+        scores = self._warpers(torch.empty(0, dtype=torch.long), logits)
+        return draw(scores, chosen.to(logits.device))
 
 
 def draw(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

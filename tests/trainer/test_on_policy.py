@@ -231,3 +231,17 @@ def test_the_entropy_is_that_of_the_distribution_that_was_sampled_from(tiny_root
             log_q = student(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
         entropies.append(float(-(log_q.exp() * log_q).sum()))
     assert logged(out, "kd/entropy") == pytest.approx([sum(entropies) / len(entropies)], abs=0.35)
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_samples_are_those_of_generate_whichever_decoder_makes_them(translators, tmp_path, monkeypatch, do_sample):
+    from llamafactory_sekd.host import own_samples
+
+    keys = {"kd_on_policy": 1.0, "max_steps": 1, "max_new_tokens": 40, "do_sample": do_sample}
+    fast = run(translators, tmp_path / "fast", **keys)
+    monkeypatch.setattr(own_samples, "_search", lambda sampling: None)
+    plain = run(translators, tmp_path / "plain", **keys)
+    shown = [json.loads((out / "samples" / "step-1.jsonl").read_text().splitlines()[0]) for out in (fast, plain)]
+    assert shown[0]["sample"] == shown[1]["sample"]
+    assert logged(fast, "gen/length") == logged(plain, "gen/length")
+    assert same(fast, plain, 1e-5)
