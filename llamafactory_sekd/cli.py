@@ -25,6 +25,7 @@ PREPARE, RUN = "Before a run", "Runs"
 COMMANDS = {
     "init": Command("llamafactory_sekd.examples", "Write the example YAML files into a folder.", PREPARE),
     "schema": Command("llamafactory_sekd.host.schema", "Write JSON schemas of the YAML files, for editors.", PREPARE),
+    "objectives": Command("llamafactory_sekd.presets_command", "List the objectives with their formulas.", PREPARE),
     "data": Command("llamafactory_sekd.host.data_command", "Prepare and check parallel data.", PREPARE),
     "doctor": Command("llamafactory_sekd.host.doctor", "Estimate a run's memory before any weight is read.", PREPARE),
     "cache": Command("llamafactory_sekd.host.cache_command", "Compute a teacher once, for all runs that follow.", RUN),

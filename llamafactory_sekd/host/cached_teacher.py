@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from llamafactory_sekd.arguments import cache_folders, mixing_weights
 from llamafactory_sekd.errors import TeacherError
+from llamafactory_sekd.formula import Formula
 from llamafactory_sekd.host.cache import autocast_type, fingerprints_of, used_ids
 from llamafactory_sekd.teacher import Teacher
 from llamafactory_sekd.teacher.cache import (
@@ -20,6 +22,7 @@ from llamafactory_sekd.teacher.cache import (
     FillingTeacher,
     OpenCache,
     Session,
+    TopKFormat,
     first_unanswered,
     on_any_rank,
     open_caches,
@@ -27,6 +30,9 @@ from llamafactory_sekd.teacher.cache import (
     unanswered,
 )
 from llamafactory_sekd.teacher.source import TeacherSource
+
+
+logger = logging.get_logger(__name__)
 
 
 class CacheOfRun:
@@ -93,9 +99,20 @@ class CacheOfRun:
 
     def attach(self, trainer: Any) -> None:
         """Let the trainer's batches bring the teacher's answers, and keep what it computes."""
+        self._warn_of_missing_tail(trainer.formula)
         trainer.data_collator = CacheCollator(trainer.data_collator, self.caches)
         if self.session is not None:
             trainer.add_callback(_Keep(trainer.teacher))
+
+    def _warn_of_missing_tail(self, formula: Formula) -> None:
+        cut = [str(cache.directory) for cache in self.caches if isinstance(cache.kept, TopKFormat)]
+        names = sorted({name for side in formula.sides for name, _ in side.divergences} - {"kl"})
+        if cut and names:
+            logger.warning_once(
+                f"{', '.join(cut)} keeps the teacher's most probable entries and spreads the rest evenly: "
+                f"{', '.join(names)} looks at the entries that the student prefers, which may be among the rest. "
+                "Compare with an exact cache (`--format hidden`) on a few steps."
+            )
 
     def __enter__(self) -> CacheOfRun:
         return self

@@ -78,7 +78,7 @@ def build_panel() -> Panel:
                 multiselect=True, allow_custom_value=True, scale=2, **_texts("teacher_model_adapters")
             )
 
-        built["kd_loss"] = gr.Dropdown(value=_default("kd_loss"), **_texts("kd_loss"))
+        built["kd_loss"] = gr.Dropdown(value=_default("kd_loss"), allow_custom_value=True, **_texts("kd_loss"))
         shown = gr.Markdown(equation(_default("kd_loss")), latex_delimiters=_DELIMITERS, elem_id="sekd_equation")
         with gr.Row():
             built["kd_lambda"] = _share("kd_lambda")

@@ -15,9 +15,15 @@ COMPILE = {AUTO: None, "true": True, "false": False}
 _ON_POLICY = ("kd_on_policy", "kd_on_policy_truncated")
 
 
-def unused_keys(kd_loss: str) -> frozenset[str]:
-    """Return the keys that have no effect with this objective."""
-    return frozenset(KEYS) - keys_read_by(kd_loss)
+def unused_keys(kd_loss: Any) -> frozenset[str]:
+    """Return the keys that have no effect with this objective, a name or a mapping, also as text.
+
+    Where it cannot be read no key counts as unused; the checks then say what is wrong.
+    """
+    try:
+        return frozenset(KEYS) - keys_read_by(DistillationArguments(kd_loss=kd_loss).kd_loss)
+    except ArgumentError:
+        return frozenset()
 
 
 def distillation_keys(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,6 +46,9 @@ def _plain(key: str, value: Any) -> Any:
     if key == "kd_compile":
         return COMPILE[value]
 
+    if key == "kd_loss":
+        return _objective(value)
+
     if isinstance(value, list):
         return ",".join(value)
 
@@ -54,6 +63,13 @@ def _plain(key: str, value: Any) -> Any:
         return kind(text) if text else None
     except ValueError:
         return text  # the checks refuse it, in words that name the key
+
+
+def _objective(value: Any) -> Any:
+    try:
+        return DistillationArguments(kd_loss=value).kd_loss
+    except ArgumentError:
+        return value  # the checks refuse it, in words that name the key
 
 
 def check_keys(keys: Mapping[str, Any]) -> None:

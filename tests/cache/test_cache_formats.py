@@ -52,7 +52,9 @@ def test_impossible_tokens_stay_numbers(logits):
     torch.testing.assert_close(found.exp().sum(-1), torch.ones(30), atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("kd_loss", ["self_evolution", "reverse_kl", "self_evolution_topk"])
+@pytest.mark.parametrize(
+    "kd_loss", ["self_evolution", "reverse_kl", "self_evolution_topk", "jsd", "entropy_gate", "tvd"]
+)
 def test_the_fused_objective_reads_topk_in_chunks_as_the_plain_one_reads_logits(logits, kd_loss):
     torch.manual_seed(1)
     kept = TopKFormat(16, torch.float32, vocab_size=90)

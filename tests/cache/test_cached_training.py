@@ -32,14 +32,33 @@ def assert_same_weights(first, second, tolerance=1e-6):
         {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2, "max_steps": 8},
         {"kd_loss": "self_evolution_topk", "kd_topk": 0.5},
         {"kd_loss": "skew_teacher", "kd_temperature": 2.0},
+        {"kd_loss": {"preset": "verified_reference", "gate": {"below": 0.2}}, "kd_temperature": 2.0},
+        {"kd_loss": {"preset": "entropy_gate", "target": "mixed", "hard": {"divergence": "jsd"}}},
         {"kd_loss": "reverse_kl", "dataloader_num_workers": 2, "max_samples": 9, "seed": 7},
         {"finetuning_type": "lora", "lora_target": "all", "additional_target": "lm_head"},
     ],
-    ids=["50 steps", "accumulation", "topk selection", "temperature", "workers and a subset", "logits path"],
+    ids=[
+        "50 steps",
+        "accumulation",
+        "topk selection",
+        "temperature",
+        "a gate",
+        "a gate by share",
+        "workers and a subset",
+        "logits path",
+    ],
 )
 def test_losses_equal_those_of_the_online_teacher(tiny_root, tmp_path, cache, overrides):
     config = base_config(tiny_root, output_dir=str(tmp_path / "out"), **overrides)
     assert losses(from_cache(config, cache)) == pytest.approx(losses(config), rel=1e-6)
+
+
+@pytest.mark.parametrize(("kd_loss", "warns"), [("forward_kl", False), ("verified_reference", False), ("jsd", True)])
+def test_a_cache_without_a_tail_warns_where_the_tail_matters(tiny_root, tmp_path, caplog, kd_loss, warns):
+    config = base_config(tiny_root, output_dir=str(tmp_path / "out"), kd_loss=kd_loss, max_steps=1)
+    losses(from_cache(config, build(config, tmp_path / "cut", format="topk", k=8)))
+    said = [record.message for record in caplog.records if "spreads the rest evenly" in record.message]
+    assert bool(said) == warns
 
 
 def test_bfloat16_stays_within_a_thousandth(tiny_root, tmp_path, monkeypatch):

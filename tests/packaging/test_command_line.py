@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers.runs import command
 
 from llamafactory_sekd import __version__
+from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.cli import COMMANDS
+from llamafactory_sekd.presets import PRESETS
 
 
 SEKD = [sys.executable, "-m", "llamafactory_sekd.cli"]
@@ -72,3 +76,19 @@ def test_without_the_host_a_command_ends_in_one_line_with_the_remedy(entry, word
     assert "LLaMA-Factory is not installed" in last
     assert "pip install" in last
     assert "Traceback" not in result.stderr
+
+
+def test_every_preset_is_listed_with_a_mapping_that_is_the_same_objective():
+    listed = command([*SEKD, "objectives"])
+    assert listed.returncode == 0, listed.stderr
+    mappings = re.findall(r"^(\w+)\n(?:  .*\n)*?  mapping  kd_loss: (.*)$", listed.stdout, flags=re.MULTILINE)
+    assert [name for name, _ in mappings] == list(PRESETS)
+    for name, mapping in mappings:
+        assert PRESETS[name].equation in listed.stdout
+        assert PRESETS[name].source in listed.stdout
+        keys = {"kd_topk": 0.5} if "kd_topk" in PRESETS[name].keys else {}
+        own = DistillationArguments(kd_loss=name, **keys).formula()
+        assert DistillationArguments(kd_loss=yaml.safe_load(mapping)).formula() == own
+    refused = command([*SEKD, "objectives", "jds"])
+    assert refused.returncode == 2
+    assert "did you mean 'jsd'" in refused.stderr

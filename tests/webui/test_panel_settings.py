@@ -90,3 +90,19 @@ def test_the_threshold_is_a_number_or_auto():
 def test_a_wrong_field_is_refused_in_the_words_of_the_command_line(field, text, message):
     with pytest.raises(ArgumentError, match=message):
         check_keys({"stage": "sekd", "learning_rate": 1e-5, **distillation_keys({**FIELDS, field: text})})
+
+
+def test_a_mapping_in_the_field_of_the_objective_becomes_one_in_the_yaml():
+    text = "{preset: verified_reference, gate: {below: 0.2}}"
+    keys = distillation_keys({**FIELDS, "kd_loss": text})
+    assert keys["kd_loss"] == {"preset": "verified_reference", "gate": {"below": 0.2}}
+    assert not {"kd_beta", "kd_gamma", "kd_hard_scale"} & keys.keys()
+    check_keys(keys)
+    with pytest.raises(ArgumentError, match=r"`kd_loss.gate: blow` is unknown: did you mean 'below'"):
+        check_keys(distillation_keys({**FIELDS, "kd_loss": "{preset: verified_reference, gate: {blow: 0.2}}"}))
+
+
+@pytest.mark.parametrize("text", ["{gate: [", "jds"])
+def test_what_is_no_objective_is_refused_when_the_run_starts(text):
+    with pytest.raises(ArgumentError, match="kd_loss"):
+        check_keys(distillation_keys({**FIELDS, "kd_loss": text}))
