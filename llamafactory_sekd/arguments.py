@@ -93,6 +93,33 @@ class DistillationArguments:
             )
         },
     )
+    teacher_server: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Address of a teacher behind `sekd serve`, http://HOST:PORT, asked while training instead of loading "
+                "one; its token is in the environment variable SEKD_SERVER_TOKEN."
+            )
+        },
+    )
+    teacher_server_topk: int | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Ask teacher_server for so many log-probabilities per token, 8 to 512, and the mass of the others. "
+                "Default: its hidden states, which are exact."
+            )
+        },
+    )
+    teacher_server_patience: float = field(
+        default=600.0,
+        metadata={
+            "help": (
+                "For how many seconds a request to teacher_server is repeated, with growing pauses, while the server "
+                "is gone, slow or busy."
+            )
+        },
+    )
     teacher_max_nonfinite: float = field(
         default=0.01,
         metadata={
@@ -281,17 +308,17 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
         ArgumentError: a key is missing, out of range, or set where it has no effect.
     """
     if not args.teacher_model:
-        if not args.teacher_cache:
+        if not args.teacher_cache and not args.teacher_server:
             raise ArgumentError(
-                "`teacher_model` is missing: name the teacher's path or hub id, or a `teacher_cache`, as "
-                "`stage: sekd` needs one."
+                "`teacher_model` is missing: name the teacher's path or hub id, a `teacher_cache`, or a "
+                "`teacher_server`, as `stage: sekd` needs one."
             )
 
         for key in ("teacher_model_adapters", "teacher_model_quantization_bit", *_PLACING):
             if _is_set(args, key):
                 _refuse(args, key, "it belongs to `teacher_model`, which is missing; leave both out or set both")
 
-    for key in ("teacher_model", "teacher_model_adapters", "teacher_cache", "teacher_deepspeed"):
+    for key in ("teacher_model", "teacher_model_adapters", "teacher_cache", "teacher_server", "teacher_deepspeed"):
         if not isinstance(getattr(args, key), (str, type(None))):
             _refuse(args, key, "use one path" if key == "teacher_deepspeed" else "use one path or hub id")
 
@@ -299,6 +326,7 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
         _refuse(args, "teacher_model_quantization_bit", "use 4 or 8, or leave it out")
 
     _check_caches(args)
+    _check_server(args)
     _check_placement(args)
     preset_of(args.kd_loss)
     _check_range(args, "teacher_max_nonfinite", 0, 1)
@@ -409,6 +437,22 @@ def _check_caches(args: DistillationArguments) -> None:
         _refuse(args, "teacher_mix", "it needs several folders in `teacher_cache`, separated by commas")
 
     mixing_weights(args)
+
+
+def _check_server(args: DistillationArguments) -> None:
+    for key in ("teacher_model", "teacher_cache"):
+        if args.teacher_server and _is_set(args, key):
+            _refuse(args, key, "`teacher_server` is the teacher; remove one of the two")
+
+    for key in ("teacher_server_topk", "teacher_server_patience"):
+        if not args.teacher_server and _is_set(args, key):
+            _refuse(args, key, "it belongs to `teacher_server`, which is missing; leave both out or set both")
+
+    k = args.teacher_server_topk
+    if k is not None and (not isinstance(k, int) or isinstance(k, bool) or not 8 <= k <= 512):
+        _refuse(args, "teacher_server_topk", "use a whole number from 8 to 512, or leave it out")
+
+    _check_range(args, "teacher_server_patience", 1, 7 * 86400)
 
 
 def _check_placement(args: DistillationArguments) -> None:

@@ -13,7 +13,7 @@ import torch
 from llamafactory_sekd.arguments import STAGE
 from llamafactory_sekd.errors import ArgumentError, TeacherError
 from llamafactory_sekd.host.cut_text import counting_cut_text
-from llamafactory_sekd.host.teacher import teacher_identity, teacher_model_arguments
+from llamafactory_sekd.host.teacher import check_fit, teacher_identity, teacher_model_arguments
 from llamafactory_sekd.host.teacher_prompts import TeacherPrompts, configurations, templates_restored
 from llamafactory_sekd.teacher import Teacher
 from llamafactory_sekd.teacher.cache import (
@@ -59,7 +59,9 @@ def fingerprints_of(
             # Examples that are packed apart are the same as unpacked ones.
             "packing": bool(data_args.packing) and not data_args.neat_packing,
         },
-        teacher=(lambda: _teacher_fields(model_args, finetuning_args)) if finetuning_args.teacher_model else None,
+        teacher=(lambda: teacher_fields(*teacher_identity(model_args, finetuning_args), model_args))
+        if finetuning_args.teacher_model
+        else None,
     )
 
 
@@ -97,17 +99,40 @@ def build_cache(
         TeacherError: the cache is of something else, the disk is too small, the teacher does not fit, a response of
             the teacher's own data sets differs.
     """
-    data = _with_prompts(config, prompts, say) if prompts else tokenized(config, say)
+    data = with_prompts(config, prompts, say, tokenized, _longest) if prompts else tokenized(config, say)
+
+    def compute(plan: Plan, session: Session, data: Tokenized) -> None:
+        _compute(plan, session, data, batch_size or data.training_args.per_device_train_batch_size)
+
+    run_session(data, out, settings, compute, lambda: _expected(settings, data), say)
+
+
+def run_session(
+    data: Tokenized,
+    out: Path,
+    settings: Settings,
+    compute: Callable[[Plan, Session, Tokenized], None],
+    expected: Callable[[], Manifest],
+    say: Callable[[str], None],
+) -> None:
+    """Find out what a cache lacks and let it be computed.
+
+    Args:
+        data: the examples, and the fingerprints of the run.
+        out, settings, say: see :func:`build_cache`.
+        compute: takes the teacher in and writes what is missing.
+        expected: the manifest of a cache that is not there yet.
+    """
     session = Session(out, data.fingerprints, settings)
     try:
-        with _bar(sum(map(len, data.datasets)), "Examples", "ex", session.rank) as bar:
-            plan = make_plan(data.datasets, session.reader, lambda count: bar.update(count) and None, data.informed)
+        with bar(sum(map(len, data.datasets)), "Examples", "ex", session.rank) as shown:
+            plan = make_plan(data.datasets, session.reader, lambda count: shown.update(count) and None, data.informed)
 
         if session.rank == 0:
-            _announce(plan, session, data, say)
+            _announce(plan, session, expected, say)
 
         if plan.missing or not session.head_is_intact:
-            _compute(plan, session, data, batch_size or data.training_args.per_device_train_batch_size)
+            compute(plan, session, data)
 
         if session.rank == 0:
             session.reader.refresh()
@@ -134,36 +159,46 @@ class Tokenized:
     informed: list[Any] | None = None
 
 
-def _with_prompts(config: dict[str, Any], prompts: TeacherPrompts, say: Callable[[str], None]) -> Tokenized:
+def with_prompts(
+    config: dict[str, Any],
+    prompts: TeacherPrompts,
+    say: Callable[[str], None],
+    read: Callable[[dict[str, Any], Callable[[str], None]], Tokenized],
+    longest: Callable[[Tokenized], int | None],
+) -> Tokenized:
     """Read the student's examples and those that the teacher reads, whose digest is part of what it is."""
     students, teachers = configurations(config, prompts)
-    data = tokenized(students, say)
+    data = read(students, say)
     with templates_restored():
-        informed = tokenized(teachers, lambda _: None).datasets
+        informed = read(teachers, lambda _: None).datasets
 
-    longest = getattr(_teacher_config(data).get_text_config(), "max_position_embeddings", None)
+    limit = longest(data)
     pairs = zip(data.datasets, informed, strict=True)
-    digests = [check_responses(ours, theirs, data.tokenizer.decode, longest) for ours, theirs in pairs]
+    digests = [check_responses(ours, theirs, data.tokenizer.decode, limit) for ours, theirs in pairs]
     teacher = data.fingerprints.teacher
     assert teacher is not None
     marked = replace(data.fingerprints, teacher=lambda: {**teacher(), PROMPTS: " ".join(digests)})
     return replace(data, fingerprints=marked, informed=informed)
 
 
-def tokenized(config: dict[str, Any], say: Callable[[str], None] = print) -> Tokenized:
+def tokenized(
+    config: dict[str, Any],
+    say: Callable[[str], None] = print,
+    *,
+    check: Callable[[Any, Any, Any], None] = check_fit,
+) -> Tokenized:
     """Read the data sets of a configuration that names a teacher; see :func:`build_cache` for what it raises.
 
-    `say` is called on the first rank with how much of them is cut.
+    `say` is called on the first rank with how much of them is cut, `check` with the arguments of the model, the data
+    and the stage before anything is read.
     """
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.extras.misc import infer_optim_dtype
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_config, load_tokenizer
 
-    from llamafactory_sekd.host.teacher import check_fit
-
     model_args, data_args, training_args, finetuning_args, _ = get_train_args(_for_building(config))
-    check_fit(model_args, data_args, finetuning_args)
+    check(model_args, data_args, finetuning_args)
     if model_args.compute_dtype is None:  # in training the student, loaded first, decides
         model_args.compute_dtype = infer_optim_dtype(getattr(load_config(model_args), "torch_dtype", None))
 
@@ -194,7 +229,7 @@ def _compute(plan: Plan, session: Session, data: Tokenized, batch_size: int) -> 
     device = data.training_args.device
     probe = {"input_ids": torch.zeros(1, 8, dtype=torch.int64, device=device)}
     manifest = session.admit(teacher, used_ids(data.tokenizer), probe, autocast_type(accelerator))
-    with _bar(plan.tokens, "Teacher", "tok", session.rank) as bar:
+    with bar(plan.tokens, "Teacher", "tok", session.rank) as shown:
         fill(
             plan,
             data.datasets,
@@ -206,7 +241,7 @@ def _compute(plan: Plan, session: Session, data: Tokenized, batch_size: int) -> 
             device=device,
             rank=session.rank,
             ranks=session.ranks,
-            progress=lambda count: bar.update(count) and None,
+            progress=lambda count: shown.update(count) and None,
             informed=data.informed,
         )
     accelerator.wait_for_everyone()
@@ -219,7 +254,7 @@ def _for_building(config: dict[str, Any]) -> dict[str, Any]:
             f"`stage: {config.get('stage')}` has no teacher: give the YAML of a run with `stage: {STAGE}`."
         )
 
-    if not config.get("teacher_model"):
+    if not config.get("teacher_model") and not config.get("teacher_server"):
         raise ArgumentError("`teacher_model` is missing: name the teacher that is to fill the cache.")
 
     if config.get("streaming"):
@@ -238,8 +273,8 @@ def _datasets(module: dict[str, Any], *, skip_evaluation: bool) -> list[Any]:
     return found
 
 
-def _teacher_fields(model_args: Any, finetuning_args: Any) -> dict[str, Any]:
-    model, adapters, quantization_bit = teacher_identity(model_args, finetuning_args)
+def teacher_fields(model: str, adapters: str | None, quantization_bit: int | None, model_args: Any) -> dict[str, Any]:
+    """Return what decides a teacher's answers, as a cache's manifest records it."""
     return {
         "teacher_weights": _weights_of(model),
         "teacher_adapters": fingerprints.of_folders(
@@ -263,12 +298,12 @@ def _weights_of(name: str) -> str:
     return f"{name}@{extract_commit_hash(config, None)}"
 
 
-def _announce(plan: Plan, session: Session, data: Tokenized, say: Callable[[str], None]) -> None:
+def _announce(plan: Plan, session: Session, expected: Callable[[], Manifest], say: Callable[[str], None]) -> None:
     """Say what is missing and how large it will be; refuse where the disk is too small."""
     if not plan.missing:
         return
 
-    manifest = session.manifest or _expected(session.settings, data)
+    manifest = session.manifest or expected()
     per_token = bytes_per_token(manifest.kept())
     head = 0 if session.manifest else (manifest.head or {}).get("bytes", 0)
     total = int((plan.response_tokens * per_token + plan.missing * 24) * _HEADROOM) + head
@@ -306,6 +341,10 @@ def _teacher_config(data: Tokenized) -> Any:
     return load_config(teacher_model_arguments(data.model_args, data.finetuning_args))
 
 
+def _longest(data: Tokenized) -> int | None:
+    return getattr(_teacher_config(data).get_text_config(), "max_position_embeddings", None)
+
+
 def _size(count: float) -> str:
     for unit in ("bytes", "KiB", "MiB"):
         if count < 1024:
@@ -315,7 +354,8 @@ def _size(count: float) -> str:
     return f"{count:,.1f} GiB"
 
 
-def _bar(total: int, what: str, unit: str, rank: int) -> Any:
+def bar(total: int, what: str, unit: str, rank: int) -> Any:
+    """Return a progress bar, shown on the first rank."""
     from tqdm import tqdm
 
     return tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=rank != 0)

@@ -31,6 +31,10 @@ def cache(
     ] = None,
     teacher_template: Annotated[str | None, typer.Option(help="The template of the teacher's prompts.")] = None,
     teacher_system: Annotated[str | None, typer.Option(help="The teacher's system prompt.")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="Ask the teacher of `sekd serve` at this address instead of loading one.")
+    ] = None,
+    in_flight: Annotated[int, typer.Option(help="Requests to the server at a time.", min=1, max=64)] = 4,
 ) -> None:
     """Compute the teacher once, over the training and evaluation sets of a YAML, for all runs that follow.
 
@@ -49,10 +53,11 @@ def cache(
     from llamafactory_sekd.host.cache import build_cache
     from llamafactory_sekd.host.teacher_prompts import TeacherPrompts
 
-    build_cache(
-        read_config(config, overrides or []),
-        out,
-        Settings(kept, dtype, k),
-        batch_size=batch_size,
-        prompts=TeacherPrompts(teacher_dataset, teacher_template, teacher_system),
-    )
+    keys, settings = read_config(config, overrides or []), Settings(kept, dtype, k)
+    prompts = TeacherPrompts(teacher_dataset, teacher_template, teacher_system)
+    if server is None:
+        build_cache(keys, out, settings, batch_size=batch_size, prompts=prompts)
+    else:
+        from llamafactory_sekd.host.served_teacher import build_from_server
+
+        build_from_server(keys, out, settings, server, batch_size=batch_size, in_flight=in_flight, prompts=prompts)

@@ -74,6 +74,9 @@ def _teacher(model_args: Any, keys: DistillationArguments, source: Any) -> str:
         name, adapters, bits = teacher_identity(model_args, keys)
         parts.append(name + (f" with {adapters}" if adapters else "") + (f" in {bits} bits" if bits else ""))
 
+    if keys.teacher_server:
+        parts.append(f"{source.server.info.model} at {keys.teacher_server}, {source.kept.name}")
+
     teacher = getattr(source, "online", source)
     model = getattr(teacher, "model", None)
     if keys.teacher_model == SELF:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from llamafactory_sekd.host.cut_text import counting_cut_text
 from llamafactory_sekd.host.opening import print_opening
 from llamafactory_sekd.host.own_samples import own_samples_of
 from llamafactory_sekd.host.resume import check_same_teacher, teacher_fingerprint
+from llamafactory_sekd.host.served_teacher import ServerOfRun, connect
 from llamafactory_sekd.host.teacher import check_fit, head_rows, online_teacher
 
 
@@ -82,13 +83,16 @@ def _run_sekd(
     if finetuning_args.teacher_model:
         check_fit(model_args, data_args, finetuning_args)
 
-    fingerprint = teacher_fingerprint(model_args, training_args, finetuning_args)
+    server = connect(model_args, data_args, finetuning_args) if finetuning_args.teacher_server else None
+    of_run = None if server is None else ServerOfRun(server, training_args, finetuning_args)
+    fingerprint = of_run.fingerprint if of_run else teacher_fingerprint(model_args, training_args, finetuning_args)
     check_same_teacher(training_args, finetuning_args, fingerprint)
     arguments = (model_args, data_args, training_args, finetuning_args)
     say = print if training_args.process_index == 0 else None
     with (
         counting_cut_text(finetuning_args.kd_max_cut, say),
-        _our_trainer(*arguments, generating_args, fingerprint) as opening,
+        of_run or nullcontext(),
+        _our_trainer(*arguments, generating_args, fingerprint, of_run) as opening,
         _empty_dataset_explained(data_args),
     ):
         host_run_sft(model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
@@ -116,6 +120,7 @@ def _our_trainer(
     finetuning_args: DistillationArguments,
     generating_args: Any,
     fingerprint: str | None,
+    of_server: ServerOfRun | None,
 ) -> Iterator[list[str]]:
     """For the duration, the host's SFT workflow builds our trainer where it names its own.
 
@@ -144,7 +149,9 @@ def _our_trainer(
         student_rows = head_rows(kwargs["model"])
         make_online: Any = None
         rows: Any = None
-        if cache is None or cache.needs_model:
+        if of_server is not None:
+            rows = of_server.server.info.rows
+        elif cache is None or cache.needs_model:
             make_online, rows = online_teacher(model_args, training_args, finetuning_args, kwargs["model"])
 
         teachers_rows = (cache.vocab_sizes if cache is not None else None) or [rows]
@@ -153,6 +160,8 @@ def _our_trainer(
             logging.get_logger(__name__).warning(explanation)
 
         def make_teacher(accelerator: Any) -> TeacherSource:
+            if of_server is not None:
+                return of_server.make_teacher(accelerator, kwargs["tokenizer"])
             return cache.make_teacher(make_online, accelerator) if cache is not None else make_online(accelerator)
 
         template = kwargs["data_collator"].template
@@ -168,6 +177,8 @@ def _our_trainer(
         )
         if cache is not None:
             cache.attach(trainer)
+        if of_server is not None:
+            of_server.attach(trainer)
 
         opening.extend(print_opening(model_args, finetuning_args, trainer))
         return trainer

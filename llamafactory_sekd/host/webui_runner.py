@@ -73,7 +73,7 @@ def extend_runner(host_class: type) -> type:
 
             language, *teachers = (
                 data[self.manager.get_elem_by_id(name)]
-                for name in ("top.lang", "train.teacher_model", "train.teacher_cache")
+                for name in ("top.lang", "train.teacher_model", "train.teacher_cache", "train.teacher_server")
             )
             if not any(teachers):
                 return alert("no_teacher_or_cache", language)
@@ -129,7 +129,7 @@ def _check_teacher_files(args: dict[str, Any]) -> None:
 
     if args.get("teacher_model"):
         check_teacher_files(args["teacher_model"])
-    else:  # with a teacher the cache may be empty
+    elif not args.get("teacher_server"):  # with a teacher the cache may be empty
         for folder in cache_folders(args["teacher_cache"]):
             Manifest.load(Path(folder))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -42,6 +42,9 @@ class Teacher:
         self.device = placement.device
         self.model: nn.Module = place(model, self.head, accelerator, placement)
         self.model.eval()
+
+    def announce(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Do nothing: a model that computes when it is asked."""
 
     def can_hand_out_hidden_states(self, inputs: dict[str, Any]) -> bool:
         """Whether logits are exactly head times hidden states, and the head can be read outside of a forward pass."""

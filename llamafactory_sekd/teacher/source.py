@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -24,6 +24,9 @@ class TeacherSource(Protocol):
 
     collated_keys: tuple[str, ...]
     names: tuple[str, ...]
+
+    def announce(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Take note of batches, labels included, that :meth:`answers` will be asked about; they may gain entries."""
 
     def can_answer_in_chunks(self, inputs: dict[str, Any]) -> bool:
         """Whether :meth:`answers` works: the logits of a few tokens can be had without those of all."""

@@ -280,6 +280,7 @@ class DistillationTrainer(Seq2SeqTrainer):
             # `state.epoch` is an integer after an epoch's last step; rounding must not leave it just below.
             epoch = int((self.state.epoch or 0.0) + 1e-6)
             self.own_samples.replace(self.accelerator.unwrap_model(self.model_wrapped), batch_samples, epoch)
+            self.teacher.announce(batch_samples)
 
         return super()._get_num_items_in_batch(batch_samples, device)
 

@@ -134,25 +134,25 @@ def fill(
     for round_start in range(0, len(starts), ranks):
         turn = starts[round_start : round_start + ranks]
         mine = turn[min(rank, len(turn) - 1)]
-        asked = [_fetch(place, datasets, informed) for place in plan.places[mine : mine + batch_size]]
+        asked = [fetch(place, datasets, informed) for place in plan.places[mine : mine + batch_size]]
         parts = [segment for _, segment in asked]
         inputs, rows = collate(parts, pad_id, device)
         records = {name: values.cpu() for name, values in kept.encode(teacher, inputs, rows).items()}
         if rank < len(turn):
-            _write(asked, records, writer)
+            write(asked, records, writer)
         progress(sum(plan.lengths[turn[0] : turn[-1] + batch_size]))
 
     writer.flush()
 
 
-def _fetch(
-    place: tuple[int, int, int], datasets: Sequence[Any], informed: Sequence[Any] | None
-) -> tuple[Key, Segment]:
+def fetch(place: tuple[int, int, int], datasets: Sequence[Any], informed: Sequence[Any] | None) -> tuple[Key, Segment]:
+    """Return what the teacher reads at a place of a plan, and the key that its answer is kept under."""
     number, index, part = place
     return questions(datasets[number][index], None if informed is None else informed[number][index])[part]
 
 
-def _write(asked: Sequence[tuple[Key, Segment]], records: dict[str, torch.Tensor], writer: ShardWriter) -> None:
+def write(asked: Sequence[tuple[Key, Segment]], records: dict[str, torch.Tensor], writer: ShardWriter) -> None:
+    """Give each segment its part of the records ``[tokens, ...]``."""
     start = 0
     for key, segment in asked:
         stop = start + segment.tokens

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,7 +16,16 @@ from llamafactory_sekd.teacher.cache.opening import Fingerprints, Settings, head
 from llamafactory_sekd.teacher.cache.records import write_tensors
 from llamafactory_sekd.teacher.cache.store import ShardReader, ShardWriter
 from llamafactory_sekd.teacher.cache.teacher import HEAD
-from llamafactory_sekd.teacher.model import Teacher
+
+
+class Admitted(Protocol):
+    """What a cache asks of a teacher before its first record, wherever the teacher computes."""
+
+    def can_hand_out_hidden_states(self, inputs: dict[str, Any]) -> bool:
+        """Whether its logits are exactly its head times its hidden states."""
+
+    def head_parameters(self) -> AbstractContextManager[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Weight ``[vocab, width]`` and bias ``[vocab]`` (or None) of the head, for the duration."""
 
 
 class Session:
@@ -56,7 +65,7 @@ class Session:
             raise
 
     def admit(
-        self, teacher: Teacher, vocab_size: int, probe: dict[str, Any], autocast: torch.dtype | None = None
+        self, teacher: Admitted, vocab_size: int, probe: dict[str, Any], autocast: torch.dtype | None = None
     ) -> Manifest:
         """Take a teacher in, placed: write its head and the manifest where they are not there yet.
 

@@ -50,6 +50,9 @@ class CachedTeacher:
         self.collated_keys = (SEGMENTS, *fields)
         self._heads: dict[int, dict[str, torch.Tensor]] = {}
 
+    def announce(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Do nothing: the answers are in the batch."""
+
     def can_answer_in_chunks(self, inputs: dict[str, Any]) -> bool:
         """Return true: hidden states are kept only where the head says the rest."""
         return True

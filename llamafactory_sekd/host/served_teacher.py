@@ -1,0 +1,193 @@
+"""A teacher behind a server on the host's side: does it fit, the training that asks it, the cache that it fills."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from llamafactory_sekd.arguments import KEYS, DistillationArguments
+from llamafactory_sekd.errors import ArgumentError, TeacherError
+from llamafactory_sekd.host.cache import Tokenized, bar, run_session, tokenized, used_ids, with_prompts
+from llamafactory_sekd.host.teacher_prompts import TeacherPrompts
+from llamafactory_sekd.teacher.cache import DTYPES, Format, HiddenFormat, Plan, Session, Settings, TopKFormat
+from llamafactory_sekd.teacher.served import (
+    Connection,
+    ServedTeacher,
+    TicketCollator,
+    check_served_tokenizer,
+    fill_from_server,
+)
+
+
+# What says where a teacher is that this process would load; a server has its own.
+_OF_A_LOADED_TEACHER = frozenset(key for key in KEYS if key.startswith("teacher_model")) | {
+    "teacher_offload",
+    "teacher_deepspeed",
+}
+
+
+def connect(model_args: Any, data_args: Any, finetuning_args: DistillationArguments) -> Connection:
+    """Reach the server of a run and check its tokenizer, before any weight is read.
+
+    Raises:
+        TeacherError: it cannot be reached, or its teacher does not fit.
+    """
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.model import load_tokenizer
+
+    server = Connection(str(finetuning_args.teacher_server), finetuning_args.teacher_server_patience)
+    try:
+        tokenizer = load_tokenizer(model_args)["tokenizer"]
+        get_template_and_fix_tokenizer(tokenizer, data_args)
+        check_served_tokenizer(tokenizer, server.tokenizer(), server.url)
+    except BaseException:
+        server.close()
+        raise
+
+    return server
+
+
+class ServerOfRun:
+    """The server of one training run.
+
+    Args:
+        server: from :func:`connect`.
+        training_args, finetuning_args: the run's.
+
+    Attributes:
+        fingerprint: what a checkpoint records of the teacher.
+
+    Raises:
+        ArgumentError: a key cannot go with it.
+    """
+
+    def __init__(self, server: Connection, training_args: Any, finetuning_args: DistillationArguments) -> None:
+        workers = training_args.dataloader_num_workers
+        if workers:
+            raise ArgumentError(
+                f"`dataloader_num_workers: {workers}` cannot be used with `teacher_server`, whose answers are fetched "
+                "ahead by the process that trains: set it to 0."
+            )
+
+        self.server = server
+        self.finetuning_args = finetuning_args
+        self.fingerprint = f"server {server.info.fingerprint}"
+        self.teacher: ServedTeacher | None = None
+
+    def make_teacher(self, accelerator: Any, tokenizer: Any) -> ServedTeacher:
+        """Return the teacher that the trainer asks."""
+        kept = self._kept(used_ids(tokenizer))
+        self.teacher = ServedTeacher(self.server, kept, accelerator.device)
+        return self.teacher
+
+    def attach(self, trainer: Any) -> None:
+        """Let the server be asked about a batch as soon as it is put together.
+
+        Own samples are not known then: the trainer announces them when they are.
+        """
+        if self.teacher is not None and not self.finetuning_args.kd_on_policy:
+            trainer.data_collator = TicketCollator(trainer.data_collator, self.teacher)
+
+    def __enter__(self) -> ServerOfRun:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.teacher is not None:
+            self.teacher.close()
+        self.server.close()
+
+    def _kept(self, vocab_size: int) -> Format:
+        info, k = self.server.info, self.finetuning_args.teacher_server_topk
+        if k is not None:
+            return TopKFormat(min(k, info.max_k), torch.float32, vocab_size)
+
+        if not info.hidden:
+            raise TeacherError(
+                f"`teacher_server: {self.server.url}` cannot hand out hidden states, as the logits of {info.model} "
+                f"are more than its head's product: set `teacher_server_topk`, for example to {min(64, info.max_k)}."
+            )
+        return HiddenFormat(info.width, DTYPES[info.dtype])
+
+
+def build_from_server(
+    config: dict[str, Any],
+    out: Path,
+    settings: Settings,
+    url: str,
+    *,
+    batch_size: int | None = None,
+    in_flight: int = 4,
+    prompts: TeacherPrompts | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Let a server compute what a cache lacks of the data sets of a training configuration.
+
+    Args:
+        config: the training YAML's keys; a teacher that it names is not loaded.
+        out, settings, batch_size, prompts, say: as for :func:`llamafactory_sekd.host.cache.build_cache`.
+        url: of the server.
+        in_flight: requests at a time.
+
+    Raises:
+        ArgumentError: the configuration is not one of the stage.
+        TeacherError: the server does not fit or stays away, the cache is of something else, the disk is too small.
+    """
+    config = {key: value for key, value in config.items() if key not in _OF_A_LOADED_TEACHER}
+    servers: list[Connection] = []
+
+    def check(model_args: Any, data_args: Any, finetuning_args: Any) -> None:
+        if not servers:  # the data sets of the teacher's own prompts are read after the student's
+            servers.append(connect(model_args, data_args, finetuning_args))
+
+    def read(keys: dict[str, Any], tell: Callable[[str], None]) -> Tokenized:
+        data = tokenized(keys, tell, check=check)
+        info = servers[0].info
+        marked = replace(data.fingerprints, teacher=lambda: info.teacher, software=info.software)
+        return replace(data, fingerprints=marked)
+
+    def longest() -> int:
+        return servers[0].info.max_length
+
+    try:
+        keys = {**config, "teacher_server": url}
+        data = with_prompts(keys, prompts, say, read, lambda _: longest()) if prompts else read(keys, say)
+        server = servers[0]
+        info = server.info
+
+        def compute(plan: Plan, session: Session, data: Tokenized) -> None:
+            vocab_size = used_ids(data.tokenizer)
+            asked = ServedTeacher(server, HiddenFormat(info.width, DTYPES[info.dtype]), torch.device("cpu"))
+            manifest = session.admit(asked, vocab_size, {}, DTYPES[info.dtype])
+            with bar(plan.tokens, "Teacher", "tok", session.rank) as shown:
+                fill_from_server(
+                    plan,
+                    data.datasets,
+                    server=server,
+                    kept=manifest.kept(),
+                    writer=session.writer(),
+                    batch_size=batch_size or data.training_args.per_device_train_batch_size,
+                    in_flight=in_flight,
+                    rank=session.rank,
+                    ranks=session.ranks,
+                    progress=lambda count: shown.update(count) and None,
+                    informed=data.informed,
+                )
+
+        def expected() -> Any:
+            return settings.manifest(
+                vocab_size=used_ids(data.tokenizer),
+                rows=info.rows,
+                width=info.width,
+                computed_in=DTYPES[info.dtype],
+                head=info.head,
+            )
+
+        run_session(data, out, settings, compute, expected, say)
+    finally:
+        for opened in servers:
+            opened.close()

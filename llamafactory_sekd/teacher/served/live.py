@@ -1,0 +1,216 @@
+"""A teacher on another machine that answers while the student trains."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from llamafactory_sekd.errors import TeacherError
+from llamafactory_sekd.lm_head import response_positions
+from llamafactory_sekd.objectives import LogitsSource
+from llamafactory_sekd.teacher.cache import Format, TopKFormat, TopKLogits
+from llamafactory_sekd.teacher.cache.segments import Segment, is_teacher_forced, segments
+from llamafactory_sekd.teacher.cache.store import Record
+from llamafactory_sekd.teacher.served.protocol import ServerInfo
+from llamafactory_sekd.teacher.source import Answers, product
+
+
+TICKET = "teacher_ticket"
+_IN_FLIGHT = 8
+
+
+class Answering(Protocol):
+    """A server that can be asked, whatever it speaks.
+
+    Attributes:
+        url, info: its address, and what it says of its teacher.
+    """
+
+    url: str
+    info: ServerInfo
+
+    def ask(self, parts: Sequence[Segment], kept: Format, *, together: bool) -> Record:
+        """Return the records of some segments, one after the other."""
+
+    def head(self) -> dict[str, torch.Tensor]:
+        """Return the head's ``weight`` and, where it has one, ``bias``."""
+
+    def close(self) -> None:
+        """End what waits."""
+
+
+class ServedTeacher:
+    """Asks a server about each batch, where it can before the batch is due.
+
+    A batch that is known ahead gets a ticket, ``teacher_ticket`` ``[batch, 2]`` int64: the number of its request and
+    each row's place in it. Without a ticket the answer is asked for when it is needed.
+
+    Args:
+        server: the teacher.
+        kept: what is asked for.
+        device: where the batches are.
+    """
+
+    collated_keys: tuple[str, ...] = (TICKET,)
+    names: tuple[str, ...] = ()
+
+    def __init__(self, server: Answering, kept: Format, device: torch.device) -> None:
+        self.server = server
+        self.kept = kept
+        self.device = device
+        self._pool = ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="teacher")
+        # Numbers that no other rank uses: a batch may have been collated by another process.
+        self._numbers = itertools.count(secrets.randbits(62))
+        self._requests: dict[int, tuple[list[int], Future[Record]]] = {}
+        self._head: dict[str, torch.Tensor] | None = None
+
+    def close(self) -> None:
+        """Give up what is still under way."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.server.close()
+
+    def start(self, sequences: Sequence[Sequence[Segment]]) -> torch.Tensor:
+        """Ask about the segments of each sequence of a batch, and return its ticket."""
+        number = next(self._numbers)
+        parts = [part for sequence in sequences for part in sequence]
+        if parts:
+            tokens = [sum(part.tokens for part in sequence) for sequence in sequences]
+            self._requests[number] = (tokens, self._pool.submit(self.server.ask, parts, self.kept, together=True))
+
+        return torch.tensor([[number, row] for row in range(len(sequences))], dtype=torch.int64)
+
+    def announce(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Ask about micro-batches that are complete by now, so that the answers come while the student computes."""
+        for batch in batches:
+            if TICKET not in batch:
+                rows, _ = response_positions(batch["labels"])
+                batch[TICKET] = self.start(self._sequences(batch, rows)).to(rows.device)
+
+    def can_answer_in_chunks(self, inputs: dict[str, Any]) -> bool:
+        """Return true: hidden states are asked for only where the head says the rest."""
+        return True
+
+    def logits(self, inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
+        """Logits ``[tokens, vocab]``: exact for ``hidden``, with an even tail for ``topk``."""
+        source = self._source(self._records(inputs, rows), None)
+        out = torch.empty(len(source), source.vocab_size, dtype=source.dtype, device=self.device)
+        return source.logits(slice(None), out)
+
+    def answers(self, inputs: dict[str, Any], rows: torch.Tensor) -> Answers:
+        """Wait for the batch's answers; see :class:`TeacherSource`."""
+        records = self._records(inputs, rows)
+        return lambda vocab_size: nullcontext(self._source(records, vocab_size))
+
+    def who_answers(self, inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
+        """Return no columns: it is one teacher alone."""
+        return torch.zeros(int(rows.sum()), 0, dtype=torch.bool, device=rows.device)
+
+    def can_hand_out_hidden_states(self, inputs: dict[str, Any]) -> bool:
+        """Whether its logits are exactly its head times its hidden states."""
+        return self.server.info.hidden
+
+    @contextmanager
+    def head_parameters(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Weight ``[vocab, width]`` and bias ``[vocab]`` (or None) of the head."""
+        info = self.server.info
+        if not info.hidden:  # its size alone: a top-k cache keeps no head
+            yield torch.empty(info.rows, info.width, device="meta"), None
+            return
+
+        head = self._own_head()
+        yield head["weight"], head.get("bias")
+
+    def _source(self, records: Record, vocab_size: int | None) -> LogitsSource:
+        if isinstance(self.kept, TopKFormat):
+            return TopKLogits(self.kept, records)
+
+        head = self._own_head()
+        return product(records["hidden"], head["weight"], head.get("bias"), vocab_size)
+
+    def _own_head(self) -> dict[str, torch.Tensor]:
+        if self._head is None:
+            self._head = {name: tensor.to(self.device) for name, tensor in self.server.head().items()}
+
+        return self._head
+
+    def _records(self, inputs: dict[str, Any], rows: torch.Tensor) -> Record:
+        ticket = inputs.get(TICKET)
+        numbers = [] if ticket is None else ticket[:, 0].unique().tolist()
+        if ticket is None or len(numbers) != 1 or numbers[0] not in self._requests:
+            return self._asked_now(inputs, rows)
+
+        tokens, future = self._requests.pop(numbers[0])
+        parts = {name: values.split(tokens) for name, values in future.result().items()}
+        # Rows that only fill up the epoch's last batch have lost their labels since.
+        wanted = [
+            place for place, has_labels in zip(ticket[:, 1].tolist(), rows.any(-1).tolist(), strict=True) if has_labels
+        ]
+        return {
+            name: torch.cat([values[place] for place in wanted]).to(self.device)
+            if wanted
+            else values[0][:0].to(self.device)
+            for name, values in parts.items()
+        }
+
+    def _asked_now(self, inputs: dict[str, Any], rows: torch.Tensor) -> Record:
+        parts = [part for sequence in self._sequences(inputs, rows) for part in sequence]
+        if not parts:
+            return {
+                name: torch.zeros(0, *shape, dtype=dtype, device=self.device)
+                for name, (dtype, shape) in self.kept.fields().items()
+            }
+
+        records = self.server.ask(parts, self.kept, together=True)
+        return {name: values.to(self.device) for name, values in records.items()}
+
+    def _sequences(self, inputs: dict[str, Any], rows: torch.Tensor) -> list[list[Segment]]:
+        """Return the segments of a batch that is padded on the right and not packed."""
+        mask = inputs.get("attention_mask")
+        if mask is None or mask.dim() != 2 or int(mask.max()) > 1:
+            raise TeacherError(
+                f"`teacher_server: {self.server.url}` has been asked about a batch that was packed by another "
+                "process: set `packing: false`, or `dispatch_batches: false`."
+            )
+
+        found = []
+        for ids, length, marked in zip(inputs["input_ids"], mask.sum(-1).tolist(), rows, strict=True):
+            cut = slice(0, length)
+            is_response = marked[cut].cpu().numpy()
+            part = Segment(ids[cut].cpu().numpy().astype(np.int32), is_response, None)
+            found.append([part] if is_response.any() else [])
+
+        return found
+
+
+class TicketCollator:
+    """Wraps a collator: it asks the server about the batch as soon as the batch is put together.
+
+    Args:
+        collate: the host's collator; it may change the features, so segments are taken before it runs.
+        teacher: the teacher.
+    """
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], Any], teacher: ServedTeacher) -> None:
+        self.collate = collate
+        self.teacher = teacher
+
+    def __getattr__(self, name: str) -> Any:
+        # The host asks its collator for the template and the like.
+        if name.startswith("__") or name == "collate":
+            raise AttributeError(name)
+        return getattr(self.collate, name)
+
+    def __call__(self, features: list[dict[str, Any]]) -> Any:
+        """Ask, and collate as the host does."""
+        found = [segments(feature) if is_teacher_forced(feature) else [] for feature in features]
+        ticket = self.teacher.start(found)
+        batch = self.collate(features)
+        batch[TICKET] = ticket
+        return batch
