@@ -44,8 +44,8 @@ from llamafactory_sekd.reporting.terminal import print_document
 
 
 NOTHING = Entry("–")
-# Columns of figures that fit on a page side by side.
-WIDEST = 12
+# Columns of figures of more than two metrics that fit on a page side by side.
+WIDEST = 8
 
 
 def write_report(data: Evaluated, results: dict[str, Any]) -> None:
@@ -155,7 +155,7 @@ def _and(names: Sequence[str]) -> str:
 
 def _score_tables(results: Mapping[str, Any], metrics: Sequence[str]) -> Iterator[Table]:
     """Yield one table of all metrics, or one for each where they would not fit on a page."""
-    if len(metrics) * len(columns_of(results)) <= WIDEST:
+    if len(metrics) <= 2 or len(metrics) * len(columns_of(results)) <= WIDEST:
         yield _score_table(results, metrics)
         return
     for metric in metrics:
@@ -236,13 +236,14 @@ def _domains(results: Mapping[str, Any]) -> Section | None:
     """Show the scores of each domain, where the test set knows them."""
     tables = []
     for direction, domains in results["by_domain"].items():
-        for metric in _shown_metrics(results):
+        for place, metric in enumerate(_shown_metrics(results)):
             columns = tuple(Column(f"{name or 'no domain'} ({one['sentences']:,})") for name, one in domains.items())
             rows = tuple(
                 _row(results, name, [_plain_entry(one["scores"][name][metric], metric) for one in domains.values()])
                 for name in results["systems"]
             )
-            tables.append(Table(("system",), columns, rows, f"{metric_label(metric)}, {direction}"))
+            title = f"{metric_label(metric)}, {direction}"
+            tables.append(Table(("system",), columns, rows, title, folded=place > 0))
     if not tables:
         return None
     return Section("By domain", "In brackets: how many sentences a domain has.", tables=tuple(tables))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llamafactory_sekd.data.languages import Direction
+from llamafactory_sekd.data.prompts import PARROT
 from llamafactory_sekd.data.testsets import TestSet, load_test_set
 from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.evaluation.asking import requests_of
@@ -19,7 +20,7 @@ from llamafactory_sekd.evaluation.metricx import prepare_metricx
 from llamafactory_sekd.evaluation.results import Evaluated, build_results
 from llamafactory_sekd.evaluation.scores import SURFACE_METRICS, surface_metric
 from llamafactory_sekd.evaluation.segment_scores import SegmentScorer
-from llamafactory_sekd.evaluation.settings import Settings
+from llamafactory_sekd.evaluation.settings import Settings, System
 from llamafactory_sekd.evaluation.translate import collect_hypotheses, given_hypotheses
 from llamafactory_sekd.evaluation.translator import Host
 from llamafactory_sekd.evaluation.workspace import check_workspace, open_workspace
@@ -63,6 +64,7 @@ def prepare(settings: Settings, host: Host) -> Prepared:
             elif system.examples is not None:
                 requests_of(system, direction, test_set, settings.task_dir)
         if system.model is not None:
+            _say_if_made_for_another_template(settings, system)
             for source in host.describe(system).sources:
                 locate(source, system.name)
 
@@ -80,6 +82,17 @@ def prepare(settings: Settings, host: Host) -> Prepared:
     for metric, reason in skipped.items():
         logger.warning("%s is skipped: %s", metric_label(metric), reason)
     return Prepared(test_sets, scorers, skipped)
+
+
+def _say_if_made_for_another_template(settings: Settings, system: System) -> None:
+    template = (system.model or {}).get("template", settings.template)
+    if system.prompt == PARROT and template != "parrot":
+        logger.warning(
+            "%s: the prompt is Parrot's, with its heading `### Input:`, and the template is %s: `prompt: plain`, or a "
+            "prompt of your own, asks as chat data do.",
+            system.name,
+            template,
+        )
 
 
 def _without_references(settings: Settings, test_sets: dict[Direction, TestSet]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.evaluation.asking import _Nearest, requests_of
 from llamafactory_sekd.evaluation.hypotheses import split_thought
+from llamafactory_sekd.evaluation.run import prepare
 from llamafactory_sekd.evaluation.settings import Settings, parse_settings
 from llamafactory_sekd.evaluation.translator import THOUGHT_WORDS, Request
 from llamafactory_sekd.host.evaluate import build_host, evaluate_settings
@@ -89,6 +90,17 @@ def test_the_model_reads_system_prompt_examples_and_message(config: dict[str, An
     other = settings(config, template="chatml")
     plain = build_host(other).load(other.systems[0]).encode(Request("the house"))
     assert "best" not in AutoTokenizer.from_pretrained(models["one"]).decode(plain), "one system's prompt leaks"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({}, 0), ({"template": "chatml"}, 2), ({"template": "chatml", "prompt": "plain"}, 0)]
+)
+def test_parrots_prompt_in_another_template_gets_a_line_for_each_model(
+    changes: dict[str, str], said: int, config: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = settings(config, **changes)
+    prepare(keys, build_host(keys))
+    assert sum("the prompt is Parrot's" in record.getMessage() for record in caplog.records) == said
 
 
 def test_whatever_is_asked_is_part_of_the_fingerprint(config: dict[str, Any], task_dir: Path, tmp_path: Path) -> None:

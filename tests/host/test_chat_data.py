@@ -96,6 +96,12 @@ def test_chats_of_three_formats_are_distilled_validated_and_answered(data, tiny_
     assert len(losses) == 2
     assert losses[1] < losses[0]
 
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "- knowledge-distillation" in card
+    assert str(tiny_root / "teacher") in card
+    assert "self_evolution" in card
+    assert "my_alpaca, my_sharegpt, my_openai" in card
+
     keys = {"teacher_model": None, "do_train": None, "max_steps": None, "save_strategy": None}
     predict = {
         **base_config(tiny_root, dataset=None, dataset_dir=str(data), template="qwen", **keys),
