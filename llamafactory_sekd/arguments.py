@@ -450,7 +450,7 @@ def _check_server(args: DistillationArguments) -> None:
 
     k = args.teacher_server_topk
     if k is not None and (not isinstance(k, int) or isinstance(k, bool) or not 8 <= k <= 512):
-        _refuse(args, "teacher_server_topk", "use a whole number from 8 to 512, or leave it out")
+        _refuse(args, "teacher_server_topk", "use an integer from 8 to 512, or leave it out")
 
     _check_range(args, "teacher_server_patience", 1, 7 * 86400)
 
