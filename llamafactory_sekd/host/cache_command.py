@@ -38,6 +38,8 @@ def cache(
 ) -> None:
     """Compute the teacher once, over the training and evaluation sets of a YAML, for all runs that follow.
 
+    With `teachers: {DATA SET: MODEL}` in place of `teacher_model`, each data set gets a cache of its own in --out.
+
     Several devices: torchrun --nproc-per-node N -m llamafactory_sekd.cli cache X.yaml --out DIR
     """
     from llamafactory_sekd.errors import ArgumentError
@@ -52,9 +54,18 @@ def cache(
     from llamafactory_sekd.config import read_config
     from llamafactory_sekd.host.cache import build_cache
     from llamafactory_sekd.host.teacher_prompts import TeacherPrompts
+    from llamafactory_sekd.host.teachers import TEACHERS, build_caches
 
     keys, settings = read_config(config, overrides or []), Settings(kept, dtype, k)
     prompts = TeacherPrompts(teacher_dataset, teacher_template, teacher_system)
+    if keys.get(TEACHERS) is not None:
+        if prompts or server is not None:
+            raise ArgumentError(f"a server, and prompts of its own, are those of one teacher: remove `{TEACHERS}`.")
+
+        build_caches(keys, out, settings, batch_size=batch_size)
+        return
+
+    keys.pop(TEACHERS, None)
     if server is None:
         build_cache(keys, out, settings, batch_size=batch_size, prompts=prompts)
     else:

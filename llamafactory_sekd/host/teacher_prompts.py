@@ -50,8 +50,8 @@ def configurations(config: dict[str, Any], prompts: TeacherPrompts) -> tuple[dic
                 f"`{key}: {config[key]}` cannot be used with a teacher that reads other prompts; {remedy}."
             )
 
-    training, evaluation = _names(config.get("dataset")), _names(config.get("eval_dataset"))
-    asked = _names(prompts.dataset) if prompts.dataset is not None else training + evaluation
+    training, evaluation = names_of_data_sets(config.get("dataset")), names_of_data_sets(config.get("eval_dataset"))
+    asked = names_of_data_sets(prompts.dataset) if prompts.dataset is not None else training + evaluation
     if len(asked) not in (len(training), len(training) + len(evaluation)):
         wanted = f"{len(training)} for `dataset: {','.join(training)}`"
         more = f", and {len(evaluation)} more to answer `eval_dataset`" if evaluation else ""
@@ -88,6 +88,7 @@ def templates_restored() -> Iterator[None]:
             TEMPLATES[name].default_system = system
 
 
-def _names(value: Any) -> list[str]:
+def names_of_data_sets(value: Any) -> list[str]:
+    """Return the names that `dataset` or `eval_dataset` holds, as a list or separated by commas."""
     names = value if isinstance(value, list) else str(value or "").split(",")
     return [str(name).strip() for name in names if str(name).strip()]

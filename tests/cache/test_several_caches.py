@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from unittest.mock import patch
 
 import pytest
 import torch
 from helpers import tiny
-from helpers.cached_runs import build
-from helpers.runs import base_config, logged, train
+from helpers.cached_runs import assert_same_content, build
+from helpers.runs import base_config, command, logged, train, write_yaml
 
 from llamafactory_sekd.arguments import DistillationArguments, check_distillation_arguments
 from llamafactory_sekd.errors import ArgumentError, TeacherError
+from llamafactory_sekd.host.teachers import build_caches
+from llamafactory_sekd.teacher.cache import Settings
 from llamafactory_sekd.teacher.mixture import MixedLogits
 
 
@@ -199,6 +202,27 @@ def test_each_cache_gets_the_checks_of_one(root, tmp_path, caches):
         train({**config, "teacher_cache": f"{caches / 'first'},{damaged}"})
     with pytest.raises(TeacherError, match="names a folder twice"):
         train({**config, "teacher_cache": f"{caches / 'first'},{caches / 'first'}"})
+
+
+def test_one_call_fills_a_cache_for_each_data_set_and_its_last_line_trains(root, tmp_path, caches):
+    config = {key: value for key, value in config_of(root, tmp_path).items() if key != "teacher_model"}
+    teachers = {"first": str(root / "teacher"), "second": str(root / "other")}
+    path = write_yaml(tmp_path / "run.yaml", {**config, "teachers": teachers})
+    sekd = [sys.executable, "-m", "llamafactory_sekd.cli", "cache", str(path), "--out", str(tmp_path / "filled")]
+    result = command(sekd)
+    assert result.returncode == 0, result.stderr[-2000:]
+    folders = result.stdout.strip().splitlines()[-1].rpartition("teacher_cache: ")[2]
+    for name in teachers:
+        assert_same_content(tmp_path / "filled" / name, caches / name)
+    train({**config, "teacher_cache": folders, "max_steps": 1})
+
+    for changed, words in (
+        ({"second": "m"}, "the data set first has no teacher"),
+        ({**teachers, "thrid": "m"}, "`teachers.thrid` is no data set of this YAML, which has first, second"),
+        ("one", "`teachers: one` cannot be used: give a model for each data set"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            build_caches({**config, "teachers": changed}, tmp_path / "none", Settings())
 
 
 @pytest.mark.parametrize(
