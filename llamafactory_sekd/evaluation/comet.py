@@ -9,14 +9,18 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
-from llamafactory_sekd.errors import EvaluationError, one_line
+from llamafactory_sekd.config import read_config
+from llamafactory_sekd.errors import EvaluationError, SekdError, one_line
 from llamafactory_sekd.evaluation.fingerprint import Digests
 from llamafactory_sekd.evaluation.segment_scores import Predict, SegmentScorer, Texts
 
 
 BATCH_SIZE = 16
+# What a checkpoint's encoder needs besides the weights that the checkpoint holds.
+_OF_ENCODER = ("config.json", "tokenizer.json", "sentencepiece.bpe.model")
 
 
 def prepare_comet(name: str, digests: Digests, has_references: bool = True, metric: str = "comet") -> SegmentScorer:
@@ -32,18 +36,15 @@ def prepare_comet(name: str, digests: Digests, has_references: bool = True, metr
             import comet
     except ImportError as error:
         raise EvaluationError(
-            f"The metric comet needs unbabel-comet (pip install 'llamafactory-sekd[comet]'): {one_line(str(error))}. "
-            "Write `comet?` to go on without it."
+            f"The metric comet needs unbabel-comet (pip install 'llamafactory-sekd[comet]'): {one_line(str(error))}."
         ) from None
     checkpoint = _checkpoint(name, comet)
+    _find_encoder(checkpoint)
     try:
         model = _load(checkpoint)
     except Exception as error:
         # The checkpoint is the user's, and its encoder's tokenizer may come from the hub: anything can be raised.
-        reason = str(error).strip().split("\n")[0]
-        raise EvaluationError(
-            f"The COMET checkpoint {checkpoint} cannot be loaded ({one_line(str(reason))})."
-        ) from None
+        raise EvaluationError(f"The COMET checkpoint {checkpoint} cannot be loaded ({_first_cause(error)}).") from None
     needs_references = bool(model.requires_references())
     reads_references = has_references and (needs_references or "ref" in model.hparams.get("input_segments", ()))
     parts = {
@@ -74,8 +75,7 @@ def _checkpoint(name: str, comet: Any) -> Path:
         return Path(comet.download_model(name))
     except Exception as error:
         raise EvaluationError(
-            f"`comet_model`: {name} cannot be downloaded ({_first_cause(error)}); give a local checkpoint's path, "
-            "or write `comet?` to go on without it."
+            f"`comet_model`: {name} cannot be downloaded ({_first_cause(error)}); give a local checkpoint's path."
         ) from None
 
 
@@ -83,16 +83,58 @@ def _first_cause(error: BaseException) -> str:
     """Return what went wrong first: comet itself turns everything into "not supported"."""
     while error.__context__ is not None:
         error = error.__context__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {shorten(one_line(str(error)), 300, placeholder=' …').rstrip('.')}"
+
+
+def _find_encoder(checkpoint: Path) -> None:
+    """Check that the configuration and the tokenizer of a checkpoint's encoder can be had: they are not part of it.
+
+    The library asks the hub for minutes without a network, and then calls the vocabulary corrupted.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    encoder = _encoder_of(checkpoint)
+    if encoder is None or _is_here(encoder):
+        return
+    try:
+        hf_hub_download(encoder, "config.json", etag_timeout=10)
+    except Exception as error:  # the hub client raises whatever its transport raises
+        raise EvaluationError(
+            f"The COMET checkpoint {checkpoint} needs the configuration and the tokenizer of its encoder {encoder}, "
+            f"which are not in {HF_HUB_CACHE} and cannot be downloaded ({_first_cause(error)}); where there is a "
+            f"network, run `hf download {encoder} {' '.join(_OF_ENCODER)}` and copy that folder."
+        ) from None
+
+
+def _is_here(encoder: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(encoder).is_dir():
+        return True
+    config, *tokenizers = (isinstance(try_to_load_from_cache(encoder, name), str) for name in _OF_ENCODER)
+    return config and any(tokenizers)
+
+
+def _encoder_of(checkpoint: Path) -> str | None:
+    """Return the hub name or folder of the encoder; None where the checkpoint does not say."""
+    try:
+        hparams = read_config(checkpoint.parents[1] / "hparams.yaml")
+    except (IndexError, SekdError):
+        return None
+    encoder = hparams.get("pretrained_model")
+    return encoder if isinstance(encoder, str) else None
 
 
 def _load(checkpoint: Path) -> Any:
     import comet
 
     _quiet()
+    encoder = _encoder_of(checkpoint)
+    offline = encoder is not None and _is_here(encoder)  # what is there need not be asked for
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return comet.load_from_checkpoint(str(checkpoint)).eval()
+        return comet.load_from_checkpoint(str(checkpoint), local_files_only=offline).eval()
 
 
 def _predictor(checkpoint: Path, reads_references: bool) -> Predict:

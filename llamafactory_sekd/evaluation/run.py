@@ -75,7 +75,7 @@ def prepare(settings: Settings, host: Host) -> Prepared:
                 scorer = _prepare_metric(settings, metric, test_sets)
             except EvaluationError as error:
                 if metric not in settings.optional:
-                    raise
+                    raise EvaluationError(f"{error} Or write `{metric}?` in `metrics` to go on without it.") from None
                 skipped[metric] = str(error)
             else:
                 scorers |= {metric: scorer} if scorer is not None else {}

@@ -201,10 +201,25 @@ def _check_training_arguments(training_args: Any) -> None:
             "state from one batch to the next: remove it."
         )
 
+    _check_metric_of_best_model(training_args)
     if getattr(training_args, "label_smoothing_factor", 0):
         raise ArgumentError(
             f"`label_smoothing_factor: {training_args.label_smoothing_factor}` has no effect with `stage: {STAGE}`, "
             "whose target is smoothed by the teacher: remove it and set `kd_lambda`."
+        )
+
+
+def _check_metric_of_best_model(training_args: Any) -> None:
+    """Refuse to choose the best model by a loss in whose place an evaluation generates."""
+    if not getattr(training_args, "predict_with_generate", False):
+        return
+    metric = getattr(training_args, "metric_for_best_model", None) or "loss"
+    selects = getattr(training_args, "load_best_model_at_end", False)
+    if selects and metric.removeprefix("eval_").startswith(("loss", "kd/")):
+        raise ArgumentError(
+            f"`metric_for_best_model: {metric}` does not exist with `predict_with_generate: true`, which generates in "
+            "place of computing `eval_loss` and `eval_kd/…`: set `predict_with_generate: false`, or choose one of "
+            "rouge-1, rouge-2, rouge-l, bleu-4."
         )
 
 

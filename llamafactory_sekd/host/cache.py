@@ -15,7 +15,7 @@ from llamafactory_sekd.errors import ArgumentError, TeacherError
 from llamafactory_sekd.host.cut_text import counting_cut_text
 from llamafactory_sekd.host.teacher import check_fit, teacher_identity, teacher_model_arguments
 from llamafactory_sekd.host.teacher_prompts import TeacherPrompts, configurations, templates_restored
-from llamafactory_sekd.teacher import Teacher
+from llamafactory_sekd.teacher import Teacher, used_ids
 from llamafactory_sekd.teacher.cache import (
     Fingerprints,
     Manifest,
@@ -63,11 +63,6 @@ def fingerprints_of(
         if finetuning_args.teacher_model
         else None,
     )
-
-
-def used_ids(tokenizer: Any) -> int:
-    """How many ids the tokenizer uses: its largest and one."""
-    return max(tokenizer.get_vocab().values()) + 1
 
 
 def autocast_type(accelerator: Any) -> torch.dtype | None:

@@ -14,8 +14,8 @@ from transformers.utils import logging
 from llamafactory_sekd.arguments import cache_folders, mixing_weights
 from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.formula import Formula
-from llamafactory_sekd.host.cache import autocast_type, fingerprints_of, used_ids
-from llamafactory_sekd.teacher import Teacher
+from llamafactory_sekd.host.cache import autocast_type, fingerprints_of
+from llamafactory_sekd.teacher import Teacher, readable_rows, used_ids
 from llamafactory_sekd.teacher.cache import (
     CacheCollator,
     CachedTeacher,
@@ -27,6 +27,7 @@ from llamafactory_sekd.teacher.cache import (
     on_any_rank,
     open_caches,
     open_for_reading,
+    padding_of_head,
     unanswered,
 )
 from llamafactory_sekd.teacher.source import TeacherSource
@@ -83,7 +84,8 @@ class CacheOfRun:
     @property
     def vocab_sizes(self) -> list[int]:
         """How many ids each teacher's answers are over; none for a cache that is not there yet."""
-        return [cache.vocab_size for cache in self.caches]
+        used = used_ids(self.tokenizer)
+        return [readable_rows(used, cache.vocab_size, padding_of_head(cache, used)) for cache in self.caches]
 
     def make_teacher(self, make_online: Callable[[Any], Teacher] | None, accelerator: Any) -> TeacherSource:
         """Return the teacher that the trainer asks; `make_online` makes the one needed where something is missing."""

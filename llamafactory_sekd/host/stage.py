@@ -129,7 +129,7 @@ def _our_trainer(
     from transformers.utils import logging
 
     from llamafactory_sekd.host.cached_teacher import CacheOfRun
-    from llamafactory_sekd.teacher import TeacherSource, common_vocabulary
+    from llamafactory_sekd.teacher import TeacherSource, common_vocabulary, used_ids
     from llamafactory_sekd.trainer import DistillationTrainer
 
     opening: list[str] = []
@@ -152,7 +152,9 @@ def _our_trainer(
         if of_server is not None:
             rows = of_server.server.info.rows
         elif cache is None or cache.needs_model:
-            make_online, rows = online_teacher(model_args, training_args, finetuning_args, kwargs["model"])
+            make_online, rows = online_teacher(
+                model_args, training_args, finetuning_args, kwargs["model"], used_ids(kwargs["tokenizer"])
+            )
 
         teachers_rows = (cache.vocab_sizes if cache is not None else None) or [rows]
         vocab_size, explanation = common_vocabulary(kwargs["tokenizer"], student_rows, *teachers_rows)

@@ -173,10 +173,13 @@ def load_teacher(model_args: Any, training_args: Any, finetuning_args: Distillat
 
 
 def online_teacher(
-    model_args: Any, training_args: Any, finetuning_args: DistillationArguments, student: Any
+    model_args: Any, training_args: Any, finetuning_args: DistillationArguments, student: Any, used: int
 ) -> tuple[Callable[[Any], Teacher], int]:
-    """Load a teacher that computes; return what makes it from the trainer's accelerator, and the rows of its head."""
-    from llamafactory_sekd.teacher import SharedTeacher, Teacher, add_teacher_adapters
+    """Load a teacher that computes; return what makes it from the trainer's accelerator, and the rows to read.
+
+    `used` are the ids that the tokenizer uses.
+    """
+    from llamafactory_sekd.teacher import SharedTeacher, Teacher, add_teacher_adapters, readable_rows
 
     if finetuning_args.teacher_model == SELF:
         adapters = finetuning_args.teacher_model_adapters
@@ -191,7 +194,11 @@ def online_teacher(
 
     model = load_teacher(model_args, training_args, finetuning_args)
     placement = placement_of(finetuning_args)
-    return lambda accelerator: Teacher(model, accelerator, placement), head_rows(model)
+    head = model.get_output_embeddings()
+    # Sharded weights (ZeRO-3) are empty here, and a matrix that bitsandbytes has packed has other rows.
+    padding = [part.detach()[used:] for part in (head.weight, getattr(head, "bias", None)) if part is not None]
+    rows = readable_rows(used, head_rows(model), [part for part in padding if part.is_floating_point()])
+    return lambda accelerator: Teacher(model, accelerator, placement), rows
 
 
 def head_rows(model: Any) -> int:

@@ -7,7 +7,7 @@ from llamafactory_sekd.teacher.model import Teacher
 from llamafactory_sekd.teacher.placement import Placement, engine_config
 from llamafactory_sekd.teacher.shared import SharedTeacher, add_teacher_adapters
 from llamafactory_sekd.teacher.source import TeacherSource
-from llamafactory_sekd.teacher.vocabulary import check_tokenizers, common_vocabulary
+from llamafactory_sekd.teacher.vocabulary import check_tokenizers, common_vocabulary, readable_rows, used_ids
 
 
 __all__ = [
@@ -20,4 +20,6 @@ __all__ = [
     "check_tokenizers",
     "common_vocabulary",
     "engine_config",
+    "readable_rows",
+    "used_ids",
 ]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+import torch
 
 from llamafactory_sekd.errors import TeacherError
 
@@ -74,6 +77,25 @@ def _mismatch(difference: str) -> TeacherError:
     )
 
 
+def used_ids(tokenizer: Any) -> int:
+    """How many ids the tokenizer uses: its largest and one."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def readable_rows(used: int, rows: int, padding: Iterable[torch.Tensor]) -> int:
+    """Return how many rows of a teacher's head are answers: all of them, or those that the tokenizer uses.
+
+    Padding takes part in the softmax as it does in the model itself, unless it is not finite: -inf there says that an
+    id is impossible, and `reverse_kl` to a student that has not learned so is infinite.
+
+    Args:
+        used: ids of the tokenizer.
+        rows: rows of the head.
+        padding: the rest of its weight and bias, empty where they are on other ranks.
+    """
+    return rows if all(bool(part.isfinite().all()) for part in padding) else min(used, rows)
+
+
 def common_vocabulary(student_tokenizer: Any, student_rows: int, *teachers_rows: int) -> tuple[int | None, str]:
     """Decide how many rows of the heads the objective reads.
 
@@ -95,7 +117,7 @@ def common_vocabulary(student_tokenizer: Any, student_rows: int, *teachers_rows:
     if not others:
         return None, ""
 
-    used = max(student_tokenizer.get_vocab().values()) + 1
+    used = used_ids(student_tokenizer)
     teacher_rows = min(others)
     for who, rows in (("student", student_rows), ("teacher", teacher_rows)):
         if rows < used:

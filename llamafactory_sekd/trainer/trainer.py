@@ -256,6 +256,15 @@ class DistillationTrainer(Seq2SeqTrainer):
         ]
         return torch.stack(losses).sum() / num_items, statistics
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the host does, and say which metrics there are not."""
+        if self.args.predict_with_generate:
+            logger.warning_once(
+                "`predict_with_generate: true`: this evaluation generates, and asks no teacher. There is no "
+                "`eval_loss` and no `eval_kd/…`; without the key there are both."
+            )
+        return super().evaluate(*args, **kwargs)
+
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Generate from the student's inputs alone; everything else is the host's."""
         inputs = self._without_repeated(inputs)

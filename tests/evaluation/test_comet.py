@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from helpers.sentences import ENGLISH, GERMAN, write_lines
 
 from llamafactory_sekd.errors import EvaluationError
@@ -155,7 +157,62 @@ def test_a_checkpoint_that_the_hub_does_not_give_is_named(monkeypatch: pytest.Mo
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(EvaluationError, match="`comet_model`: nobody/no-such-comet cannot be downloaded") as caught:
         prepare_comet("nobody/no-such-comet", Digests())
-    assert "`comet?`" in str(caught.value)
+    assert "`comet?`" not in str(caught.value)  # an evaluation adds it where `comet` was written
+
+
+OFFLINE = """
+import sys, time
+from llamafactory_sekd.errors import EvaluationError
+from llamafactory_sekd.evaluation.comet import prepare_comet
+from llamafactory_sekd.evaluation.fingerprint import Digests
+start = time.perf_counter()
+try:
+    print(prepare_comet(sys.argv[1], Digests()).signature)
+except EvaluationError as error:
+    print(error)
+print(time.perf_counter() - start)
+"""
+
+
+def prepared_offline(checkpoint: Path, home: Path) -> tuple[str, float]:
+    """Prepare a checkpoint in a process whose hub cache is `home` and whose network leads nowhere."""
+    environment = {**os.environ, "HF_HOME": str(home), "HTTPS_PROXY": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
+    environment.pop("HF_HUB_OFFLINE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE, str(checkpoint)], capture_output=True, text=True, check=True, env=environment
+    )
+    said, seconds = done.stdout.strip().splitlines()[-2:]
+    return said, float(seconds)
+
+
+def test_an_encoder_that_is_not_there_is_named_with_a_remedy_that_works(checkpoint: Path, tmp_path: Path) -> None:
+    import torch
+
+    own = tmp_path / "comet"
+    shutil.copytree(checkpoint.parents[1], own)
+    hparams = yaml.safe_load((own / "hparams.yaml").read_text())
+    encoder = Path(hparams["pretrained_model"])
+    (own / "hparams.yaml").write_text(yaml.safe_dump({**hparams, "pretrained_model": "nobody/encoder"}))
+    content = torch.load(own / "checkpoints" / "model.ckpt", weights_only=False)
+    content["hyper_parameters"]["pretrained_model"] = "nobody/encoder"
+    torch.save(content, own / "checkpoints" / "model.ckpt")
+
+    said, seconds = prepared_offline(own, tmp_path / "home")
+    assert "needs the configuration and the tokenizer of its encoder nobody/encoder" in said
+    assert "ProxyError" in said or "Connect" in said
+    assert "hf download nobody/encoder config.json tokenizer.json" in said
+    assert seconds < 60
+
+    # What that command leaves behind.
+    snapshot = tmp_path / "home" / "hub" / "models--nobody--encoder" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(encoder / name, snapshot / name)
+    said, seconds = prepared_offline(own, tmp_path / "home")
+    assert "class:RegressionMetric" in said
+    assert seconds < 60
 
 
 def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 from helpers.runs import base_config, train
 
 from llamafactory_sekd.errors import ArgumentError
-
-
-@pytest.fixture
-def said(caplog, monkeypatch):
-    """What the trainer logs as warnings; `warning_once` forgets what earlier tests made it say."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.warning_once.cache_clear()
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    monkeypatch.setattr(logging.getLogger("llamafactory_sekd"), "propagate", True)
-    return caplog
 
 
 def run(root, out, **keys):

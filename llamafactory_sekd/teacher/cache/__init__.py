@@ -20,7 +20,7 @@ from llamafactory_sekd.teacher.cache.opening import Fingerprints, Settings, open
 from llamafactory_sekd.teacher.cache.session import Session
 from llamafactory_sekd.teacher.cache.several import OpenCache, first_unanswered, open_caches, unanswered
 from llamafactory_sekd.teacher.cache.store import ShardReader, ShardWriter
-from llamafactory_sekd.teacher.cache.teacher import CachedTeacher, FillingTeacher
+from llamafactory_sekd.teacher.cache.teacher import CachedTeacher, FillingTeacher, padding_of_head
 
 
 __all__ = [
@@ -50,5 +50,6 @@ __all__ = [
     "on_any_rank",
     "open_caches",
     "open_for_reading",
+    "padding_of_head",
     "unanswered",
 ]

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from llamafactory_sekd.errors import TeacherError
@@ -22,6 +23,15 @@ from llamafactory_sekd.teacher.source import Answers, product
 
 
 HEAD = "head.safetensors"
+
+
+def padding_of_head(cache: OpenCache, used: int) -> list[torch.Tensor]:
+    """Return what a cache's head holds beyond the ids that the tokenizer uses; nothing where it has no head."""
+    path = cache.directory / HEAD
+    if isinstance(cache.kept, TopKFormat) or not path.is_file():
+        return []
+    with safe_open(path, framework="pt") as head:
+        return [head.get_slice(name)[used:] for name in head.keys()]  # noqa: SIM118  # it is no mapping
 
 
 class CachedTeacher:
