@@ -20,7 +20,7 @@ from llamafactory_sekd.evaluation.metricx import prepare_metricx
 from llamafactory_sekd.evaluation.results import Evaluated, build_results
 from llamafactory_sekd.evaluation.scores import SURFACE_METRICS, surface_metric
 from llamafactory_sekd.evaluation.segment_scores import SegmentScorer
-from llamafactory_sekd.evaluation.settings import Settings, System
+from llamafactory_sekd.evaluation.settings import OPTIONAL, Settings, System
 from llamafactory_sekd.evaluation.translate import collect_hypotheses, given_hypotheses
 from llamafactory_sekd.evaluation.translator import Host
 from llamafactory_sekd.evaluation.workspace import check_workspace, open_workspace
@@ -75,6 +75,8 @@ def prepare(settings: Settings, host: Host) -> Prepared:
                 scorer = _prepare_metric(settings, metric, test_sets)
             except EvaluationError as error:
                 if metric not in settings.optional:
+                    if metric.partition(":")[0] not in OPTIONAL:
+                        raise
                     raise EvaluationError(f"{error} Or write `{metric}?` in `metrics` to go on without it.") from None
                 skipped[metric] = str(error)
             else:
