@@ -41,10 +41,11 @@ def test_broken_archive_is_one_line_with_the_remedy(tmp_path: Path) -> None:
         (b"\x28\xb5\x2f\xfdrest", "compressed with zstd"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
         (b"\n<!DOCTYPE html><html>404</html>", "an HTML page"),
-        (gzip.compress(b"PK\x03\x04rest"), "a zip archive"),
+        (gzip.compress(b"PK\x03\x04rest", mtime=0), "a zip archive"),
         ("hallo welt\n".encode("utf-16-le"), "UTF-16"),
         ("hallo welt\n".encode("utf-16-be"), "UTF-16"),
     ],
+    ids=["zip", "parquet", "pickle", "zstd", "lfs", "html", "zip in gzip", "utf-16-le", "utf-16-be"],
 )
 def test_file_that_is_no_text_is_called_what_it_is(tmp_path: Path, data: bytes, words: str) -> None:
     (tmp_path / "x").write_bytes(data)
