@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from itertools import islice
 from typing import Any
 
@@ -62,7 +64,8 @@ def look(config: dict[str, Any], count: int, progress: Callable[[int], None] = l
 
     if config.get("teacher_model") == SELF:
         raise ArgumentError(f"`teacher_model: {SELF}` cannot be looked at: name the teacher's folder or hub id.")
-    data = tokenized({**config, "packing": False, "neat_packing": False}, lambda _: None)
+    with redirect_stdout(StringIO()):  # the host prints its first example
+        data = tokenized({**config, "packing": False, "neat_packing": False}, lambda _: None)
     found = list(islice(_examples(data.datasets), count))
     accelerator = Accelerator()
     teacher = Teacher(load_teacher(data.model_args, data.training_args, data.finetuning_args), accelerator)

@@ -72,4 +72,5 @@ def test_the_doctor_looks_only_where_it_is_asked_to(tiny_root, tmp_path):
     assert done.returncode == 0, done.stderr
     assert re.search(r"^Start: \d+% of the tokens are hard .* of 4 references", done.stdout, re.MULTILINE)
     assert "Advice: " in done.stdout
+    assert "label_ids" not in done.stdout  # the host prints its first example
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
