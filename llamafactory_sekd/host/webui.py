@@ -16,7 +16,8 @@ def extend_create_train_tab(host_create: Callable[[Any], dict[str, Any]]) -> Cal
         from gradio.context import Context
 
         from llamafactory_sekd.host.patches import STAGE_LABEL
-        from llamafactory_sekd.host.webui_page import list_adapters, list_teachers
+        from llamafactory_sekd.host.webui_page import list_adapters, list_teachers, output_folder
+        from llamafactory_sekd.webui.own_samples_table import build_samples_table
         from llamafactory_sekd.webui.panel import build_panel
 
         panel = build_panel()
@@ -26,7 +27,9 @@ def extend_create_train_tab(host_create: Callable[[Any], dict[str, Any]]) -> Cal
         _move_after(Context.block, panel.accordion, elements["rlhf_tab"])
         elements["training_stage"].scale = 2  # our stage's name is the longest
         panel.connect(elements["training_stage"], STAGE_LABEL, list_teachers, list_adapters)
-        return {**elements, **panel.elements()}
+        top = [engine.manager.get_elem_by_id(f"top.{name}") for name in ("lang", "model_name", "finetuning_type")]
+        samples = build_samples_table(panel.accordion, [*top, elements["output_dir"]], output_folder)
+        return {**elements, **panel.elements(), **samples}
 
     return create_train_tab
 

@@ -49,6 +49,11 @@ def list_adapters(teacher: str | None) -> list[str]:
     return _checkpoints(_folder_of(teacher), "lora")
 
 
+def output_folder(model: str | None, finetuning_type: str | None, name: str | None) -> Path | None:
+    """Return where the host writes a run of these fields; None where one is empty."""
+    return Path(get_save_dir(model, finetuning_type, name)) if model and finetuning_type and name else None
+
+
 def page_of(engine: Any) -> Page:
     """Return what the page around our sections offers; the training tab must have been built."""
     from llamafactory_sekd.arguments import KEYS
