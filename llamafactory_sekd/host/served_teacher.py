@@ -16,11 +16,14 @@ from llamafactory_sekd.host.cache import Tokenized, bar, run_session, tokenized,
 from llamafactory_sekd.host.teacher_prompts import TeacherPrompts
 from llamafactory_sekd.teacher.cache import DTYPES, Format, HiddenFormat, Plan, Session, Settings, TopKFormat
 from llamafactory_sekd.teacher.served import (
+    Answering,
     Connection,
     ServedTeacher,
     TicketCollator,
+    VllmConnection,
     check_served_tokenizer,
     fill_from_server,
+    speaks_our_protocol,
 )
 
 
@@ -31,7 +34,7 @@ _OF_A_LOADED_TEACHER = frozenset(key for key in KEYS if key.startswith("teacher_
 }
 
 
-def connect(model_args: Any, data_args: Any, finetuning_args: DistillationArguments) -> Connection:
+def connect(model_args: Any, data_args: Any, finetuning_args: DistillationArguments) -> Answering:
     """Reach the server of a run and check its tokenizer, before any weight is read.
 
     Raises:
@@ -40,10 +43,16 @@ def connect(model_args: Any, data_args: Any, finetuning_args: DistillationArgume
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.model import load_tokenizer
 
-    server = Connection(str(finetuning_args.teacher_server), finetuning_args.teacher_server_patience)
+    url, patience = str(finetuning_args.teacher_server), finetuning_args.teacher_server_patience
+    tokenizer = load_tokenizer(model_args)["tokenizer"]
+    get_template_and_fix_tokenizer(tokenizer, data_args)
+    if not speaks_our_protocol(url, patience):
+        vllm = VllmConnection(url, patience, used_ids(tokenizer))
+        vllm.check_tokenizer(tokenizer)
+        return vllm
+
+    server = Connection(url, patience)
     try:
-        tokenizer = load_tokenizer(model_args)["tokenizer"]
-        get_template_and_fix_tokenizer(tokenizer, data_args)
         check_served_tokenizer(tokenizer, server.tokenizer(), server.url)
     except BaseException:
         server.close()
@@ -66,7 +75,7 @@ class ServerOfRun:
         ArgumentError: a key cannot go with it.
     """
 
-    def __init__(self, server: Connection, training_args: Any, finetuning_args: DistillationArguments) -> None:
+    def __init__(self, server: Answering, training_args: Any, finetuning_args: DistillationArguments) -> None:
         workers = training_args.dataloader_num_workers
         if workers:
             raise ArgumentError(
@@ -84,6 +93,11 @@ class ServerOfRun:
         kept = self._kept(used_ids(tokenizer))
         self.teacher = ServedTeacher(self.server, kept, accelerator.device)
         return self.teacher
+
+    def vocab_size(self, tokenizer: Any) -> int:
+        """Return how many ids the answers are over."""
+        asks_for_topk = self.finetuning_args.teacher_server_topk is not None
+        return used_ids(tokenizer) if asks_for_topk else self.server.info.rows
 
     def attach(self, trainer: Any) -> None:
         """Let the server be asked about a batch as soon as it is put together.
@@ -108,8 +122,8 @@ class ServerOfRun:
 
         if not info.hidden:
             raise TeacherError(
-                f"`teacher_server: {self.server.url}` cannot hand out hidden states, as the logits of {info.model} "
-                f"are more than its head's product: set `teacher_server_topk`, for example to {min(64, info.max_k)}."
+                f"`teacher_server: {self.server.url}` does not hand out hidden states of {info.model}: "
+                f"set `teacher_server_topk`, for example to {min(64, info.max_k)}."
             )
         return HiddenFormat(info.width, DTYPES[info.dtype])
 
@@ -138,7 +152,7 @@ def build_from_server(
         TeacherError: the server does not fit or stays away, the cache is of something else, the disk is too small.
     """
     config = {key: value for key, value in config.items() if key not in _OF_A_LOADED_TEACHER}
-    servers: list[Connection] = []
+    servers: list[Answering] = []
 
     def check(model_args: Any, data_args: Any, finetuning_args: Any) -> None:
         if not servers:  # the data sets of the teacher's own prompts are read after the student's
@@ -158,6 +172,11 @@ def build_from_server(
         data = with_prompts(keys, prompts, say, read, lambda _: longest()) if prompts else read(keys, say)
         server = servers[0]
         info = server.info
+        if settings.format == HiddenFormat.name and not info.hidden:
+            raise TeacherError(
+                f"`--server {url}` does not hand out hidden states of {info.model}: build the cache with "
+                "`--format topk`."
+            )
 
         def compute(plan: Plan, session: Session, data: Tokenized) -> None:
             vocab_size = used_ids(data.tokenizer)

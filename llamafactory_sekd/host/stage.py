@@ -150,7 +150,7 @@ def _our_trainer(
         make_online: Any = None
         rows: Any = None
         if of_server is not None:
-            rows = of_server.server.info.rows
+            rows = of_server.vocab_size(kwargs["tokenizer"])
         elif cache is None or cache.needs_model:
             make_online, rows = online_teacher(
                 model_args, training_args, finetuning_args, kwargs["model"], used_ids(kwargs["tokenizer"])

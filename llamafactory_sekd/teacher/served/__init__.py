@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from llamafactory_sekd.teacher.served.connection import TOKEN, Connection
-from llamafactory_sekd.teacher.served.live import ServedTeacher, TicketCollator
+from llamafactory_sekd.teacher.served.connection import TOKEN, Connection, speaks_our_protocol
+from llamafactory_sekd.teacher.served.live import Answering, ServedTeacher, TicketCollator
 from llamafactory_sekd.teacher.served.protocol import ServerInfo
 from llamafactory_sekd.teacher.served.remote_fill import fill_from_server
 from llamafactory_sekd.teacher.served.tokens import check_served_tokenizer
+from llamafactory_sekd.teacher.served.vllm_teacher import VllmConnection
 
 
 __all__ = [
     "TOKEN",
+    "Answering",
     "Connection",
     "ServedTeacher",
     "ServerInfo",
     "TicketCollator",
+    "VllmConnection",
     "check_served_tokenizer",
     "fill_from_server",
+    "speaks_our_protocol",
 ]

@@ -174,6 +174,15 @@ class HttpConnection:
         return one_line(str(text))[:_SHOWN] or "without a word"
 
 
+def speaks_our_protocol(url: str, patience: float) -> bool:
+    """Whether an address is a `sekd serve`; vLLM knows its paths not."""
+    asked = HttpConnection(url, patience)
+    try:
+        return asked.request("GET", "/v1/info", lambda _: True, absent=False)
+    finally:
+        asked.close()
+
+
 class Connection(HttpConnection):
     """A teacher behind `sekd serve`.
 
