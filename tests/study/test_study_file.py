@@ -254,7 +254,7 @@ def test_bases_come_first_and_the_command_line_last():
         ({"prepare": "sekd demo"}, "`prepare` must be a list of commands"),
         ({"output_dir": 3}, "`output_dir` must be text, not 3."),
         ({"train": "nowhere.yaml"}, "nowhere.yaml cannot be read: No such file or directory"),
-        ({"systems": {"A": {"kd_loss": "best"}}}, "a-seed=42: `kd_loss: best` cannot be used: choose one of"),
+        ({"systems": {"A": {"kd_loss": "best"}}}, "a-seed=42: `kd_loss: best` is unknown: use one of"),
         ({"matrix": {"kd_lambda": [2]}}, "a-kd_lambda=2-seed=42: `kd_lambda: 2` cannot be used"),
         ({"overrides": {"do_train": False}}, "a-seed=42: `do_train: true` is missing"),
         ({"matrix": {"kd_gama": [1]}}, "a-kd_gama=1-seed=42: unknown key 'kd_gama': did you mean 'kd_gamma'?"),
