@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from llamafactory_sekd.objectives import (
     fused_linear_distillation,
     product_type,
 )
+from llamafactory_sekd.presets import PRESETS
 
 
 LAMBDA, BETA = 0.5, 0.5
@@ -91,13 +93,13 @@ def _with_gamma(heads: Heads) -> Heads:
     )  # fmt: skip
 
 
-def objective_keys(heads: Heads, kd_loss: str) -> dict[str, float | str | None]:
+def objective_keys(heads: Heads, kd_loss: Any) -> dict[str, Any]:
     """The keys of an objective, with the share of hard tokens at which Γ was chosen."""
     topk = heads.hard_share if kd_loss == "self_evolution_topk" else None
     return {"kd_loss": kd_loss, "kd_lambda": LAMBDA, "kd_beta": BETA, "kd_gamma": heads.gamma, "kd_topk": topk}
 
 
-def fused(heads: Heads, kd_loss: str, compile: bool = False, chunk_size: int | None = None) -> torch.Tensor:
+def fused(heads: Heads, kd_loss: Any, compile: bool = False, chunk_size: int | None = None) -> torch.Tensor:
     dtype, device = product_type(heads.head), heads.head.device
     loss = fused_linear_distillation(
         heads.hidden,
@@ -181,9 +183,27 @@ def bare_products_in_float32(heads: Heads) -> None:
     )
 
 
+def squared_distance(target: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """A divergence of a user's own, whose derivative autograd takes."""
+    return (target - student) ** 2
+
+
+# Objectives without a closed form of their own, and two that have one, by the formula: what it is worth.
+GENERIC: dict[str, Any] = {
+    **{name: name for name in PRESETS if name not in OBJECTIVES},
+    "no_evolution by the formula": {"divergence": "kl"},
+    "skew by the formula": {"divergence": "kl", "skew": BETA},
+    "a user's function": {"divergence": f"{__name__}:squared_distance"},
+}
 FUSED = {
     **{f"ours, {name}": functools.partial(fused, kd_loss=name) for name in OBJECTIVES},
     **{f"ours, {name}, compiled": functools.partial(fused, kd_loss=name, compile=True) for name in OBJECTIVES},
+    **{f"ours, {name}": functools.partial(fused, kd_loss=kd_loss) for name, kd_loss in GENERIC.items()},
+    **{
+        f"ours, {name}, compiled": functools.partial(fused, kd_loss=kd_loss, compile=True)
+        for name, kd_loss in GENERIC.items()
+        if name != "a user's function"
+    },
 }
 CONTENDERS: dict[str, Callable[[Heads], object]] = {
     **FUSED,

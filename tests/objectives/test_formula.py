@@ -291,6 +291,15 @@ def test_a_divergence_alone_is_what_its_limits_say():
     close(loss(divergence="alpha_beta", alpha=0.5, beta=0.5), 4 * loss(divergence="hellinger"))
 
 
+@pytest.mark.parametrize("name", ["adaptive_kl", "skewed adaptive_kl"])
+def test_a_head_of_few_entries_needs_no_sorting_and_one_of_many_gets_it(name, monkeypatch):
+    z, w, labels = sample()
+    expected = distillation_loss(z, w, labels, kd_loss=formula_of(name)).loss
+    for entries in (1, 2, 4):
+        monkeypatch.setattr("llamafactory_sekd.objectives.losses.elementwise.HEAD_ENTRIES", entries)
+        close(distillation_loss(z, w, labels, kd_loss=formula_of(name)).loss, expected)
+
+
 def test_a_gate_by_the_running_mean_takes_it_from_the_caller():
     z, w, labels = sample()
     gate = {"signal": "teacher_probability", "below": "mean"}
