@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -86,6 +87,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     }
     config = base_config(folder, arguments)
     building = {kind: build(config, folder / kind, kind) for kind in GOALS}
+    halve(folder / "hidden")
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {os.environ.get('OMP_NUM_THREADS', 'all')} threads",
         "versions": {name: version(name) for name in ("llamafactory", "torch", "transformers")},
@@ -176,6 +178,22 @@ def reading(config: dict[str, Any], directory: Path, batch_size: int) -> dict[st
     return {"seconds per batch": statistics.median(times), "growth in bytes": _anonymous_memory() - before}
 
 
+def halve(directory: Path) -> None:
+    """Write the examples of a cache into two further ones in turn, `NAME-0` and `NAME-1`."""
+    from llamafactory_sekd.teacher.cache import ShardReader, ShardWriter
+
+    reader = ShardReader(directory)
+    halves = [directory.with_name(f"{directory.name}-{number}") for number in range(2)]
+    for number, half in enumerate(halves):
+        shutil.copytree(directory, half, ignore=shutil.ignore_patterns("shard-*", "index-*"))
+        writer = ShardWriter(half, 0)
+        for key in sorted(reader.keys())[number::2]:
+            record = reader.read(key)
+            assert record is not None
+            writer.add(key, record)
+        writer.flush()
+
+
 def steps(folder: Path, config: dict[str, Any], arguments: argparse.Namespace) -> dict[str, list[float]]:
     """The seconds of the steps of each run."""
     without = {key: value for key, value in config.items() if key != "teacher_model"}
@@ -183,6 +201,7 @@ def steps(folder: Path, config: dict[str, Any], arguments: argparse.Namespace) -
         "sft": {**without, "stage": "sft"},
         "online": config,
         **{kind: {**without, "teacher_cache": str(folder / kind)} for kind in GOALS},
+        "two caches": {**without, "teacher_cache": f"{folder / 'hidden-0'},{folder / 'hidden-1'}"},
     }
     if arguments.smoke:
         configs = {name: configs[name] for name in ("sft", "topk")}
@@ -286,6 +305,8 @@ def report(result: dict[str, Any]) -> None:
     ratios = [f"{ratio(result, name):.2f}" if name in result["seconds"] else "" for name in (*GOALS, "online")]
     table.add_row("step / SFT step, median", *ratios, "1.25, 1.10")
     table.add_row("build / the teacher's passes", *(f"{building(result, kind):.3f}" for kind in GOALS), "", "1.10")
+    if "two caches" in result["seconds"]:
+        table.add_row("step with two caches / with one", f"{two_caches(result):.3f}", "", "", "1.02")
     waits = [f"{wait(result, kind):.2%}" if kind in result["seconds"] else "" for kind in GOALS]
     table.add_row("reading / step", *waits, "", "2 %")
     growth = [f"{result['reading'][kind]['growth in bytes'] / 2**20:.1f} MiB" for kind in GOALS]
@@ -301,6 +322,11 @@ def report(result: dict[str, Any]) -> None:
 def ratio(result: dict[str, Any], name: str) -> float:
     turns = zip(result["seconds"][name], result["seconds"]["sft"], strict=True)
     return statistics.median(ours / sft for ours, sft in turns)
+
+
+def two_caches(result: dict[str, Any]) -> float:
+    turns = zip(result["seconds"]["two caches"], result["seconds"]["hidden"], strict=True)
+    return statistics.median(two / one for two, one in turns)
 
 
 def building(result: dict[str, Any], kind: str) -> float:
