@@ -245,3 +245,19 @@ def test_samples_are_those_of_generate_whichever_decoder_makes_them(translators,
     assert shown[0]["sample"] == shown[1]["sample"]
     assert logged(fast, "gen/length") == logged(plain, "gen/length")
     assert same(fast, plain, 1e-5)
+
+
+def test_greedy_step_1_equals_training_on_the_file_that_sekd_translate_made(translators, tmp_path, monkeypatch):
+    import sys
+
+    from llamafactory_sekd.host.translate_command import app
+
+    keys = {"max_steps": 1, "max_samples": 4, "max_new_tokens": 40}
+    own = run(translators, tmp_path / "own", kd_on_policy=1.0, do_sample=False, **keys)
+    words = ["--model", str(translators / "student"), "--dataset", "tiny", "--dataset-dir", str(translators / "data")]
+    words += ["--max-new-tokens", "40", "--filters", "none", "--out", str(tmp_path / "made"), "--name", "tiny"]
+    monkeypatch.setattr(sys, "argv", ["sekd", "translate", *words])
+    app(args=words, prog_name="sekd translate", standalone_mode=False)
+    fixed = run(translators, tmp_path / "fixed", dataset_dir=str(tmp_path / "made"), kd_lambda=1.0, **keys)
+    assert same(own, fixed, 1e-6)
+    assert logged(own, "loss") == pytest.approx(logged(fixed, "loss"), abs=1e-6)
