@@ -179,6 +179,15 @@ def _quoted_rows(path: Path, meter: Meter | None) -> Iterator[tuple[int, list[st
 def _two_columns(rows: Iterator[tuple[int, list[str]]], path: Path, direction: Direction | None) -> Iterator[Pair]:
     name = str(path)
     for number, columns in rows:
+        if any("\r" in column for column in columns) and len(columns) != 2:
+            raise DataError(
+                f"{path}:{number}: the lines end with carriage returns alone: convert them, for example with "
+                "`tr '\\r' '\\n'`."
+            )
+        if len(columns) == 1:
+            raise DataError(
+                f"{path}:{number}: 1 column instead of 2 (source, tab, target): convert CSV, TMX or XLIFF first."
+            )
         if len(columns) != 2:
             raise DataError(
                 f"{path}:{number}: {len(columns)} columns instead of 2 (source, tab, target); "

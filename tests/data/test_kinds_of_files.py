@@ -96,3 +96,18 @@ def test_plain_records_have_no_heading_and_the_manifest_says_so(tmp_path: Path) 
     assert manifest["request"]["prompt"] == "plain"
     again = CliRunner().invoke(app, ["pairs", *options[:-1], "--name", "mine", "--out", str(tmp_path / "out")])
     assert "different options (prompt)" in str(again.exception)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"one,eins\ntwo,zwei\n", "1 column instead of 2 .* convert CSV, TMX or XLIFF"),
+        (b'<?xml version="1.0"?><tmx version="1.4"/>', "1 column instead of 2"),
+        (b"one\teins\rtwo\tzwei\r", "the lines end with carriage returns alone"),
+        (b"one\teins\t0.93\n", "3 columns instead of 2"),
+    ],
+)
+def test_another_layout_than_tsv_is_called_what_it_is(tmp_path: Path, text: bytes, words: str) -> None:
+    (tmp_path / "x.tsv").write_bytes(text)
+    with pytest.raises(DataError, match=words):
+        read_tsv_pairs(tmp_path / "x.tsv")

@@ -118,6 +118,25 @@ RUNS: dict[str, dict[str, Any]] = {
         # Not in an evaluation: transformers counts the first token there, which nothing predicts; our mean does not.
         "train_on_prompt": True,
     },
+    "llama pro": {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "use_llama_pro": True},
+    "thinking": {
+        "template": "qwen3",
+        "enable_thinking": False,
+        "preprocessing_num_workers": 2,
+        "tool_format": "qwen",
+        "use_fast_tokenizer": True,
+        "split_special_tokens": True,
+        "optim": "adamw_torch",
+        "gradient_checkpointing": True,
+    },
+    "each evaluation": {
+        "do_eval": True,
+        "eval_dataset": "tiny,tiny_valid",
+        "eval_on_each_dataset": True,
+        "eval_strategy": "epoch",
+        "prediction_loss_only": True,
+        "dataloader_pin_memory": False,
+    },
     "oft": {
         "finetuning_type": "oft",
         "oft_rank": 0,
@@ -177,9 +196,9 @@ REASONS: dict[str, str] = {
         "profiler_profile_memory profiler_with_stack profile_modules low_cpu_mem_usage"
     ),
     _DATA_ONLY: (
-        "use_fast_tokenizer split_special_tokens new_special_tokens_config init_special_tokens tool_format "
-        "enable_thinking preserve_thinking preprocessing_num_workers eval_num_beams eval_on_each_dataset "
-        "length_column_name remove_unused_columns label_names dataloader_pin_memory"
+        "new_special_tokens_config init_special_tokens "
+        "preserve_thinking eval_num_beams "
+        "length_column_name remove_unused_columns label_names "
     ),
     _INPUTS: (
         "image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches video_max_pixels "
@@ -208,8 +227,8 @@ REASONS: dict[str, str] = {
         "fp8_enable_fsdp_float8_all_gather mp_parameters no_cuda use_cpu use_mps_device jit_mode_eval"
     ),
     _HOST_SETS_IT: (
-        "gradient_checkpointing gradient_checkpointing_kwargs per_gpu_train_batch_size per_gpu_eval_batch_size "
-        "prediction_loss_only use_legacy_prediction_loop include_inputs_for_metrics eval_do_concat_batches "
+        "gradient_checkpointing_kwargs per_gpu_train_batch_size per_gpu_eval_batch_size "
+        "use_legacy_prediction_loop include_inputs_for_metrics eval_do_concat_batches "
         "eval_use_gather_object batch_eval_metrics sortish_sampler"
     ),
     _OWN_TEST + "tests/trainer/test_router.py": "moe_aux_loss_coef",
@@ -221,7 +240,6 @@ REASONS: dict[str, str] = {
     "generation by the host, which asks no teacher": (
         "predict_with_generate generation_max_length generation_num_beams generation_config"
     ),
-    "the expanded model is an ordinary model with frozen layers: the run `freeze`": "use_llama_pro",
 }
 
 
