@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ from llamafactory_sekd.webui.quality.report import draw_report, read_report, rep
 _PREFIX = "quality_"
 _DIRECTIONS = ("en-de", "de-en", "en-cs", "cs-en")
 _SECONDS_BETWEEN_UPDATES = 1.0
-_RESULTS = Path("results")
 Data = Mapping[Any, Any]
 
 
@@ -107,14 +105,14 @@ def build_quality_section(page: Page) -> QualitySection:
     events = _Events(page, fields, process, bar, output, plot, files, report)
     everything = {*fields.values(), *page.elements.values()}
     shown = [bar, output, plot, files, report]
-    fields["task"].change(_follow_task, [fields["task"], fields["save_dir"]], [fields["save_dir"]], queue=False)
     fields["checkpoints"].focus(events.list_checkpoints, everything, [fields["checkpoints"]], queue=False)
     systems = [fields[name].change for name in ("checkpoints", "with_base", "with_teacher")]
     gr.on(systems, events.list_systems, everything, [fields["baseline"]], queue=False)
     # A checkpoint that is chosen for the page is the one to evaluate.
     chosen: Any = page.elements["top.checkpoint_path"]
     chosen.change(checkpoint_list, [chosen], [fields["checkpoints"]], queue=False)
-    followed = gr.State(fields["save_dir"].value)
+    # In the page, as the folder is: a gr.State would be ahead of it where two changes follow each other quickly.
+    followed = gr.Textbox(value=fields["save_dir"].value, visible=False)
     folder = [fields["save_dir"], followed]
     fields["task"].change(follow_test_set, [fields["task"], *folder], folder, queue=False)
     preview.click(events.preview, everything, shown, concurrency_limit=None)
@@ -125,12 +123,6 @@ def build_quality_section(page: Page) -> QualitySection:
     named = {**fields, "tab": tab, "preview_btn": preview, "start_btn": start, "stop_btn": stop}
     named.update(plot=plot, files=files)
     return QualitySection({f"{_PREFIX}{name}": element for name, element in named.items()}, process)
-
-
-def _follow_task(task: str, save_dir: str) -> str:
-    """Return the results folder of another test set; a folder that the user named stays."""
-    folder = Path(save_dir.strip() or _RESULTS)
-    return str(_RESULTS / re.sub(r"[^A-Za-z0-9._+-]+", "_", task or "")) if folder.parent == _RESULTS else save_dir
 
 
 def _on_load(function: Any, inputs: list[Any], outputs: list[Any]) -> None:
