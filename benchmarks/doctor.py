@@ -113,6 +113,7 @@ def configured(folder: Path, label: str, keys: dict[str, Any]) -> dict[str, Any]
         "dataset_dir": str(folder / "data"),
         "template": "parrot",
         "cutoff_len": 256,
+        "kd_max_cut": 1.0,  # on purpose: see above
         "output_dir": str(folder / label.replace(" ", "_")),
         "overwrite_output_dir": True,
         "overwrite_cache": True,
