@@ -25,6 +25,7 @@ from llamafactory_sekd.data.sources import DirectorySource, HubSource
 from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.errors import ArgumentError, DataError
 from llamafactory_sekd.files import locked
+from llamafactory_sekd.host.data_command import app as complete_app
 
 
 # The paper's 52K and its test sets; the counts of ALMA's files.
@@ -430,9 +431,9 @@ def test_the_command_for_every_shipped_dataset_would_make_it() -> None:
 def test_every_command_of_the_documentation_is_one() -> None:
     text = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
     commands = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("sekd data ")]
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(complete_app)
 
-    assert len(commands) == 9
+    assert len(commands) == 11
     for _, _, name, *arguments in commands:
         group.commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
     for name, count in COUNTS.items():

@@ -96,7 +96,7 @@ def test_a_passing_fault_is_told_and_the_answer_is_the_right_one(server, faults,
 def test_a_fault_that_stays_is_one_line(server):
     with between(server.url, [flipped] * 9) as url:
         connection = Connection(url, 60, lambda _: None)
-        with pytest.raises(TeacherError, match="garbage.*3 times in a row") as garbage:
+        with pytest.raises(TeacherError, match=r"garbage.*3 times in a row") as garbage:
             connection.ask([PART], HiddenFormat(connection.info.width, torch.float32), together=False)
     with between(server.url, [503] * 99) as url:
         connection = Connection(url, 4, lambda _: None)

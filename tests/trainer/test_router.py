@@ -66,7 +66,7 @@ def test_the_routers_loss_is_that_of_sft(moe_root, tmp_path, keys):
     sekd, sft = both(moe_root, tmp_path, moe_aux_loss_coef=0.5, **keys)
     assert logged(sekd, "loss") == pytest.approx(logged(sft, "loss"), abs=2e-4)
     for name, value in weights(sft).items():
-        torch.testing.assert_close(weights(sekd)[name], value, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(weights(sekd)[name], value, atol=5e-5, rtol=1e-5)
     assert all(value > 0.4 for value in logged(sekd, "aux_loss"))
 
 
