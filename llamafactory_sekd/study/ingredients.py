@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd import __version__
+from llamafactory_sekd.arguments import cache_folders
 from llamafactory_sekd.data.testsets import TestSet
 from llamafactory_sekd.evaluation.fingerprint import Digests
 from llamafactory_sekd.evaluation.translator import ModelSource
@@ -30,13 +31,19 @@ _UNKNOWN = "unknown"
 
 
 def of_training(source: Mapping[str, Any], cache: TeacherCache | None, digests: Digests) -> dict[str, Any]:
-    """Return the ingredients of a training as plain values; ``source`` names the teacher, not its cache."""
+    """Return the ingredients of a training as plain values.
+
+    ``source`` names the teacher and not the study's own ``cache`` of it; caches that the YAML names in a teacher's
+    place count by what they hold, wherever they are.
+    """
+    caches = {} if source.get("teacher_model") else dict(_caches(source, digests))
     return {
         "config": {key: value for key, value in source.items() if key not in _INCIDENTAL},
         "teacher_cache": dict(cache.options) if cache is not None else None,
         "models": {name: _model(name, digests) for key in _MODELS for name in _names(source.get(key))},
         "data": dict(_data(source, digests)),
         "versions": _versions(_TRAINING_PACKAGES),
+        **({"caches": caches} if caches else {}),
     }
 
 
@@ -67,6 +74,18 @@ def _model(name: str, digests: Digests) -> dict[str, str] | str:
     if not (folder / config).is_file():
         return _UNKNOWN
     return digests.of_source(ModelSource(str(folder), config=config), name)
+
+
+def _caches(source: Mapping[str, Any], digests: Digests) -> Iterator[tuple[str, str]]:
+    """Yield the digest of each cache's manifest, which names its teacher, by its place among several."""
+    folders = cache_folders(source.get("teacher_cache"))
+    if not folders:
+        return
+    from llamafactory_sekd.teacher.cache.manifest import MANIFEST  # loads torch, which most studies plan without
+
+    for number, folder in enumerate(folders, 1):
+        manifest = Path(folder).expanduser() / MANIFEST
+        yield str(number), digests.of_file(manifest) if manifest.is_file() else _UNKNOWN
 
 
 def _data(source: Mapping[str, Any], digests: Digests) -> Iterator[tuple[str, Any]]:

@@ -21,6 +21,7 @@ from llamafactory_sekd.study import preparation, runner
 from llamafactory_sekd.study.cluster import list_commands, write_slurm
 from llamafactory_sekd.study.engine import find_inputs, open_study, run_one, run_study, write_study
 from llamafactory_sekd.study.spec import read_spec
+from llamafactory_sekd.teacher.cache.manifest import MANIFEST
 
 
 FAKE = Path(__file__).parents[1] / "helpers" / "fake_host.py"
@@ -194,6 +195,25 @@ def test_what_decides_nothing_changes_nothing():
     write({**SMALL, "output_dir": str(Path("out").resolve()), "baseline": "A"})
     run()
     assert starts() == []
+
+
+def test_a_cache_in_the_teachers_place_counts_by_what_it_holds():
+    config = {key: value for key, value in TRAIN.items() if key != "teacher_model"}
+    for name in ("first", "second"):
+        Path(name).mkdir()
+        Path(name, MANIFEST).write_text(name)
+    Path("train.yaml").write_text(yaml.safe_dump({**config, "teacher_cache": "first"}))
+    write(SMALL)
+    run()
+    starts()
+    Path("first").rename("moved")
+    rewrite("train.yaml", teacher_cache="moved")
+    run()
+    assert starts() == []
+    rewrite("train.yaml", teacher_cache="second")
+    _, said = run()
+    assert "a-seed=1: training.caches.1 was " in said
+    assert sorted(folder for what, folder, _ in starts() if what == "train") == BOTH
 
 
 def rewrite(path, **keys):
