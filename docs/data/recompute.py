@@ -78,7 +78,6 @@ def export(name: str, folder: Path) -> None:
                     "hard": f"{validation['eval_kd/hard_ratio']:.4f}" if "eval_kd/hard_ratio" in validation else "",
                 }
             )
-    _write(HERE / f"{name}_runs.csv", runs)
     differences = []
     for data in dict.fromkeys(_data(group) for group in study.groups):
         at = {group.system: group for group in study.groups if _data(group) == data}
@@ -91,6 +90,9 @@ def export(name: str, folder: Path) -> None:
                     seeds = f"{sum(value > 0 for value in found.seeds)} of {len(found.seeds)}"
                     row = {"data": data, "system": pair[0], "against": pair[1], "metric": metric, "ahead": seeds}
                     differences.append({**row, **{key: f"{value:.4f}" for key, value in numbers.items()}})
+    if not differences:
+        raise SystemExit(f"{folder}: no test set to compare systems on; call this from the folder that the study ran in.")
+    _write(HERE / f"{name}_runs.csv", runs)
     _write(HERE / f"{name}_differences.csv", differences)
 
 
