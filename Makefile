@@ -52,6 +52,7 @@ lint: $(VENV)/dev.done
 	@$(BIN)/lint-imports --no-logo --no-cache
 	@$(BIN)/codespell
 	@$(BIN)/codespell -D .github/retired_words.txt $(PROSE)
+	@! grep -rnE --include='*.py' --include='*.md' "\bhand(s|ed)? out\b|\bis said\b|\bstands? there\b" $(PROSE)
 	@$(MAKE) --no-print-directory docs
 
 # Strict: a broken link, a missing anchor and a page outside of the navigation are errors. (`-q` would hide and pass them.)

@@ -34,7 +34,7 @@ class Shape:
 
 
 def find_alma() -> Path | None:
-    """The real ALMA files: $SEKD_ALMA, or ``shared/alma`` beside the project; None where neither is there."""
+    """The real ALMA files: $SEKD_ALMA, or ``shared/alma`` next to the project; None where neither is there."""
     directory = Path(os.environ.get("SEKD_ALMA") or Path(__file__).parents[3] / "shared" / "alma")
     return directory if directory.is_dir() else None
 

@@ -91,7 +91,7 @@ def export(name: str, folder: Path) -> None:
                     row = {"data": data, "system": pair[0], "against": pair[1], "metric": metric, "ahead": seeds}
                     differences.append({**row, **{key: f"{value:.4f}" for key, value in numbers.items()}})
     if not differences:
-        raise SystemExit(f"{folder}: no test set to compare systems on; call this from the folder that the study ran in.")
+        raise SystemExit(f"{folder}: no test set to compare systems on; run this where the study ran.")
     _write(HERE / f"{name}_runs.csv", runs)
     _write(HERE / f"{name}_differences.csv", differences)
 

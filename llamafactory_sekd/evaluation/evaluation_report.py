@@ -13,6 +13,7 @@ from llamafactory_sekd.evaluation.sentence_examples import Example, most_differe
 from llamafactory_sekd.evaluation.significance import SAMPLES, TRIALS, is_significant
 from llamafactory_sekd.files import write_atomic, write_json
 from llamafactory_sekd.reporting.document import (
+    NOTHING,
     Column,
     Document,
     Entry,
@@ -43,7 +44,6 @@ from llamafactory_sekd.reporting.metric_labels import (
 from llamafactory_sekd.reporting.terminal import print_document
 
 
-NOTHING = Entry("–")
 # Columns of figures of more than two metrics that fit on a page side by side.
 WIDEST = 8
 
@@ -397,31 +397,27 @@ def differing(text: str, reference: str) -> tuple[Span, ...]:
     return tuple(spans)
 
 
+def _triples(nested: Mapping[str, Mapping[str, str]]) -> list[tuple[str, str, str]]:
+    return [(outer, inner, value) for outer, values in nested.items() for inner, value in values.items()]
+
+
 def _origin(results: Mapping[str, Any]) -> Section:
     """Tell what anyone needs to repeat it."""
     signatures = _texts(
         "Signatures",
         ("direction", "metric"),
-        [
-            (direction, metric, signature)
-            for direction, by_metric in results["signatures"].items()
-            for metric, signature in by_metric.items()
-        ],
+        _triples(results["signatures"]),
     )
     prompts = _texts(
         "Prompts",
         ("system", "key"),
-        [(system, key, value) for system, keys in results["prompts"].items() for key, value in keys.items()],
+        _triples(results["prompts"]),
     )
     versions = _texts("Versions", ("package",), list(results["versions"].items()))
     prints = _texts(
         "Fingerprints of the translations",
         ("system", "direction"),
-        [
-            (system, direction, fingerprint)
-            for system, by_direction in results["fingerprints"].items()
-            for direction, fingerprint in by_direction.items()
-        ],
+        _triples(results["fingerprints"]),
     )
     note = "What anyone needs to repeat it; results.json in this folder has every figure at full precision."
     return Section(

@@ -122,7 +122,7 @@ class ServerOfRun:
 
         if not info.hidden:
             raise TeacherError(
-                f"`teacher_server: {self.server.url}` does not hand out hidden states of {info.model}: "
+                f"`teacher_server: {self.server.url}` does not return hidden states of {info.model}: "
                 f"set `teacher_server_topk`, for example to {min(64, info.max_k)}."
             )
         return HiddenFormat(info.width, DTYPES[info.dtype])
@@ -174,7 +174,7 @@ def build_from_server(
         info = server.info
         if settings.format == HiddenFormat.name and not info.hidden:
             raise TeacherError(
-                f"`--server {url}` does not hand out hidden states of {info.model}: build the cache with "
+                f"`--server {url}` does not return hidden states of {info.model}: build the cache with "
                 "`--format topk`."
             )
 

@@ -121,7 +121,7 @@ def run_translate(
         try:
             host = build_host(settings)
             if outputs.join is None and wants_torchrun(settings):
-                host.describe(settings.systems[0])  # whatever is wrong is said here, once, and not by every rank
+                host.describe(settings.systems[0])  # reports whatever is wrong once, and not on every rank
                 sys.exit(_on_several(inputs, work, stdout))
             limits = BatchLimits(batch_tokens, batch_size)
             with join_ranks() as ranks:

@@ -35,6 +35,9 @@ class Entry:
     bar: float | None = None
 
 
+NOTHING = Entry("–")
+
+
 @dataclass(frozen=True)
 class Row:
     """A row: what it is about (one text per heading), its role (``baseline``, ``teacher`` or nothing), its figures."""

@@ -56,7 +56,7 @@ def judge(
 
     Args:
         examples: prompt and reference of each pair.
-        teacher, student: models that hand out logits.
+        teacher, student: models that return logits.
         batch_size: examples in a forward pass, which come sorted by length.
         device: where the batches are made.
         kd_lambda: λ of equation 4.

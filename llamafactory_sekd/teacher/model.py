@@ -23,7 +23,7 @@ from llamafactory_sekd.teacher.source import Answers, product
 
 
 class Teacher:
-    """A frozen causal language model that hands out response rows: its logits, or its hidden states and its head.
+    """A frozen causal language model that returns response rows: its logits, or its hidden states and its head.
 
     Args:
         model: the model, loaded and not yet placed.

@@ -2,7 +2,7 @@
 
     python fake_host.py train train.yaml [resume_from_checkpoint=…] | eval eval.yaml
 
-Every start is a line in `starts.txt` beside this file. A training with the key `fail` ends with status 3, one with
+Every start is a line in `starts.txt` next to this file. A training with the key `fail` ends with status 3, one with
 `slow` takes its steps in hundredths of a second and saves a checkpoint at each.
 """
 

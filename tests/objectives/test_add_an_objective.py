@@ -1,4 +1,4 @@
-"""The worked example of `docs/add_an_objective.md`: the file and the line of the page train, as they stand there."""
+"""The worked example of `docs/add_an_objective.md`: the file and the line of the page train, as written."""
 
 from __future__ import annotations
 

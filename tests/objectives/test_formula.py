@@ -33,7 +33,7 @@ ALONE: dict[str, Any] = {
     "a sum": {"divergence": {"kl": 0.5, "tvd": 2, SQUARES: 1}},
     "weights": {"divergence": "kl", "weight": 3, "temperature": 2},
     "no teacher": {"divergence": "kl", "lambda": 0},
-    "no teacher beside cross-entropy": {"divergence": "tvd", "lambda": 0, "target": "teacher"},
+    "no teacher next to cross-entropy": {"divergence": "tvd", "lambda": 0, "target": "teacher"},
     "no reference": {"divergence": "reverse_kl", "lambda": 1, "target": "teacher"},
 }  # fmt: skip
 SIDES = {

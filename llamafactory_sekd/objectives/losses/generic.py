@@ -4,7 +4,7 @@ For a divergence that is elementwise in (target, student) the derivative with re
 
     q (u - Σ q u)     with u = ∂D/∂q, elementwise
 
-A divergence therefore hands out its sum and its pull `s ∂D/∂s`, where `s` is the student or its proxy
+A divergence therefore returns its sum and its pull `s ∂D/∂s`, where `s` is the student or its proxy
 `s = α q + (1-α) t`; then `q u = (α q / s) s ∂D/∂s`. The pull, not the derivative, because it stays finite where `s`
 underflows.
 """

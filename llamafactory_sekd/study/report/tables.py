@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from llamafactory_sekd.reporting.document import Column, Entry, Row, Table
+from llamafactory_sekd.reporting.document import NOTHING, Column, Entry, Row, Table
 from llamafactory_sekd.reporting.metric_labels import (
     AVERAGE,
     best_of,
@@ -19,7 +19,6 @@ from llamafactory_sekd.study.report.cells import Group, Study, Summary, shown, s
 from llamafactory_sekd.study.report.paired import Difference
 
 
-NOTHING = Entry("–")
 # A group, a direction or the average, a metric -> the difference to the baseline, None where there is none.
 Compare = Callable[[Group, str, str], Difference | None]
 

@@ -138,7 +138,7 @@ class CachedTeacher:
 class FillingTeacher(CachedTeacher):
     """Asks the teacher itself for batches that the cache does not have completely, and keeps its answers.
 
-    What it hands out is what later epochs will read, rounded alike.
+    What it returns is what later epochs will read, rounded alike.
 
     Args:
         cache: the one that is filled; the collator reads from it, in this process.

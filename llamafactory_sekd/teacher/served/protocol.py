@@ -43,7 +43,7 @@ class ServerInfo:
         max_k: log-probabilities per token, at most.
         teacher: what decides its answers, as a cache's manifest records it.
         software: the versions that compute it.
-        head: size and checksum of the head's bytes; None where it is not handed out.
+        head: size and checksum of the head's bytes; None where it is not sent.
         version: of the protocol.
     """
 

@@ -43,7 +43,7 @@ def make_app(
     Args:
         worker: that computes.
         info: what it says of its teacher.
-        head: the head's safetensors bytes, None where hidden states are not handed out.
+        head: the head's safetensors bytes, None where hidden states are not sent.
         tokenizer: from ``tokens.describe``.
         token: that every request but for `/health` must bring; None for a server that only this machine reaches.
         max_bytes: of a request.

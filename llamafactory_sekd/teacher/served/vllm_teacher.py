@@ -69,7 +69,7 @@ class VllmConnection(HttpConnection):
             TeacherError: the server caps k, gives something else than log-probabilities, or stays away.
         """
         if not isinstance(kept, TopKFormat):
-            raise TeacherError(f"`teacher_server: {self.url}` is vLLM, which hands out top-k alone.")
+            raise TeacherError(f"`teacher_server: {self.url}` is vLLM, which returns top-k alone.")
 
         asked = {
             "model": self.info.model,
@@ -93,8 +93,8 @@ class VllmConnection(HttpConnection):
         return {"ids": ids, "log_probs": logs.to(kept.dtype), "log_tail": tail}
 
     def head(self) -> dict[str, torch.Tensor]:
-        """Refuse: vLLM does not hand out its head."""
-        raise TeacherError(f"`teacher_server: {self.url}` is vLLM, which does not hand out its LM head.")
+        """Refuse: vLLM does not return its head."""
+        raise TeacherError(f"`teacher_server: {self.url}` is vLLM, which does not return its LM head.")
 
     def _rows(self, part: Segment, entries: Any, kept: TopKFormat) -> list[list[tuple[int, float]]]:
         """Return the k largest of each response position.

@@ -6,14 +6,14 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from llamafactory_sekd.errors import SekdError
-from llamafactory_sekd.reporting.document import Column, Entry, Row, Section, Table
+from llamafactory_sekd.reporting.document import NOTHING, Column, Entry, Row, Section, Table
 from llamafactory_sekd.reporting.metric_labels import GUARD_LABELS, guard_is_alarming, number
 from llamafactory_sekd.study.report.cells import Group, summarize
 from llamafactory_sekd.study.report.frequency import BUCKETS, word_recall
 from llamafactory_sekd.study.report.plots.words import frequency_plot
 from llamafactory_sekd.study.report.sections.training import MOST_LINES
 from llamafactory_sekd.study.report.sentences import by_difficulty, judges
-from llamafactory_sekd.study.report.tables import NOTHING, entry, heads_of, rows_of, summary_table
+from llamafactory_sekd.study.report.tables import entry, heads_of, rows_of, summary_table
 from llamafactory_sekd.study.report.views import Views
 
 
