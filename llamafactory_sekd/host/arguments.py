@@ -11,13 +11,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from llamafactory_sekd.arguments import (
-    KEYS,
-    STAGE,
-    DistillationArguments,
-    check_distillation_arguments,
-    check_no_distillation_arguments,
-)
+from llamafactory_sekd.argument_checks import check_distillation_arguments, check_no_distillation_arguments
+from llamafactory_sekd.arguments import KEYS, STAGE, DistillationArguments
 from llamafactory_sekd.children import end_rank_with_launcher
 from llamafactory_sekd.config import suggestion
 from llamafactory_sekd.errors import ArgumentError

@@ -11,7 +11,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from llamafactory_sekd.arguments import cache_folders, mixing_weights
+from llamafactory_sekd.argument_checks import mixing_weights
+from llamafactory_sekd.arguments import cache_folders
 from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.formula import Formula
 from llamafactory_sekd.host.cache import autocast_type, fingerprints_of

@@ -10,13 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.arguments import (
-    KEYS,
-    STAGE,
-    DistillationArguments,
-    check_distillation_arguments,
-    keys_read_by,
-)
+from llamafactory_sekd.argument_checks import check_distillation_arguments
+from llamafactory_sekd.arguments import KEYS, STAGE, DistillationArguments, keys_read_by
 from llamafactory_sekd.config import read_config, suggestion
 from llamafactory_sekd.errors import ArgumentError, StudyError
 from llamafactory_sekd.study.spec import Spec

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
-from llamafactory_sekd.arguments import AUTO, KEYS, DistillationArguments, check_distillation_arguments, keys_read_by
+from llamafactory_sekd.argument_checks import check_distillation_arguments
+from llamafactory_sekd.arguments import AUTO, KEYS, DistillationArguments, keys_read_by
 from llamafactory_sekd.errors import ArgumentError
 
 

@@ -13,7 +13,8 @@ from helpers import tiny
 from helpers.cached_runs import assert_same_content, build
 from helpers.runs import base_config, command, logged, train, write_yaml
 
-from llamafactory_sekd.arguments import DistillationArguments, check_distillation_arguments
+from llamafactory_sekd.argument_checks import check_distillation_arguments
+from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.errors import ArgumentError, TeacherError
 from llamafactory_sekd.host.teachers import build_caches
 from llamafactory_sekd.teacher.cache import Settings

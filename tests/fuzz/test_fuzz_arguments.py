@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llamafactory.hparams.parser import get_train_args
 
-from llamafactory_sekd.arguments import KEYS, DistillationArguments, check_distillation_arguments
+from llamafactory_sekd.argument_checks import check_distillation_arguments
+from llamafactory_sekd.arguments import KEYS, DistillationArguments
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.objectives import fused_linear_distillation
 from llamafactory_sekd.presets import PRESETS

@@ -12,10 +12,10 @@ import torch  # noqa: F401  (registers the plug-in, as in every process of the h
 from helpers.runs import base_config, write_yaml
 from llamafactory.hparams.parser import _TRAIN_ARGS, get_train_args
 
+from llamafactory_sekd.argument_checks import check_distillation_arguments
 from llamafactory_sekd.arguments import (
     KEYS,
     DistillationArguments,
-    check_distillation_arguments,
     keys_read_by,
 )
 from llamafactory_sekd.errors import ArgumentError
