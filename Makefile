@@ -10,11 +10,12 @@ PROSE := README.md AGENTS.md CONTRIBUTING.md SECURITY.md Makefile mkdocs.yml nox
 	llamafactory_sekd
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix lint bench docs package
+.PHONY: help demo test fuzz test-matrix lint bench docs package
 
 help:
 	@echo "make demo   install, then distill a tiny translator and report its scores (about ten minutes on two cores)"
 	@echo "make test   install with the test extras, then run the complete suite"
+	@echo "make fuzz   the tests of random values with new ones, which the suite does not try (a few minutes)"
 	@echo "make test-matrix  the smoke tests on every supported host version, each installed from nothing (about an hour)"
 	@echo "make lint   ruff, mypy, import-linter and codespell, and the documentation built strictly"
 	@echo "make docs   the documentation as a site that opens offline: site/index.html"
@@ -40,6 +41,10 @@ demo: $(VENV)/demo.done
 
 test: $(VENV)/dev.done
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=15 $(TEST_ARGS)
+
+# The same tests with values that were not tried before: a failure prints what reproduces it.
+fuzz: $(VENV)/dev.done
+	@$(BIN)/python -m pytest -q -m hypothesis --hypothesis-profile new $(TEST_ARGS)
 
 test-matrix: $(VENV)/dev.done
 	@$(PIP) nox
