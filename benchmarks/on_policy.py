@@ -38,8 +38,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llamafactory_sekd.data.prompts import prompt, record
 from llamafactory_sekd.errors import one_line
 from llamafactory_sekd.evaluation.candidates import Drawing, Request, hf_candidates
+from llamafactory_sekd.evaluation.evaluation_settings import Decoding
 from llamafactory_sekd.evaluation.greedy import greedy_search
-from llamafactory_sekd.evaluation.settings import Decoding
 from llamafactory_sekd.evaluation.translator import BatchLimits
 from llamafactory_sekd.files import write_atomic
 from llamafactory_sekd.objectives import Head, fused_distillation

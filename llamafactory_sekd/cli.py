@@ -31,9 +31,11 @@ COMMANDS = {
     "cache": Command("llamafactory_sekd.host.cache_command", "Compute a teacher once, for all runs that follow.", RUN),
     "translate": Command("llamafactory_sekd.host.translate_command", "Translate text, or make text to train on.", RUN),
     "serve": Command("llamafactory_sekd.host.serve", "Serve a teacher to runs on other machines.", RUN),
-    "study": Command("llamafactory_sekd.study.commands", "Run a matrix of trainings, its tables and figures.", RUN),
+    "study": Command(
+        "llamafactory_sekd.study.study_command", "Run a matrix of trainings, its tables and figures.", RUN
+    ),
     "card": Command("llamafactory_sekd.evaluation.card_command", "Write scores into a model's card.", RUN),
-    "demo": Command("llamafactory_sekd.demo.commands", "Run the complete job on a small scale.", RUN),
+    "demo": Command("llamafactory_sekd.demo.demo_command", "Run the complete job on a small scale.", RUN),
 }
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from llamafactory_sekd.data import dataset_info
 from llamafactory_sekd.data.checks import Findings, Pair, clean_pairs
+from llamafactory_sekd.data.data_manifest import Product, read_manifest, same_request, verify, write_product
 from llamafactory_sekd.data.dataset_info import ALMA_LANGUAGES, VALIDATION, check_entries, merge_entries
 from llamafactory_sekd.data.languages import Direction, parse_direction
 from llamafactory_sekd.data.layout import text_files
-from llamafactory_sekd.data.manifest import Product, read_manifest, same_request, verify, write_product
 from llamafactory_sekd.data.prompts import PARROT, Prompt
 from llamafactory_sekd.data.sources import LICENSE, Source
 from llamafactory_sekd.errors import ArgumentError

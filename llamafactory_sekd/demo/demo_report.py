@@ -36,11 +36,11 @@ from llamafactory_sekd.reporting.terminal import print_document
 from llamafactory_sekd.study.report.cells import Group, Study, read_study
 from llamafactory_sekd.study.report.paired import Difference, holm
 from llamafactory_sekd.study.report.plots.differences import differences_plot
-from llamafactory_sekd.study.report.plots.training import Runs, gate_plot
+from llamafactory_sekd.study.report.plots.learning_curves import Runs, gate_plot
 from llamafactory_sekd.study.report.tables import score_table
 from llamafactory_sekd.study.report.views import Views
-from llamafactory_sekd.study.results import JSON
 from llamafactory_sekd.study.spec import Spec
+from llamafactory_sekd.study.study_results import JSON
 
 
 START = "Student, before"

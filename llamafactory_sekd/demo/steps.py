@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.demo.progress import Progress
+from llamafactory_sekd.demo.step_progress import Progress
 from llamafactory_sekd.files import write_atomic
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.testsets import TestSet, load_test_set
 from llamafactory_sekd.errors import EvaluationError
-from llamafactory_sekd.evaluation.settings import Examples, System
+from llamafactory_sekd.evaluation.evaluation_settings import Examples, System
 from llamafactory_sekd.evaluation.translator import Request
 
 

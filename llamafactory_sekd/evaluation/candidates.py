@@ -12,8 +12,8 @@ from transformers import GenerationConfig
 from llamafactory_sekd.errors import one_line
 from llamafactory_sekd.evaluation.batching import plan_batches
 from llamafactory_sekd.evaluation.decoding import hf_translate, in_inference_mode, left_pad, until_stop
+from llamafactory_sekd.evaluation.evaluation_settings import Decoding
 from llamafactory_sekd.evaluation.greedy import agrees_with_plain_forward, can_share_cache, greedy_search
-from llamafactory_sekd.evaluation.settings import Decoding
 from llamafactory_sekd.evaluation.translator import BatchLimits, Translation
 from llamafactory_sekd.trainer.sampling import InverseTransform, RowDraws, Sampling, uniforms_of
 

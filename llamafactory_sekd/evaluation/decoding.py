@@ -11,13 +11,13 @@ from transformers import GenerationConfig
 
 from llamafactory_sekd.errors import EvaluationError, one_line
 from llamafactory_sekd.evaluation.batching import plan_batches
+from llamafactory_sekd.evaluation.evaluation_settings import Decoding
 from llamafactory_sekd.evaluation.greedy import (
     agrees_when_padded,
     agrees_with_plain_forward,
     can_share_cache,
     greedy_search,
 )
-from llamafactory_sekd.evaluation.settings import Decoding
 from llamafactory_sekd.evaluation.translator import BatchLimits, Translate, Translation
 
 

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llamafactory_sekd.evaluation.results import Evaluated
+from llamafactory_sekd.evaluation.evaluation_results import Evaluated
 from llamafactory_sekd.evaluation.scores import SURFACE_METRICS
 from llamafactory_sekd.evaluation.sentence_examples import Example, most_different
 from llamafactory_sekd.evaluation.significance import SAMPLES, TRIALS, is_significant

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.errors import EvaluationError
-from llamafactory_sekd.evaluation.settings import Decoding, System
+from llamafactory_sekd.evaluation.evaluation_settings import Decoding, System
 from llamafactory_sekd.evaluation.translator import Description, ModelSource, Request
 from llamafactory_sekd.files import read_json, write_json
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from llamafactory_sekd.evaluation.settings import Settings
-from llamafactory_sekd.evaluation.store import Record, Store
+from llamafactory_sekd.evaluation.evaluation_settings import Settings
+from llamafactory_sekd.evaluation.translation_store import Record, Store
 from llamafactory_sekd.evaluation.translator import BatchLimits, Request, Translator
 from llamafactory_sekd.ranks import Ranks
 

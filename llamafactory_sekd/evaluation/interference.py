@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llamafactory_sekd.data.training_text import metrics_of_model
-from llamafactory_sekd.evaluation.settings import System
+from llamafactory_sekd.evaluation.evaluation_settings import System
 
 
 # How a metric's signature begins, and the metrics of an evaluation that resemble it.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sacrebleu.metrics.chrf import CHRF
 
-from llamafactory_sekd.evaluation.results import Evaluated
+from llamafactory_sekd.evaluation.evaluation_results import Evaluated
 
 
 EXAMPLES = 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from llamafactory_sekd.evaluation.settings import System
+from llamafactory_sekd.evaluation.evaluation_settings import System
 
 
 # What encloses a model's thoughts where its template does not say otherwise.

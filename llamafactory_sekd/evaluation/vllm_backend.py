@@ -7,7 +7,7 @@ from typing import Any
 
 from llamafactory_sekd.errors import one_line
 from llamafactory_sekd.evaluation.candidates import Candidates, Drawing, Request
-from llamafactory_sekd.evaluation.settings import Decoding
+from llamafactory_sekd.evaluation.evaluation_settings import Decoding
 from llamafactory_sekd.evaluation.translator import BatchLimits, Translate, Translation
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.errors import EvaluationError
-from llamafactory_sekd.evaluation.settings import Settings
+from llamafactory_sekd.evaluation.evaluation_settings import Settings
 from llamafactory_sekd.files import locked, read_json, write_json
 
 

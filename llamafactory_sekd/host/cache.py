@@ -13,7 +13,7 @@ import torch
 from llamafactory_sekd.arguments import STAGE
 from llamafactory_sekd.errors import ArgumentError, TeacherError
 from llamafactory_sekd.host.cut_text import counting_cut_text
-from llamafactory_sekd.host.teacher import check_fit, teacher_identity, teacher_model_arguments
+from llamafactory_sekd.host.teacher_loading import check_fit, teacher_identity, teacher_model_arguments
 from llamafactory_sekd.host.teacher_prompts import TeacherPrompts, configurations, templates_restored
 from llamafactory_sekd.teacher import Teacher, used_ids
 from llamafactory_sekd.teacher.cache import (
@@ -215,7 +215,7 @@ def tokenized(
 def _compute(plan: Plan, session: Session, data: Tokenized, batch_size: int) -> None:
     from transformers import Trainer
 
-    from llamafactory_sekd.host.teacher import load_teacher, placement_of
+    from llamafactory_sekd.host.teacher_loading import load_teacher, placement_of
 
     # The trainer's accelerator, so that the teacher is placed and sharded as it is in training.
     accelerator = Trainer(model=torch.nn.Identity(), args=data.training_args).accelerator

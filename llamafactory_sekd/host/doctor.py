@@ -14,7 +14,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llamafactory_sekd.host.plan import Parsed
+    from llamafactory_sekd.host.memory_plan import Parsed
     from llamafactory_sekd.planner import Run
 
 app = typer.Typer(add_completion=False)
@@ -56,12 +56,12 @@ def doctor(
     from rich.console import Console
 
     from llamafactory_sekd.config import read_config
-    from llamafactory_sekd.host.plan import parse, run_of
-    from llamafactory_sekd.planner import devices as machine
+    from llamafactory_sekd.host.memory_plan import parse, run_of
+    from llamafactory_sekd.planner import device_memory as machine
     from llamafactory_sekd.planner import estimate
     from llamafactory_sekd.planner.estimate import CONTEXT
+    from llamafactory_sekd.planner.memory_report import fits, print_estimate, print_remedies, print_verdict
     from llamafactory_sekd.planner.remedies import price
-    from llamafactory_sekd.planner.report import fits, print_estimate, print_remedies, print_verdict
 
     keys = read_config(config, overrides or [])
     parsed = parse(keys)
@@ -120,8 +120,8 @@ def _check_teacher(console: Console, parsed: Parsed) -> None:
     if not parsed.finetuning.use_sekd or not parsed.finetuning.teacher_model:
         return
 
-    from llamafactory_sekd.host.plan import missing_tokenizer, vocabulary_line
-    from llamafactory_sekd.host.teacher import check_fit
+    from llamafactory_sekd.host.memory_plan import missing_tokenizer, vocabulary_line
+    from llamafactory_sekd.host.teacher_loading import check_fit
 
     missing = missing_tokenizer(parsed)
     if missing:

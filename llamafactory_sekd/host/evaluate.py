@@ -13,7 +13,7 @@ from typing import Any
 from llamafactory_sekd.children import end_rank_with_launcher, end_with_parent
 from llamafactory_sekd.config import read_config
 from llamafactory_sekd.errors import EvaluationError, SekdError
-from llamafactory_sekd.evaluation.settings import Settings, System, parse_settings
+from llamafactory_sekd.evaluation.evaluation_settings import Settings, System, parse_settings
 from llamafactory_sekd.evaluation.translator import Description, Host, ModelSource, Request, Translator
 
 
@@ -36,7 +36,7 @@ def run_eval(argv: list[str]) -> None:
     try:
         settings = parse_settings(read_config(Path(argv[0]), argv[1:], error=EvaluationError), argv[0])
         if wants_torchrun(settings):
-            from llamafactory_sekd.evaluation.run import prepare
+            from llamafactory_sekd.evaluation.evaluation_run import prepare
 
             # Whatever is wrong is reported here, once, and not by every rank.
             prepare(settings, build_host(settings))
@@ -51,7 +51,7 @@ def evaluate_settings(settings: Settings) -> dict[str, Any] | None:
     """Run an evaluation in this process (or rank) and return the contents of ``results.json`` on the first rank."""
     import transformers
 
-    from llamafactory_sekd.evaluation.run import evaluate
+    from llamafactory_sekd.evaluation.evaluation_run import evaluate
 
     transformers.set_seed(settings.seed)
     return evaluate(settings, build_host(settings))

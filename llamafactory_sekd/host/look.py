@@ -59,7 +59,7 @@ def look(config: dict[str, Any], count: int, progress: Callable[[int], None] = l
     from llamafactory.model import load_model
 
     from llamafactory_sekd.host.cache import tokenized
-    from llamafactory_sekd.host.teacher import load_teacher
+    from llamafactory_sekd.host.teacher_loading import load_teacher
     from llamafactory_sekd.teacher import Teacher
 
     if config.get("teacher_model") == SELF:

@@ -47,7 +47,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         module="llamafactory.extras.constants",
         attribute="TRAINING_STAGES",
-        replace="llamafactory_sekd.host.arguments:with_our_stage",
+        replace="llamafactory_sekd.host.host_arguments:with_our_stage",
         what=f"adds the stage {STAGE_LABEL!r}",
         why="the web UI's dropdown is built from this literal",
         remove_when=_WHEN_STAGES_ARE_PLUGGABLE,
@@ -55,7 +55,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         module="llamafactory.hparams.finetuning_args",
         attribute="FinetuningArguments",
-        replace="llamafactory_sekd.host.arguments:extend_finetuning_arguments",
+        replace="llamafactory_sekd.host.host_arguments:extend_finetuning_arguments",
         what=f"adds our keys and the value `{STAGE}` of `stage`",
         why="`stage` is a closed Literal and unknown keys are refused",
         remove_when=_WHEN_STAGES_ARE_PLUGGABLE,
@@ -63,7 +63,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         module="llamafactory.hparams.parser",
         attribute="_parse_train_args",
-        replace="llamafactory_sekd.host.arguments:check_together",
+        replace="llamafactory_sekd.host.host_arguments:check_together",
         what=f"checks, for `stage: {STAGE}` only, keys of several argument classes against each other",
         why="the host's own checks run right after and would ask for packages that cannot help",
         remove_when=_WHEN_STAGES_ARE_PLUGGABLE,

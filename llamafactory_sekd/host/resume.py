@@ -8,7 +8,7 @@ from typing import Any
 from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.checkpoints import STATE_NAME, DistillationState, defect_of, find_checkpoints, has_optimizer
 from llamafactory_sekd.errors import ArgumentError, TeacherError
-from llamafactory_sekd.host.teacher import teacher_identity
+from llamafactory_sekd.host.teacher_loading import teacher_identity
 
 
 def choose_checkpoint(training_args: Any) -> None:

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, Union
 
 import typer
 
+from llamafactory_sekd.evaluation.evaluation_settings import BACKENDS, METRICS, OPTIONAL, TESTS, Decoding, Settings
 from llamafactory_sekd.evaluation.scores import TOKENIZERS
-from llamafactory_sekd.evaluation.settings import BACKENDS, METRICS, OPTIONAL, TESTS, Decoding, Settings
 from llamafactory_sekd.files import write_atomic
 from llamafactory_sekd.formula import DIVERGENCES, PARAMETERS, SIGNALS, TARGETS
 from llamafactory_sekd.presets import PRESET_KEY, PRESETS

@@ -13,11 +13,11 @@ from llamafactory_sekd.host.cache import teacher_fields
 from llamafactory_sekd.teacher import Teacher, check_teacher_files
 from llamafactory_sekd.teacher.cache import DTYPES, fingerprints
 from llamafactory_sekd.teacher.cache.formats import TOPK_RANGE
-from llamafactory_sekd.teacher.files import check_adapter_files, check_is_causal
 from llamafactory_sekd.teacher.served.protocol import ServerInfo, answer_of
+from llamafactory_sekd.teacher.served.served_tokenizer import describe
 from llamafactory_sekd.teacher.served.service import make_app
-from llamafactory_sekd.teacher.served.tokens import describe
 from llamafactory_sekd.teacher.served.worker import Worker
+from llamafactory_sekd.teacher.teacher_files import check_adapter_files, check_is_causal
 
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from llamafactory_sekd.data.training_text import record_training_text
 from llamafactory_sekd.errors import DataError, HostError
 from llamafactory_sekd.evaluation.model_card import write_training
 from llamafactory_sekd.host.cut_text import counting_cut_text
-from llamafactory_sekd.host.opening import print_opening
 from llamafactory_sekd.host.own_samples import own_samples_of
 from llamafactory_sekd.host.resume import check_same_teacher, teacher_fingerprint
 from llamafactory_sekd.host.served_teacher import ServerOfRun, connect
-from llamafactory_sekd.host.teacher import check_fit, head_rows, online_teacher
+from llamafactory_sekd.host.start_block import print_opening
+from llamafactory_sekd.host.teacher_loading import check_fit, head_rows, online_teacher
 
 
 def dispatch(host_run_sft: Callable[..., None]) -> Callable[..., None]:

@@ -20,10 +20,10 @@ from llamafactory_sekd.data.prompts import Prompt
 from llamafactory_sekd.errors import ArgumentError, EvaluationError
 from llamafactory_sekd.evaluation.candidates import hf_candidates
 from llamafactory_sekd.evaluation.comet import prepare_comet
+from llamafactory_sekd.evaluation.evaluation_settings import Settings, System
 from llamafactory_sekd.evaluation.fingerprint import Digests, system_fingerprint
 from llamafactory_sekd.evaluation.hypotheses import split_thought
 from llamafactory_sekd.evaluation.segment_scores import SegmentScorer
-from llamafactory_sekd.evaluation.settings import Settings, System
 from llamafactory_sekd.evaluation.translator import BatchLimits, Description, Host, Request
 from llamafactory_sekd.files import write_json
 from llamafactory_sekd.host.evaluate import (
@@ -36,9 +36,9 @@ from llamafactory_sekd.host.evaluate import (
 )
 from llamafactory_sekd.ranks import Ranks, join_ranks
 from llamafactory_sekd.translation.generated import Generation, Model, Shard, collect, generate
-from llamafactory_sekd.translation.plan import Plan, work_folder
-from llamafactory_sekd.translation.selection import Result, findings, select, signature
-from llamafactory_sekd.translation.texts import STDIN, Texts, mixed, read_alma_split, read_dataset, read_file
+from llamafactory_sekd.translation.picking import Result, findings, select, signature
+from llamafactory_sekd.translation.source_texts import STDIN, Texts, mixed, read_alma_split, read_dataset, read_file
+from llamafactory_sekd.translation.translate_options import Plan, work_folder
 from llamafactory_sekd.translation.writing import write_dataset, write_text
 
 

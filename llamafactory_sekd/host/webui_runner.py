@@ -57,7 +57,7 @@ def extend_runner(host_class: type) -> type:
 
         def _panel_keys(self, data: dict[Any, Any]) -> dict[str, Any]:
             from llamafactory_sekd.host.webui_page import adapter_paths, model_path
-            from llamafactory_sekd.webui.settings import distillation_keys
+            from llamafactory_sekd.webui.panel_settings import distillation_keys
 
             values = {key: data[self.manager.get_elem_by_id(f"train.{key}")] for key in KEYS}
             teacher = values["teacher_model"]
@@ -67,9 +67,9 @@ def extend_runner(host_class: type) -> type:
             return distillation_keys(values)
 
         def _refusal(self, data: dict[Any, Any]) -> str:
-            from llamafactory_sekd.host.arguments import check_run
+            from llamafactory_sekd.host.host_arguments import check_run
             from llamafactory_sekd.webui.labels import alert
-            from llamafactory_sekd.webui.settings import check_keys
+            from llamafactory_sekd.webui.panel_settings import check_keys
 
             language, *teachers = (
                 data[self.manager.get_elem_by_id(name)]

@@ -14,8 +14,8 @@ import torch
 
 from llamafactory_sekd.objectives.compiling import compiled, may_look, row_sums
 from llamafactory_sekd.objectives.losses.closed_forms import HUGE, INFINITE, Block, Logits, difficulty
+from llamafactory_sekd.objectives.objective_settings import Settings
 from llamafactory_sekd.objectives.selection import above_threshold
-from llamafactory_sekd.objectives.settings import Settings
 
 
 # Numbers in one buffer: 4 MiB of float32 and a handful of buffers fit a CPU's last cache; 32 MiB keep an accelerator

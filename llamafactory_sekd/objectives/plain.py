@@ -14,8 +14,8 @@ from llamafactory_sekd.objectives.blocks import BlockProcessor
 from llamafactory_sekd.objectives.divergences import cross_entropy, kl_divergence
 from llamafactory_sekd.objectives.losses import OBJECTIVES, closed_form_of, settings_of
 from llamafactory_sekd.objectives.losses.equations import Terms, gradient_norms
+from llamafactory_sekd.objectives.objective_settings import Settings, check_same_vocabulary, check_tokens
 from llamafactory_sekd.objectives.selection import select_hard
-from llamafactory_sekd.objectives.settings import Settings, check_same_vocabulary, check_tokens
 from llamafactory_sekd.objectives.statistics import TokenStatistics, token_statistics
 from llamafactory_sekd.objectives.targets import log_target
 

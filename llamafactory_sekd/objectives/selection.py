@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llamafactory_sekd.objectives.settings import Settings
+from llamafactory_sekd.objectives.objective_settings import Settings
 
 
 def above_threshold(difficulty: torch.Tensor, gamma: float | torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,8 @@ import torch
 from llamafactory_sekd.objectives.blocks import BlockProcessor
 from llamafactory_sekd.objectives.linear_head import Head, HeadGradients, LogitsSource
 from llamafactory_sekd.objectives.losses.closed_forms import Block
+from llamafactory_sekd.objectives.objective_settings import Settings
 from llamafactory_sekd.objectives.selection import select_hard, share_threshold
-from llamafactory_sekd.objectives.settings import Settings
 
 
 class Sweep:

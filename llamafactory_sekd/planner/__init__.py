@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llamafactory_sekd.planner.estimate import Estimate, Row, estimate
-from llamafactory_sekd.planner.run import Blueprint, Run, TeacherPlace
+from llamafactory_sekd.planner.planned_run import Blueprint, Run, TeacherPlace
 from llamafactory_sekd.planner.sharding import Sharding
 
 

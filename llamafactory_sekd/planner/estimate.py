@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llamafactory_sekd.planner.optimizers import copies_nothing, state_bytes
+from llamafactory_sekd.planner.planned_run import Run
 from llamafactory_sekd.planner.rehearsal import Rehearsal, rehearse
-from llamafactory_sekd.planner.run import Run
 from llamafactory_sekd.planner.sharding import Sharding
 
 

@@ -29,8 +29,8 @@ from llamafactory_sekd.objectives import (
 from llamafactory_sekd.objectives.blocks import ACCELERATOR_BUFFER, BUFFERS, CPU_BUFFER
 from llamafactory_sekd.objectives.products import as_on_an_accelerator
 from llamafactory_sekd.planner.contentless import AnswerQuestions, build_without_content, to_fake
-from llamafactory_sekd.planner.live import LiveMemory
-from llamafactory_sekd.planner.run import Run
+from llamafactory_sekd.planner.live_memory import LiveMemory
+from llamafactory_sekd.planner.planned_run import Run
 from llamafactory_sekd.planner.sizes import ModelSize, size_of
 
 

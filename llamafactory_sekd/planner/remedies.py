@@ -8,7 +8,7 @@ from typing import Any
 
 from llamafactory_sekd.arguments import AUTO
 from llamafactory_sekd.planner.estimate import Estimate
-from llamafactory_sekd.planner.run import Run
+from llamafactory_sekd.planner.planned_run import Run
 
 
 @dataclass(frozen=True)

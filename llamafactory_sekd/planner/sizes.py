@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from llamafactory_sekd.planner.run import Blueprint
+from llamafactory_sekd.planner.planned_run import Blueprint
 
 
 # bitsandbytes: one scale per block of 64 weights, in float32 or, quantized again, in 8 bits and a scale per 256.

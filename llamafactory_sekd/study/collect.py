@@ -16,12 +16,12 @@ from llamafactory_sekd.files import read_json
 from llamafactory_sekd.study.evaluation import SYSTEM, VALIDATION, Evaluation
 from llamafactory_sekd.study.jobs import Job, changed, is_evaluated, is_trained, was_resumed
 from llamafactory_sekd.study.matrix import Cell
-from llamafactory_sekd.study.results import SCHEMA_VERSION, select
 from llamafactory_sekd.study.spec import Spec
+from llamafactory_sekd.study.study_results import SCHEMA_VERSION, select
 
 
 def collect(spec: Spec, jobs: list[Job], test: Evaluation) -> dict[str, Any]:
-    """Return the contents of results.json (its schema is in :mod:`llamafactory_sekd.study.results`).
+    """Return the contents of results.json (its schema is in :mod:`llamafactory_sekd.study.study_results`).
 
     Jobs that are not done, or were done from something else, have their figures null.
     """

@@ -19,15 +19,15 @@ from llamafactory_sekd.children import ChildError, Stopped, printable, tail
 from llamafactory_sekd.errors import SekdError, StudyError
 from llamafactory_sekd.files import locked, read_json
 from llamafactory_sekd.study.collect import collect
-from llamafactory_sekd.study.devices import environments
+from llamafactory_sekd.study.device_shares import environments
 from llamafactory_sekd.study.evaluation import Evaluation, read_evaluation
 from llamafactory_sekd.study.jobs import Job, changed, is_done, is_trained, list_jobs, with_test_sets
 from llamafactory_sekd.study.matrix import Cell, expand
 from llamafactory_sekd.study.preparation import cache_teacher, prepare, remaining
-from llamafactory_sekd.study.progress import View
-from llamafactory_sekd.study.results import CSV, JSON, write_results
 from llamafactory_sekd.study.runner import run_job
 from llamafactory_sekd.study.spec import Spec
+from llamafactory_sekd.study.study_progress import View
+from llamafactory_sekd.study.study_results import CSV, JSON, write_results
 from llamafactory_sekd.study.teacher_text import TeacherText, make_texts
 
 
@@ -141,8 +141,8 @@ def report(study: Study, console: Console | None = None) -> list[Path]:
     """
     from llamafactory_sekd.reporting.terminal import print_document
     from llamafactory_sekd.study.report import write_document
-    from llamafactory_sekd.study.report.build import build_document
     from llamafactory_sekd.study.report.cells import read_study
+    from llamafactory_sekd.study.report.study_report import build_document
 
     folder = study.spec.output_dir
     document = build_document(read_study(read_json(folder / JSON), folder))

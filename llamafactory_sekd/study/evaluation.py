@@ -10,7 +10,7 @@ from typing import Any
 from llamafactory_sekd.config import read_config
 from llamafactory_sekd.data.testsets import TestSet
 from llamafactory_sekd.errors import StudyError
-from llamafactory_sekd.evaluation.settings import Settings, parse_settings
+from llamafactory_sekd.evaluation.evaluation_settings import Settings, parse_settings
 from llamafactory_sekd.study.matrix import Cell
 
 

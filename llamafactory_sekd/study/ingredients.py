@@ -81,7 +81,7 @@ def _caches(source: Mapping[str, Any], digests: Digests) -> Iterator[tuple[str, 
     folders = cache_folders(source.get("teacher_cache"))
     if not folders:
         return
-    from llamafactory_sekd.teacher.cache.manifest import MANIFEST  # loads torch, which most studies plan without
+    from llamafactory_sekd.teacher.cache.cache_manifest import MANIFEST  # loads torch, which most studies plan without
 
     for number, folder in enumerate(folders, 1):
         manifest = Path(folder).expanduser() / MANIFEST

@@ -17,7 +17,7 @@ from llamafactory_sekd.errors import StudyError, one_line
 from llamafactory_sekd.evaluation.fingerprint import Digests
 from llamafactory_sekd.files import read_json, write_json
 from llamafactory_sekd.study import ingredients
-from llamafactory_sekd.study.devices import count
+from llamafactory_sekd.study.device_shares import count
 from llamafactory_sekd.study.matrix import Cell
 from llamafactory_sekd.study.spec import Spec
 from llamafactory_sekd.study.teacher_text import Announce

@@ -9,7 +9,7 @@ from typing import Any
 
 from llamafactory_sekd.config import read_config, suggestion
 from llamafactory_sekd.errors import StudyError, one_line
-from llamafactory_sekd.evaluation.settings import METRICS
+from llamafactory_sekd.evaluation.evaluation_settings import METRICS
 
 
 KEYS = (

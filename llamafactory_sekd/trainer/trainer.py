@@ -45,7 +45,7 @@ from llamafactory_sekd.trainer.metrics import METRICS, NONFINITE, TokenMeans
 from llamafactory_sekd.trainer.on_policy import OWN, OwnSamples, TokenGroup, groups_of_tokens, joined_statistics
 from llamafactory_sekd.trainer.order import hold_epoch
 from llamafactory_sekd.trainer.router import RouterLoss
-from llamafactory_sekd.trainer.tokens import TokenSums, WriteTokenTable, save_sums
+from llamafactory_sekd.trainer.token_difficulty import TokenSums, WriteTokenTable, save_sums
 
 
 logger = logging.get_logger(__name__)

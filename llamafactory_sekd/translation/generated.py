@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.evaluation.candidates import Candidates, Drawing, Request
-from llamafactory_sekd.evaluation.store import Record, Store
+from llamafactory_sekd.evaluation.translation_store import Record, Store
 from llamafactory_sekd.evaluation.translator import BatchLimits
 from llamafactory_sekd.files import locked
 from llamafactory_sekd.ranks import Ranks

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.data.alma import DATASET_INFO
+from llamafactory_sekd.data.data_manifest import Product, read_manifest, write_product
 from llamafactory_sekd.data.dataset_info import check_entries, merge_entries
-from llamafactory_sekd.data.manifest import Product, read_manifest, write_product
 from llamafactory_sekd.errors import DataError
 from llamafactory_sekd.files import locked, write_atomic
-from llamafactory_sekd.translation.selection import Chosen, Result, findings
+from llamafactory_sekd.translation.picking import Chosen, Result, findings
 
 
 FORMS = (".txt", ".tsv", ".jsonl")

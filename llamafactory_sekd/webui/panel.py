@@ -9,9 +9,9 @@ from typing import Any
 import gradio as gr
 
 from llamafactory_sekd.arguments import AUTO, HARD_SCALES, KEYS, DistillationArguments
-from llamafactory_sekd.webui.equations import equation
+from llamafactory_sekd.webui.equation_markup import equation
 from llamafactory_sekd.webui.labels import element_labels, objective_choices
-from llamafactory_sekd.webui.settings import COMPILE, NO_QUANTIZATION, unused_keys
+from llamafactory_sekd.webui.panel_settings import COMPILE, NO_QUANTIZATION, unused_keys
 
 
 # Gradio's own colors of help texts and buttons have too little contrast to read.

@@ -11,7 +11,7 @@ import pytest
 from helpers.cached_runs import assert_same_content, build, content, from_cache, losses
 from helpers.runs import CLI, base_config, command, logged, train, write_yaml
 
-from llamafactory_sekd.teacher.cache.store import damaged_shards
+from llamafactory_sekd.teacher.cache.record_store import damaged_shards
 
 
 SEKD = str(Path(CLI).with_name("sekd"))

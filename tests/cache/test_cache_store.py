@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from llamafactory_sekd.errors import TeacherError
-from llamafactory_sekd.teacher.cache.records import read_json, write_json
-from llamafactory_sekd.teacher.cache.segments import segments
-from llamafactory_sekd.teacher.cache.store import (
+from llamafactory_sekd.teacher.cache.record_store import (
     ShardReader,
     ShardWriter,
     damaged_shards,
     drop_shards,
     listed_shards,
 )
+from llamafactory_sekd.teacher.cache.records import read_json, write_json
+from llamafactory_sekd.teacher.cache.segments import segments
 
 
 def example(ids, labels, **more):

@@ -213,7 +213,7 @@ def test_another_teacher_or_adapter_or_software_is_refused_where_it_would_be_mix
     with pytest.raises(TeacherError, match=r"teacher_adapters none and this run has teacher_adapters `\w+`"):
         build({**config, "teacher_model_adapters": str(adapter)}, own_cache)
 
-    from llamafactory_sekd.teacher.cache.manifest import Manifest
+    from llamafactory_sekd.teacher.cache.cache_manifest import Manifest
 
     manifest = Manifest.load(own_cache)
     manifest.software["torch"] = "1.0"

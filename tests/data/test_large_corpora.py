@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from llamafactory_sekd.data import pairs as pairs_module
 from llamafactory_sekd.data.checks import Findings, Pair
-from llamafactory_sekd.data.commands import app
+from llamafactory_sekd.data.data_command import app
 from llamafactory_sekd.data.heldout import hold_out
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.pairs import Corpus, prepare_pairs
@@ -86,7 +86,7 @@ def test_a_run_that_ends_between_the_file_and_the_manifest_is_finished_by_the_ne
     def end(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llamafactory_sekd.data.manifest._manifest", end)
+    monkeypatch.setattr("llamafactory_sekd.data.data_manifest._manifest", end)
     with pytest.raises(KeyboardInterrupt):
         prepare_pairs(corpus, EN_DE, "mine", tmp_path / "twice")
     monkeypatch.undo()

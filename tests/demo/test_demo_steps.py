@@ -14,7 +14,7 @@ from rich.console import Console
 
 from llamafactory_sekd import checkpoints, children
 from llamafactory_sekd.demo import surroundings
-from llamafactory_sekd.demo.progress import Progress, RemainingTime, show_seconds
+from llamafactory_sekd.demo.step_progress import Progress, RemainingTime, show_seconds
 from llamafactory_sekd.demo.steps import Step, run_steps
 from llamafactory_sekd.errors import HostError
 
@@ -103,7 +103,7 @@ from pathlib import Path
 from rich.console import Console
 from llamafactory_sekd.children import run_child
 from llamafactory_sekd.files import locked
-from llamafactory_sekd.demo.progress import Progress
+from llamafactory_sekd.demo.step_progress import Progress
 from llamafactory_sekd.demo.steps import Step, run_steps
 folder = Path(sys.argv[1])
 out = folder / "out"

@@ -15,9 +15,9 @@ from llamafactory_sekd.data.languages import parse_direction
 from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.evaluation.asking import _Nearest, requests_of
+from llamafactory_sekd.evaluation.evaluation_run import prepare
+from llamafactory_sekd.evaluation.evaluation_settings import Settings, parse_settings
 from llamafactory_sekd.evaluation.hypotheses import split_thought
-from llamafactory_sekd.evaluation.run import prepare
-from llamafactory_sekd.evaluation.settings import Settings, parse_settings
 from llamafactory_sekd.evaluation.translator import THOUGHT_WORDS, Request
 from llamafactory_sekd.host.evaluate import build_host, evaluate_settings
 

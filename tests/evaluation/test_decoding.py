@@ -19,8 +19,8 @@ from llamafactory_sekd.data.prompts import prompt
 from llamafactory_sekd.errors import one_line
 from llamafactory_sekd.evaluation.batching import plan_batches
 from llamafactory_sekd.evaluation.decoding import hf_translate
+from llamafactory_sekd.evaluation.evaluation_settings import Decoding
 from llamafactory_sekd.evaluation.greedy import agrees_with_plain_forward, can_share_cache
-from llamafactory_sekd.evaluation.settings import Decoding
 from llamafactory_sekd.evaluation.translator import BatchLimits, Translation
 
 

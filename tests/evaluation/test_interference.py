@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from llamafactory_sekd.data.training_text import record_training_text
+from llamafactory_sekd.evaluation.evaluation_settings import System
 from llamafactory_sekd.evaluation.interference import interfering
-from llamafactory_sekd.evaluation.settings import System
 
 
 METRICS = ("bleu", "chrf", "comet")

@@ -48,7 +48,7 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def evaluated(tmp_path: Path, model: Path) -> Path:
     """An evaluation of translations, one of whose systems is then said to be the model."""
-    from llamafactory_sekd.evaluation.settings import parse_settings
+    from llamafactory_sekd.evaluation.evaluation_settings import parse_settings
     from llamafactory_sekd.host.evaluate import evaluate_settings
 
     write_lines(tmp_path / "en-de.en", ENGLISH)

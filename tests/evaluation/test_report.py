@@ -18,10 +18,10 @@ from rich.console import Console
 from llamafactory_sekd.data.languages import parse_direction
 from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.evaluation.evaluation_report import build_document, differing
-from llamafactory_sekd.evaluation.results import Evaluated, build_results
+from llamafactory_sekd.evaluation.evaluation_results import Evaluated, build_results
+from llamafactory_sekd.evaluation.evaluation_settings import parse_settings
 from llamafactory_sekd.evaluation.sentence_examples import EXAMPLES, most_different
-from llamafactory_sekd.evaluation.settings import parse_settings
-from llamafactory_sekd.evaluation.store import Hypotheses
+from llamafactory_sekd.evaluation.translation_store import Hypotheses
 from llamafactory_sekd.reporting.document import Document, Entry, Section
 from llamafactory_sekd.reporting.html import render_html
 from llamafactory_sekd.reporting.latex import render_latex

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llamafactory_sekd.errors import EvaluationError
-from llamafactory_sekd.evaluation.settings import Decoding, parse_settings
+from llamafactory_sekd.evaluation.evaluation_settings import Decoding, parse_settings
 
 
 def valid() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llamafactory_sekd.evaluation.settings import Decoding
+from llamafactory_sekd.evaluation.evaluation_settings import Decoding
 from llamafactory_sekd.evaluation.translator import BatchLimits, Translation
 from llamafactory_sekd.evaluation.vllm_backend import vllm_translate
 

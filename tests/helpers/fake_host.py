@@ -52,7 +52,7 @@ def train(config: dict, overrides: list[str]) -> None:
 
 def evaluate(config: dict) -> None:
     from llamafactory_sekd.data.testsets import load_test_set
-    from llamafactory_sekd.evaluation.settings import parse_settings
+    from llamafactory_sekd.evaluation.evaluation_settings import parse_settings
     from llamafactory_sekd.evaluation.workspace import open_workspace
 
     out = Path(config["save_dir"])

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from llamafactory_sekd.config import read_config
 from llamafactory_sekd.errors import ArgumentError, TeacherError
-from llamafactory_sekd.host.plan import missing_tokenizer, parse, run_of, vocabulary_line
+from llamafactory_sekd.host.memory_plan import missing_tokenizer, parse, run_of, vocabulary_line
 from llamafactory_sekd.planner import TeacherPlace, estimate
 from llamafactory_sekd.planner.rehearsal import rehearse
 
@@ -193,7 +193,7 @@ def test_an_error_is_one_line_and_status_2(weightless, tmp_path):
 
 
 def test_a_teacher_of_another_tokenizer_is_refused_and_a_missing_one_only_noted(weightless, tmp_path):
-    from llamafactory_sekd.host.teacher import check_fit
+    from llamafactory_sekd.host.teacher_loading import check_fit
 
     other = tmp_path / "other"
     shutil.copytree(weightless / "teacher", other)

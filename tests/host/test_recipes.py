@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from llamafactory_sekd.config import read_config
-from llamafactory_sekd.evaluation.settings import parse_settings
+from llamafactory_sekd.evaluation.evaluation_settings import parse_settings
 
 
 REPOSITORY = Path(__file__).parents[2]

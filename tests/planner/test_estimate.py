@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.planner import Blueprint, Run, Sharding, TeacherPlace, estimate
-from llamafactory_sekd.planner.devices import devices_of_the_environment, parse_memory
+from llamafactory_sekd.planner.device_memory import devices_of_the_environment, parse_memory
 from llamafactory_sekd.planner.optimizers import copies_nothing, state_bytes
 from llamafactory_sekd.planner.remedies import price, remedies_for
 from llamafactory_sekd.planner.sharding import read_deepspeed

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2C
 from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.planner import Blueprint, Run
 from llamafactory_sekd.planner.contentless import build_without_content, to_fake
-from llamafactory_sekd.planner.live import LiveMemory
+from llamafactory_sekd.planner.live_memory import LiveMemory
 from llamafactory_sekd.planner.rehearsal import rehearse
 from llamafactory_sekd.presets import PRESETS
 

@@ -15,7 +15,7 @@ from helpers.cached_runs import build, content, from_cache, losses
 from helpers.runs import base_config, command, write_yaml
 from helpers.servers import SEKD, serving
 
-from llamafactory_sekd.teacher.cache.manifest import Manifest
+from llamafactory_sekd.teacher.cache.cache_manifest import Manifest
 
 
 SLOW_BUILD = """

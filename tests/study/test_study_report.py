@@ -17,8 +17,8 @@ from sacrebleu.metrics.bleu import BLEU
 
 from llamafactory_sekd.reporting.document import Document, Section, Table
 from llamafactory_sekd.study.report import write
-from llamafactory_sekd.study.report.build import build_document
 from llamafactory_sekd.study.report.cells import read_study
+from llamafactory_sekd.study.report.study_report import build_document
 
 
 SCRIPT = "<script>document.title = 'hacked'</script> $x_1$ *fett*"

@@ -14,7 +14,7 @@ from helpers.study_results import RATES, SEEDS, SYSTEMS, without_select, write_s
 from llamafactory_sekd.reporting.figures import BASELINE
 from llamafactory_sekd.study.report.cells import read_study
 from llamafactory_sekd.study.report.frequency import word_recall
-from llamafactory_sekd.study.report.plots import bars, differences, keys, training, words
+from llamafactory_sekd.study.report.plots import bars, differences, keys, learning_curves, words
 from llamafactory_sekd.study.report.views import Views
 
 
@@ -37,7 +37,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         figures.append(figure)
         return name
 
-    for module in (bars, differences, keys, training, words):
+    for module in (bars, differences, keys, learning_curves, words):
         monkeypatch.setattr(module, "finish", keep)
     return figures
 
@@ -123,8 +123,8 @@ def test_learning_curves_are_logged_values_and_differences_to_the_baseline(
     names = {group: group.system for group in views.groups}
     looks = {group: views.looks[group.system] for group in views.groups}
     baselines = {group: views.baseline_of(group) for group in views.groups}
-    runs = training.Runs(names, baselines, looks, views.histories)
-    assert training.learning_plot("", runs) == "learning"
+    runs = learning_curves.Runs(names, baselines, looks, views.histories)
+    assert learning_curves.learning_plot("", runs) == "learning"
     panels = {axes.get_title(loc="left"): axes for axes in drawn[0].axes}
     color = views.looks["Forward KD"].color
     steps, nll = lines(panels["NLL, validation"], color)[0]
@@ -135,7 +135,7 @@ def test_learning_curves_are_logged_values_and_differences_to_the_baseline(
     )
     assert nll[-1] == pytest.approx(mean_of(results, "Forward KD", 0.0005, lambda cell: cell["validation"]["nll"]))
     assert not lines(panels["agreement (%), training"], BASELINE), "the host's SFT logs no agreement"
-    assert training.gate_plot("", runs) == "gate"
+    assert learning_curves.gate_plot("", runs) == "gate"
     hard = next(axes for axes in drawn[1].axes if axes.get_title(loc="left") == "hard tokens (%)")
     assert len(hard.get_lines()) == 2, "the host's SFT has no difficulty"
     assert lines(hard, views.looks["Self-Evolution KD"].color)[0][1][-1] == pytest.approx(30)

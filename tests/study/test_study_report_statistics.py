@@ -20,8 +20,8 @@ from llamafactory_sekd.evaluation.significance import paired_bootstrap
 from llamafactory_sekd.study.report.cells import Group, Study, read_study
 from llamafactory_sekd.study.report.frequency import BUCKETS, word_recall
 from llamafactory_sekd.study.report.paired import Difference, PairedBootstrap
+from llamafactory_sekd.study.report.sentence_texts import Texts
 from llamafactory_sekd.study.report.sentences import by_difficulty, hard_sentences, judges
-from llamafactory_sekd.study.report.texts import Texts
 
 
 COUNT = 40

@@ -21,7 +21,7 @@ from llamafactory_sekd.study import preparation, runner
 from llamafactory_sekd.study.cluster import list_commands, write_slurm
 from llamafactory_sekd.study.engine import find_inputs, open_study, run_one, run_study, write_study
 from llamafactory_sekd.study.spec import read_spec
-from llamafactory_sekd.teacher.cache.manifest import MANIFEST
+from llamafactory_sekd.teacher.cache.cache_manifest import MANIFEST
 
 
 FAKE = Path(__file__).parents[1] / "helpers" / "fake_host.py"

@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, BertConfig, LlamaConfig, T5Config
 
 from llamafactory_sekd.errors import TeacherError
-from llamafactory_sekd.teacher.files import check_is_causal, check_teacher_files
+from llamafactory_sekd.teacher.teacher_files import check_is_causal, check_teacher_files
 from llamafactory_sekd.teacher.vocabulary import check_tokenizers, common_vocabulary
 
 

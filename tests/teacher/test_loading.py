@@ -19,7 +19,7 @@ from llamafactory_sekd.teacher.vocabulary import check_tokenizers
 
 
 def test_the_teachers_path_adapters_and_bits_take_the_place_of_the_students():
-    from llamafactory_sekd.host.teacher import teacher_model_arguments
+    from llamafactory_sekd.host.teacher_loading import teacher_model_arguments
 
     student = ModelArguments(model_name_or_path="student", adapter_name_or_path="a", trust_remote_code=True)
     keys = FinetuningArguments(
@@ -40,7 +40,7 @@ def test_the_teachers_path_adapters_and_bits_take_the_place_of_the_students():
 
 def test_only_arguments_on_the_list_come_from_the_student():
     """What is the student's alone (new tokens, another context length) would make an untrained teacher."""
-    from llamafactory_sekd.host.teacher import SHARED_ARGUMENTS, teacher_model_arguments
+    from llamafactory_sekd.host.teacher_loading import SHARED_ARGUMENTS, teacher_model_arguments
 
     student = ModelArguments(
         model_name_or_path="student",
@@ -64,7 +64,7 @@ def test_only_arguments_on_the_list_come_from_the_student():
 
 
 def test_a_home_directory_is_expanded():
-    from llamafactory_sekd.host.teacher import teacher_model_arguments
+    from llamafactory_sekd.host.teacher_loading import teacher_model_arguments
 
     keys = FinetuningArguments(stage="sekd", teacher_model="~/teacher")
     found = teacher_model_arguments(ModelArguments(model_name_or_path="student"), keys).model_name_or_path
@@ -99,7 +99,7 @@ REPLACING = sorted(
 @pytest.mark.parametrize("saved_with", ["teacher", "student"])
 @pytest.mark.parametrize("template", [*REPLACING, "parrot"])
 def test_a_chat_models_end_token_is_compared_after_the_template_has_acted(tiny_root, template, saved_with):
-    from llamafactory_sekd.host.teacher import _apply_template
+    from llamafactory_sekd.host.teacher_loading import _apply_template
 
     chat = TEMPLATES[template].stop_words[0] if template != "parrot" else "<|im_end|>"
     tokenizers = {}

@@ -14,7 +14,7 @@ from helpers.runs import base_config, logged, train
 
 from llamafactory_sekd.arguments import TOKEN_TABLE
 from llamafactory_sekd.objectives import TokenStatistics
-from llamafactory_sekd.trainer.tokens import TokenSums, write_table
+from llamafactory_sekd.trainer.token_difficulty import TokenSums, write_table
 
 
 ONE_RANK = SimpleNamespace(reduce=lambda sums, reduction: sums)

@@ -22,7 +22,7 @@ from transformers import (
 
 from llamafactory_sekd.data.checks import Problem
 from llamafactory_sekd.evaluation.candidates import Drawing, Request, hf_candidates
-from llamafactory_sekd.evaluation.settings import Decoding
+from llamafactory_sekd.evaluation.evaluation_settings import Decoding
 from llamafactory_sekd.evaluation.translator import BatchLimits, Translation
 from llamafactory_sekd.translation import chrf
 from llamafactory_sekd.translation.filters import FILTERS, find_problem

@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from llamafactory_sekd.errors import SekdError
-from llamafactory_sekd.evaluation.settings import parse_settings
-from llamafactory_sekd.webui.quality.config import as_yaml, check_config, evaluation_config, system_names
+from llamafactory_sekd.evaluation.evaluation_settings import parse_settings
+from llamafactory_sekd.webui.quality.evaluation_yaml import as_yaml, check_config, evaluation_config, system_names
 from llamafactory_sekd.webui.quality.process import EvaluationProcess, Progress
-from llamafactory_sekd.webui.quality.report import draw_report
+from llamafactory_sekd.webui.quality.report_view import draw_report
 
 
 FIELDS = {

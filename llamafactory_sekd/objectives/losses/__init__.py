@@ -10,7 +10,7 @@ import torch
 
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.objectives.losses import closed_forms, equations, generic
-from llamafactory_sekd.objectives.settings import Settings, formula_settings
+from llamafactory_sekd.objectives.objective_settings import Settings, formula_settings
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from llamafactory_sekd.objectives.compiling import may_look, row_sums
-from llamafactory_sekd.objectives.settings import Settings
+from llamafactory_sekd.objectives.objective_settings import Settings
 
 
 # Infinite differences of logits are replaced by HUGE, so that zero times it is zero; a divergence beyond INFINITE then

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from llamafactory_sekd.objectives.divergences import kl_divergence
-from llamafactory_sekd.objectives.settings import Settings
+from llamafactory_sekd.objectives.objective_settings import Settings
 from llamafactory_sekd.objectives.targets import log_mixture
 
 

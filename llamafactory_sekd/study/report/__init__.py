@@ -11,8 +11,8 @@ from llamafactory_sekd.reporting.document import Document
 from llamafactory_sekd.reporting.html import render_html
 from llamafactory_sekd.reporting.latex import render_latex
 from llamafactory_sekd.reporting.markdown import render_markdown
-from llamafactory_sekd.study.report.build import build_document
 from llamafactory_sekd.study.report.cells import read_study
+from llamafactory_sekd.study.report.study_report import build_document
 
 
 def write(results: Mapping[str, Any], folder: Path, root: Path | None = None) -> list[Path]:
@@ -22,7 +22,7 @@ def write(results: Mapping[str, Any], folder: Path, root: Path | None = None) ->
     missing is named.
 
     Args:
-        results: the contents of results.json (schema 1, see ``study/results.py``).
+        results: the contents of results.json (schema 1, see ``study/study_results.py``).
         folder: where the report goes, made if needed.
         root: the folder of results.json, to which the paths in it are relative; ``folder`` by default.
 

@@ -13,7 +13,7 @@ from llamafactory_sekd.data.languages import parse_direction
 from llamafactory_sekd.data.prompts import instruction
 from llamafactory_sekd.errors import DataError
 from llamafactory_sekd.study.report.cells import Cell, Group, Study, Summary, summarize
-from llamafactory_sekd.study.report.texts import Texts
+from llamafactory_sekd.study.report.sentence_texts import Texts
 
 
 # The smallest frequency of each bucket.

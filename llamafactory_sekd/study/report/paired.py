@@ -15,7 +15,7 @@ import numpy as np
 from llamafactory_sekd.evaluation.significance import ALPHA, SAMPLES, bootstrap_weights
 from llamafactory_sekd.reporting.metric_labels import AVERAGE
 from llamafactory_sekd.study.report.cells import Cell, Group
-from llamafactory_sekd.study.report.texts import Texts
+from llamafactory_sekd.study.report.sentence_texts import Texts
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llamafactory_sekd.study.report.cells import Cell, Group, Study, Summary, summarize
-from llamafactory_sekd.study.report.texts import Texts
+from llamafactory_sekd.study.report.sentence_texts import Texts
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from rich.progress import track
 
 from llamafactory_sekd.errors import SekdError
 from llamafactory_sekd.reporting.figures import BASELINE, SOFT, Look, distinct_looks
+from llamafactory_sekd.study.report.best_values import Choice, choices, chosen_baseline
 from llamafactory_sekd.study.report.cells import Group, Study
 from llamafactory_sekd.study.report.history import Histories
 from llamafactory_sekd.study.report.paired import Difference, PairedBootstrap
-from llamafactory_sekd.study.report.selection import Choice, choices, chosen_baseline
+from llamafactory_sekd.study.report.sentence_texts import Texts
 from llamafactory_sekd.study.report.tables import shown_metrics
-from llamafactory_sekd.study.report.texts import Texts
 
 
 @dataclass(frozen=True)

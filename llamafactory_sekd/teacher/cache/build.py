@@ -10,8 +10,8 @@ import torch
 
 from llamafactory_sekd.teacher.cache.formats import Format
 from llamafactory_sekd.teacher.cache.informed import questions
+from llamafactory_sekd.teacher.cache.record_store import Key, ShardWriter
 from llamafactory_sekd.teacher.cache.segments import Segment
-from llamafactory_sekd.teacher.cache.store import Key, ShardWriter
 from llamafactory_sekd.teacher.model import Teacher
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from llamafactory_sekd.teacher.cache.formats import as_bits
+from llamafactory_sekd.teacher.cache.record_store import Key, Record
 from llamafactory_sekd.teacher.cache.segments import Segment, is_teacher_forced, segments
 from llamafactory_sekd.teacher.cache.several import OpenCache
-from llamafactory_sekd.teacher.cache.store import Key, Record
 
 
 PREFIX = "teacher_"

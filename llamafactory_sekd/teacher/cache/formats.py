@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from llamafactory_sekd.errors import ArgumentError
-from llamafactory_sekd.teacher.cache.store import Record
+from llamafactory_sekd.teacher.cache.record_store import Record
 from llamafactory_sekd.teacher.model import Teacher
 
 

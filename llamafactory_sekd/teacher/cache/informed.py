@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from llamafactory_sekd.errors import TeacherError
+from llamafactory_sekd.teacher.cache.record_store import Key
 from llamafactory_sekd.teacher.cache.segments import Segment, segments
-from llamafactory_sekd.teacher.cache.store import Key
 
 
 # Of two responses, in a message of one line.

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.errors import TeacherError
+from llamafactory_sekd.teacher.cache.cache_manifest import Manifest
 from llamafactory_sekd.teacher.cache.formats import Format
-from llamafactory_sekd.teacher.cache.manifest import Manifest
+from llamafactory_sekd.teacher.cache.record_store import Key, ShardReader
 from llamafactory_sekd.teacher.cache.segments import Segment, segments
-from llamafactory_sekd.teacher.cache.store import Key, ShardReader
 
 
 # Of an example's text, in a message of one line.

@@ -16,9 +16,9 @@ import torch
 
 from llamafactory_sekd.errors import TeacherError, one_line
 from llamafactory_sekd.teacher.cache import Format
+from llamafactory_sekd.teacher.cache.record_store import Record
 from llamafactory_sekd.teacher.cache.records import digest
 from llamafactory_sekd.teacher.cache.segments import Segment
-from llamafactory_sekd.teacher.cache.store import Record
 from llamafactory_sekd.teacher.served.protocol import (
     CHECKSUM,
     FINGERPRINT,

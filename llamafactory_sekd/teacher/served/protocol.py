@@ -20,9 +20,9 @@ from safetensors.torch import load, save
 
 from llamafactory_sekd.errors import ArgumentError, TeacherError
 from llamafactory_sekd.teacher.cache import DTYPES, FORMATS, Format, HiddenFormat, TopKFormat
+from llamafactory_sekd.teacher.cache.record_store import Record
 from llamafactory_sekd.teacher.cache.records import digest
 from llamafactory_sekd.teacher.cache.segments import Segment
-from llamafactory_sekd.teacher.cache.store import Record
 
 
 VERSION = 1

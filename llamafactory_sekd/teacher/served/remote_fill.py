@@ -9,9 +9,9 @@ from typing import Any
 
 from llamafactory_sekd.teacher.cache import Format, Plan, ShardWriter
 from llamafactory_sekd.teacher.cache.build import fetch, write
+from llamafactory_sekd.teacher.cache.record_store import Key, Record
 from llamafactory_sekd.teacher.cache.segments import Segment
-from llamafactory_sekd.teacher.cache.store import Key, Record
-from llamafactory_sekd.teacher.served.live import Answering
+from llamafactory_sekd.teacher.served.live_teacher import Answering
 
 
 def fill_from_server(

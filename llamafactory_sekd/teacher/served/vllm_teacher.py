@@ -12,8 +12,8 @@ import torch
 
 from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.teacher.cache import Format, TopKFormat
+from llamafactory_sekd.teacher.cache.record_store import Record
 from llamafactory_sekd.teacher.cache.segments import Segment
-from llamafactory_sekd.teacher.cache.store import Record
 from llamafactory_sekd.teacher.served.connection import HttpConnection
 from llamafactory_sekd.teacher.served.protocol import GarbageError, ServerInfo
 from llamafactory_sekd.teacher.vocabulary import SAMPLES

@@ -15,8 +15,8 @@ import torch
 
 from llamafactory_sekd.errors import one_line
 from llamafactory_sekd.teacher.cache import Format, collate
+from llamafactory_sekd.teacher.cache.record_store import Record
 from llamafactory_sekd.teacher.cache.segments import Segment
-from llamafactory_sekd.teacher.cache.store import Record
 from llamafactory_sekd.teacher.model import Teacher
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llamafactory_sekd.webui.quality.section import QualitySection, build_quality_section
+from llamafactory_sekd.webui.quality.quality_section import QualitySection, build_quality_section
 
 
 __all__ = ["QualitySection", "build_quality_section"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llamafactory_sekd.webui.tokens.section import build_tokens_section
+from llamafactory_sekd.webui.tokens.tokens_section import build_tokens_section
 
 
 __all__ = ["build_tokens_section"]

@@ -8,8 +8,8 @@ from typing import Any
 from llamafactory_sekd.reporting.document import Plot
 from llamafactory_sekd.reporting.figures import Look, canvas, finish, name_below
 from llamafactory_sekd.reporting.metric_labels import metric_label, metric_look
+from llamafactory_sekd.study.report.best_values import Choice
 from llamafactory_sekd.study.report.cells import Group, Study, Summary, is_number, shown, symbol
-from llamafactory_sekd.study.report.selection import Choice
 from llamafactory_sekd.study.report.tables import last_column, shown_metrics
 
 

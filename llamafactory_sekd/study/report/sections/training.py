@@ -8,10 +8,10 @@ from llamafactory_sekd.arguments import TOKEN_TABLE
 from llamafactory_sekd.reporting.document import NOTHING, Column, Entry, Plot, Section, Table
 from llamafactory_sekd.reporting.metric_labels import number
 from llamafactory_sekd.study.report.cells import Group, Summary, short_names, summarize
-from llamafactory_sekd.study.report.plots.tokens import token_plot
-from llamafactory_sekd.study.report.plots.training import Runs, gate_plot, learning_plot, point_looks
+from llamafactory_sekd.study.report.plots.learning_curves import Runs, gate_plot, learning_plot, point_looks
+from llamafactory_sekd.study.report.plots.token_frequency import token_plot
 from llamafactory_sekd.study.report.tables import entry, heads_of, rows_of, summary_table
-from llamafactory_sekd.study.report.tokens import CLASSES, token_classes
+from llamafactory_sekd.study.report.token_tables import CLASSES, token_classes
 from llamafactory_sekd.study.report.views import Views
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llamafactory_sekd.reporting.document import Document, Section
 from llamafactory_sekd.study.report.cells import Study
-from llamafactory_sekd.study.report.sections import scores, settings, training, translations
+from llamafactory_sekd.study.report.sections import compared_keys, score_tables, training, translations
 from llamafactory_sekd.study.report.views import Views
 
 
@@ -13,14 +13,14 @@ def build_document(study: Study) -> Document:
     views = Views(study)
     sections = [
         _missing(study),
-        *scores.sections(views),
+        *score_tables.sections(views),
         *training.sections(views),
         *translations.sections(views),
-        *settings.sections(views),
+        *compared_keys.sections(views),
     ]
     return Document(
         title=f"Study {study.results['study']}",
-        facts=tuple(settings.facts(views)),
+        facts=tuple(compared_keys.facts(views)),
         sections=tuple(section for section in sections if section is not None),
     )
 

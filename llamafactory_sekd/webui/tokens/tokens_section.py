@@ -19,7 +19,7 @@ from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.errors import DataError, SekdError
 from llamafactory_sekd.webui.labels import alert, element_labels, words
 from llamafactory_sekd.webui.page import LoadedModel, Page
-from llamafactory_sekd.webui.settings import check_keys, distillation_keys
+from llamafactory_sekd.webui.panel_settings import check_keys, distillation_keys
 from llamafactory_sekd.webui.tokens.compare import compare
 from llamafactory_sekd.webui.tokens.view import render
 

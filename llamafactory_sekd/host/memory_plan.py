@@ -14,9 +14,9 @@ from torch import nn
 
 from llamafactory_sekd.arguments import AUTO, SELF, STAGE
 from llamafactory_sekd.errors import ArgumentError
-from llamafactory_sekd.host.arguments import check_run
-from llamafactory_sekd.host.placement import read_deepspeed_file
-from llamafactory_sekd.host.teacher import copy_model_arguments, teacher_model_arguments
+from llamafactory_sekd.host.host_arguments import check_run
+from llamafactory_sekd.host.teacher_loading import copy_model_arguments, teacher_model_arguments
+from llamafactory_sekd.host.teacher_placement import read_deepspeed_file
 from llamafactory_sekd.planner import Blueprint, Run, Sharding, TeacherPlace
 from llamafactory_sekd.planner.sharding import read_deepspeed
 from llamafactory_sekd.teacher import common_vocabulary, engine_config

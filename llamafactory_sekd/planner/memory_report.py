@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from llamafactory_sekd.planner.estimate import Estimate
+from llamafactory_sekd.planner.planned_run import Run
 from llamafactory_sekd.planner.remedies import Priced
-from llamafactory_sekd.planner.run import Run
 
 
 # Of the memory: beyond it the allocator's gaps may be one too many.

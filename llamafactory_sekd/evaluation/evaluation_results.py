@@ -14,11 +14,11 @@ from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.prompts import PARROT
 from llamafactory_sekd.data.testsets import TestSet
 from llamafactory_sekd.evaluation.costs import Cost
+from llamafactory_sekd.evaluation.evaluation_settings import Settings
 from llamafactory_sekd.evaluation.guards import inspect
 from llamafactory_sekd.evaluation.interference import interfering
 from llamafactory_sekd.evaluation.scores import SURFACE_METRICS, mean, score_corpus, surface_metric, tokenizer_note
 from llamafactory_sekd.evaluation.segment_scores import SegmentScorer, Texts, segment_file
-from llamafactory_sekd.evaluation.settings import Settings
 from llamafactory_sekd.evaluation.significance import (
     PairedTests,
     Statistics,
@@ -29,7 +29,7 @@ from llamafactory_sekd.evaluation.significance import (
     segment_statistics,
 )
 from llamafactory_sekd.evaluation.similarity import similarity
-from llamafactory_sekd.evaluation.store import Hypotheses
+from llamafactory_sekd.evaluation.translation_store import Hypotheses
 from llamafactory_sekd.reporting.metric_labels import AVERAGE
 
 

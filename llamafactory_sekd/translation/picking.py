@@ -16,7 +16,7 @@ from llamafactory_sekd.translation import chrf
 from llamafactory_sekd.translation.choosing import Utility, by_consensus, by_reference, chrf_utility
 from llamafactory_sekd.translation.filters import find_problem
 from llamafactory_sekd.translation.generated import Made
-from llamafactory_sekd.translation.texts import Sentence
+from llamafactory_sekd.translation.source_texts import Sentence
 
 
 # Sentences whose pairs of samples COMET scores before it writes them down.

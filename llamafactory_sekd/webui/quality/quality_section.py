@@ -13,10 +13,10 @@ import gradio as gr
 from llamafactory_sekd.data.dataset_info import DEFAULT_OUT
 from llamafactory_sekd.data.layout import TASKS
 from llamafactory_sekd.errors import SekdError
-from llamafactory_sekd.evaluation.settings import METRICS
+from llamafactory_sekd.evaluation.evaluation_settings import METRICS
 from llamafactory_sekd.webui.labels import alert, element_labels
 from llamafactory_sekd.webui.page import Page
-from llamafactory_sekd.webui.quality.config import (
+from llamafactory_sekd.webui.quality.evaluation_yaml import (
     BASE,
     TEACHER,
     as_yaml,
@@ -28,7 +28,7 @@ from llamafactory_sekd.webui.quality.config import (
     system_names,
 )
 from llamafactory_sekd.webui.quality.process import EvaluationProcess
-from llamafactory_sekd.webui.quality.report import draw_report, read_report, report_files
+from llamafactory_sekd.webui.quality.report_view import draw_report, read_report, report_files
 
 
 _PREFIX = "quality_"

@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.teacher.cache import fingerprints
+from llamafactory_sekd.teacher.cache.cache_manifest import MANIFEST, Manifest
 from llamafactory_sekd.teacher.cache.formats import DTYPES, HiddenFormat, TopKFormat
-from llamafactory_sekd.teacher.cache.manifest import MANIFEST, Manifest
+from llamafactory_sekd.teacher.cache.record_store import damaged_shards, drop_shards, listed_shards
 from llamafactory_sekd.teacher.cache.records import damage
-from llamafactory_sekd.teacher.cache.store import damaged_shards, drop_shards, listed_shards
 
 
 logger = logging.getLogger(__name__)

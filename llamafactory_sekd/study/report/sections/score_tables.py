@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from llamafactory_sekd.evaluation.significance import SAMPLES
 from llamafactory_sekd.reporting.document import Column, Entry, Row, Section, Table
 from llamafactory_sekd.reporting.metric_labels import AVERAGE, MARKS, metric_label, number
+from llamafactory_sekd.study.report.best_values import selected_by
 from llamafactory_sekd.study.report.cells import Group, short_names, shown, symbol
 from llamafactory_sekd.study.report.plots.bars import progressive_plot, similarity_plot
 from llamafactory_sekd.study.report.plots.differences import differences_plot
 from llamafactory_sekd.study.report.plots.keys import over_key, selection_plot
-from llamafactory_sekd.study.report.selection import selected_by
 from llamafactory_sekd.study.report.tables import (
     NOTHING,
     Compare,

@@ -11,7 +11,7 @@ import yaml
 
 from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.errors import DataError
-from llamafactory_sekd.evaluation.settings import parse_settings
+from llamafactory_sekd.evaluation.evaluation_settings import parse_settings
 
 
 BASE = "base"

@@ -22,7 +22,7 @@ def token_plot(
 
     Args:
         sizes: how many different tokens each class has.
-        means: as in :class:`~llamafactory_sekd.study.report.tokens.TokenClasses`.
+        means: as in :class:`~llamafactory_sekd.study.report.token_tables.TokenClasses`.
         names, looks: of these groups.
     """
     with canvas(panels=2, columns=2, height=3.4) as (figure, panels):

@@ -19,8 +19,8 @@ from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.host.ledger import check_in_effect
 from llamafactory_sekd.host.own_samples import check_own_samples, set_sampling_defaults
 from llamafactory_sekd.host.patches import STAGE_LABEL
-from llamafactory_sekd.host.placement import check_devices, check_placement
 from llamafactory_sekd.host.resume import choose_checkpoint
+from llamafactory_sekd.host.teacher_placement import check_devices, check_placement
 
 
 def with_our_stage(stages: dict[str, str]) -> dict[str, str]:

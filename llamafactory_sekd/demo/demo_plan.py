@@ -18,8 +18,8 @@ from llamafactory_sekd.demo.steps import Step
 from llamafactory_sekd.demo.surroundings import environment, moved
 from llamafactory_sekd.examples import shipped_root
 from llamafactory_sekd.files import sha256_of
-from llamafactory_sekd.study.results import JSON
 from llamafactory_sekd.study.spec import Spec, parse_spec
+from llamafactory_sekd.study.study_results import JSON
 
 
 # The folder that the YAML files name; another one takes its place in copies of them.

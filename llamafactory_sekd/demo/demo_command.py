@@ -30,8 +30,7 @@ def demo(
 
     from rich.console import Console
 
-    from llamafactory_sekd.demo.demo_report import print_scores
-    from llamafactory_sekd.demo.plan import (
+    from llamafactory_sekd.demo.demo_plan import (
         REPORT_SECONDS,
         STUDY_SECONDS,
         Places,
@@ -40,7 +39,8 @@ def demo(
         reporting,
         write_yamls,
     )
-    from llamafactory_sekd.demo.progress import Progress
+    from llamafactory_sekd.demo.demo_report import print_scores
+    from llamafactory_sekd.demo.step_progress import Progress
     from llamafactory_sekd.demo.steps import run_steps
     from llamafactory_sekd.demo.surroundings import environment
     from llamafactory_sekd.files import locked

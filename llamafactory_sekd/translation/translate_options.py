@@ -8,9 +8,9 @@ from pathlib import Path
 
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.evaluation.candidates import Drawing
-from llamafactory_sekd.evaluation.settings import Decoding
+from llamafactory_sekd.evaluation.evaluation_settings import Decoding
 from llamafactory_sekd.translation.generated import Shard
-from llamafactory_sekd.translation.selection import Choice
+from llamafactory_sekd.translation.picking import Choice
 
 
 METHODS = ("greedy", "beam", "sample", "mbr")

@@ -31,7 +31,7 @@ def study(
     from rich.console import Console
 
     from llamafactory_sekd.study.cluster import list_commands, write_slurm
-    from llamafactory_sekd.study.devices import parse_devices
+    from llamafactory_sekd.study.device_shares import parse_devices
     from llamafactory_sekd.study.engine import (
         changes,
         find_inputs,

@@ -48,7 +48,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.evaluation.settings import METRICS
+from llamafactory_sekd.evaluation.evaluation_settings import METRICS
 from llamafactory_sekd.files import write_atomic
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llamafactory_sekd.arguments import SELF, STAGE, DistillationArguments, keys_read_by
-from llamafactory_sekd.host.teacher import teacher_identity
+from llamafactory_sekd.host.teacher_loading import teacher_identity
 from llamafactory_sekd.presets import PRESETS, preset_of
 
 

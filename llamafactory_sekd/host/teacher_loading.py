@@ -13,7 +13,7 @@ import torch
 
 from llamafactory_sekd.arguments import SELF, DistillationArguments
 from llamafactory_sekd.errors import TeacherError
-from llamafactory_sekd.host.placement import own_device, read_deepspeed_file
+from llamafactory_sekd.host.teacher_placement import own_device, read_deepspeed_file
 
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def check_fit(model_args: Any, data_args: Any, finetuning_args: DistillationArgu
     """
     from llamafactory.model import load_config, load_tokenizer
 
-    from llamafactory_sekd.teacher.files import check_adapter_files, check_is_causal, check_teacher_files
+    from llamafactory_sekd.teacher.teacher_files import check_adapter_files, check_is_causal, check_teacher_files
     from llamafactory_sekd.teacher.vocabulary import check_tokenizers
 
     name, adapters, _ = teacher_identity(model_args, finetuning_args)

@@ -15,8 +15,8 @@ from llamafactory_sekd.objectives import LogitsSource
 from llamafactory_sekd.ranks import on_any_rank
 from llamafactory_sekd.teacher.cache.collator import FOUND, SEGMENTS, TOKENS, field_key
 from llamafactory_sekd.teacher.cache.formats import TopKFormat, TopKLogits
+from llamafactory_sekd.teacher.cache.record_store import Record, ShardWriter
 from llamafactory_sekd.teacher.cache.several import OpenCache, unanswered
-from llamafactory_sekd.teacher.cache.store import Record, ShardWriter
 from llamafactory_sekd.teacher.mixture import MixedLogits
 from llamafactory_sekd.teacher.model import Teacher
 from llamafactory_sekd.teacher.source import Answers, product
