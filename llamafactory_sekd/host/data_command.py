@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llamafactory_sekd.data.data_command import app
+from llamafactory_sekd.data.corpora_command import app
 
 
 if TYPE_CHECKING:

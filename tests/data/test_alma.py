@@ -19,7 +19,7 @@ from helpers.alma_files import TRICKY, write_alma
 from typer.testing import CliRunner
 
 from llamafactory_sekd.data.alma import make_plan, prepare_alma
-from llamafactory_sekd.data.data_command import app
+from llamafactory_sekd.data.corpora_command import app
 from llamafactory_sekd.data.dataset_info import command_for, shipped_entries
 from llamafactory_sekd.data.sources import DirectorySource, HubSource
 from llamafactory_sekd.data.testsets import load_test_set
@@ -362,7 +362,7 @@ def test_hub_revision_is_read_from_the_loaded_addresses() -> None:
 
 
 def _alma_process(alma_dir: Path, out: Path) -> subprocess.Popen[bytes]:
-    code = "import sys; from llamafactory_sekd.data.data_command import app; app(sys.argv[1:])"
+    code = "import sys; from llamafactory_sekd.data.corpora_command import app; app(sys.argv[1:])"
     command = [sys.executable, "-c", code, "alma", "--source", str(alma_dir), "--out", str(out)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

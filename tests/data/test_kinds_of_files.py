@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llamafactory_sekd.data.checks import Findings, Pair, clean_pairs
-from llamafactory_sekd.data.data_command import app
+from llamafactory_sekd.data.corpora_command import app
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.readers import read_lines, read_tsv_pairs
 from llamafactory_sekd.errors import DataError

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from llamafactory_sekd.data import pairs as pairs_module
 from llamafactory_sekd.data.checks import Findings, Pair
-from llamafactory_sekd.data.data_command import app
+from llamafactory_sekd.data.corpora_command import app
 from llamafactory_sekd.data.heldout import hold_out
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.pairs import Corpus, prepare_pairs

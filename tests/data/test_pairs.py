@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from llamafactory_sekd.data.data_command import app
+from llamafactory_sekd.data.corpora_command import app
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.pairs import Corpus, prepare_pairs
 from llamafactory_sekd.errors import ArgumentError, DataError

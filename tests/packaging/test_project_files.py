@@ -53,3 +53,8 @@ def test_the_image_copies_files_that_exist():
     names = [name for line in copied for name in line.split()]
     assert {"pyproject.toml", "README.md", "LICENSE", "llamafactory_sekd", "examples"} <= set(names)
     assert all((REPOSITORY / name).exists() for name in names)
+
+
+def test_no_two_modules_of_the_package_share_a_name():
+    names = [path.stem for path in (REPOSITORY / "llamafactory_sekd").rglob("*.py") if path.stem != "__init__"]
+    assert sorted(names) == sorted(set(names))

@@ -6,7 +6,6 @@ from llamafactory_sekd.ranks import on_any_rank
 from llamafactory_sekd.teacher.cache.build import Plan, collate, fill, make_plan
 from llamafactory_sekd.teacher.cache.cache_manifest import Manifest
 from llamafactory_sekd.teacher.cache.cache_opening import Fingerprints, Settings, open_for_reading
-from llamafactory_sekd.teacher.cache.cached_teacher import CachedTeacher, FillingTeacher, padding_of_head
 from llamafactory_sekd.teacher.cache.collator import CacheCollator
 from llamafactory_sekd.teacher.cache.formats import (
     DTYPES,
@@ -19,6 +18,7 @@ from llamafactory_sekd.teacher.cache.formats import (
 )
 from llamafactory_sekd.teacher.cache.informed import check_responses
 from llamafactory_sekd.teacher.cache.record_store import ShardReader, ShardWriter
+from llamafactory_sekd.teacher.cache.recorded_teacher import CachedTeacher, FillingTeacher, padding_of_head
 from llamafactory_sekd.teacher.cache.session import Session
 from llamafactory_sekd.teacher.cache.several import OpenCache, first_unanswered, open_caches, unanswered
 

@@ -13,8 +13,8 @@ from llamafactory_sekd.files import locked
 from llamafactory_sekd.ranks import position, wait_for_all
 from llamafactory_sekd.teacher.cache.cache_manifest import MANIFEST, Manifest
 from llamafactory_sekd.teacher.cache.cache_opening import Fingerprints, Settings, head_damage, open_for_writing
-from llamafactory_sekd.teacher.cache.cached_teacher import HEAD
 from llamafactory_sekd.teacher.cache.record_store import ShardReader, ShardWriter
+from llamafactory_sekd.teacher.cache.recorded_teacher import HEAD
 from llamafactory_sekd.teacher.cache.records import write_tensors
 
 
