@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,6 @@ import yaml
 
 from llamafactory_sekd.errors import ArgumentError, SekdError, one_line
 from llamafactory_sekd.files import write_atomic
-
-
-# More words than this are no help in a message.
-_LISTED = 30
 
 
 def read_config(
@@ -59,12 +54,3 @@ def write_yaml(path: Path, config: dict[str, Any], comment: str) -> None:
     """Write a YAML file with a comment in its first line."""
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=119)
     write_atomic(path, f"# {comment}\n{text}")
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """Return how a message about an unknown ``word`` ends: with the known one that is close, or with a short list."""
-    words = list(known)
-    close = get_close_matches(word, words, n=1)
-    if close:
-        return f": did you mean {close[0]!r}?"
-    return f": use one of {', '.join(words)}." if len(words) <= _LISTED else "."

@@ -7,15 +7,28 @@ traceback and exit with status 2; everything else that is raised is a bug and ke
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 # Everything that some tool takes for the end of a line.
 _LINE_BREAKS = re.compile(r"\s*[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]\s*")
+# More words than this are no help in a message.
+_LISTED = 30
 
 
 def one_line(text: str) -> str:
     """Return ``text`` on a single line, without white space around it: for text of others that a message quotes."""
     return _LINE_BREAKS.sub(" ", text.strip())
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return how a message about an unknown ``word`` ends: with the known one that is close, or with a short list."""
+    words = list(known)
+    close = get_close_matches(word, words, n=1)
+    if close:
+        return f": did you mean {close[0]!r}?"
+    return f": use one of {', '.join(words)}." if len(words) <= _LISTED else "."
 
 
 class SekdError(Exception):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from llamafactory_sekd.errors import ArgumentError
+from llamafactory_sekd.errors import ArgumentError, suggestion
 
 
 TARGETS: dict[str, str] = {
@@ -363,8 +363,6 @@ def _flow(value: Any) -> str:
 
 def unknown(where: str, word: Any, known: Iterable[str]) -> ArgumentError:
     """Return the error for a word that is none of the known ones, with the one that is meant or with all of them."""
-    from llamafactory_sekd.config import suggestion  # which needs more than torch
-
     return ArgumentError(f"`{where}: {' '.join(str(word).split()):.200}` is unknown{suggestion(str(word), known)}")
 
 

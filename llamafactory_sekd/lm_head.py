@@ -17,24 +17,8 @@ from torch import nn
 from llamafactory_sekd.objectives import LogitTransform
 
 
-IGNORE_INDEX = -100
 # Both signs, and sizes at which a cap does little, something, and everything.
 _PROBES = (-40.0, -3.0, 0.0, 1.0, 7.0, 100.0, 1.0e9)
-
-
-def response_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the positions whose next token belongs to a response.
-
-    Args:
-        labels: ``[batch, length]`` int64, -100 outside of responses, not shifted (the host's collator).
-
-    Returns:
-        ``rows``, ``[batch, length]`` bool: the positions that predict a response token; and ``targets``, ``[tokens]``
-        int64: the tokens that they predict, in the order in which ``hidden[rows]`` lists them.
-    """
-    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    rows = shifted != IGNORE_INDEX
-    return rows, shifted[rows]
 
 
 @contextmanager

@@ -107,7 +107,8 @@ def _replace_steps(report: Callable[[list[float]], None]) -> None:
     import torch
     from transformers import Trainer
 
-    from llamafactory_sekd.lm_head import response_positions, selected_rows
+    from llamafactory_sekd.lm_head import selected_rows
+    from llamafactory_sekd.objectives import response_positions
 
     def forward(self: Trainer, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
         inputs = self._prepare_inputs(inputs)

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.config import suggestion
 from llamafactory_sekd.data.languages import Direction, parse_direction
 from llamafactory_sekd.data.prompts import PARROT, Prompt, prompt_named
-from llamafactory_sekd.errors import ArgumentError, DataError, EvaluationError, one_line
+from llamafactory_sekd.errors import ArgumentError, DataError, EvaluationError, one_line, suggestion
 from llamafactory_sekd.evaluation.scores import SURFACE_METRICS, TOKENIZERS, BleuTokenizer
 from llamafactory_sekd.evaluation.segment_scores import metric_keys
 

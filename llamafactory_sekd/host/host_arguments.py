@@ -14,8 +14,7 @@ import torch
 from llamafactory_sekd.argument_checks import check_distillation_arguments, check_no_distillation_arguments
 from llamafactory_sekd.arguments import KEYS, STAGE, DistillationArguments
 from llamafactory_sekd.children import end_rank_with_launcher
-from llamafactory_sekd.config import suggestion
-from llamafactory_sekd.errors import ArgumentError
+from llamafactory_sekd.errors import ArgumentError, suggestion
 from llamafactory_sekd.host.ledger import check_in_effect
 from llamafactory_sekd.host.own_samples import check_own_samples, set_sampling_defaults
 from llamafactory_sekd.host.patches import STAGE_LABEL

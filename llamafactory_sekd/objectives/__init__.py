@@ -5,16 +5,20 @@ from __future__ import annotations
 from llamafactory_sekd.objectives.chunking import default_chunk_size
 from llamafactory_sekd.objectives.fused import FusedOutput, fused_distillation, fused_linear_distillation
 from llamafactory_sekd.objectives.linear_head import IDENTITY, Head, LogitsSource, LogitTransform, SomeTokens
+from llamafactory_sekd.objectives.loss_module import DistillationLoss
 from llamafactory_sekd.objectives.losses import OBJECTIVES
 from llamafactory_sekd.objectives.losses.elementwise import try_user_function
 from llamafactory_sekd.objectives.plain import DistillationOutput, distillation_loss
+from llamafactory_sekd.objectives.positions import IGNORE_INDEX, response_positions
 from llamafactory_sekd.objectives.products import product_type
 from llamafactory_sekd.objectives.statistics import TokenStatistics
 
 
 __all__ = [
     "IDENTITY",
+    "IGNORE_INDEX",
     "OBJECTIVES",
+    "DistillationLoss",
     "DistillationOutput",
     "FusedOutput",
     "Head",
@@ -27,5 +31,6 @@ __all__ = [
     "fused_distillation",
     "fused_linear_distillation",
     "product_type",
+    "response_positions",
     "try_user_function",
 ]

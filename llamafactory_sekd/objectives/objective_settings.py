@@ -38,7 +38,7 @@ class Settings:
         return None if self.formula.gate is None else self.formula.gate.share
 
 
-_DEFAULTS = {"kd_lambda": 0.5, "kd_beta": 0.5, "kd_gamma": 0.4, "kd_temperature": 1.0}
+DEFAULTS = {"kd_lambda": 0.5, "kd_beta": 0.5, "kd_gamma": 0.4, "kd_temperature": 1.0}
 
 
 def formula_settings(kd_loss: str | Mapping[str, Any] | Formula, **keys: Any) -> Settings:
@@ -51,7 +51,7 @@ def formula_settings(kd_loss: str | Mapping[str, Any] | Formula, **keys: Any) ->
     Raises:
         ArgumentError: the preset is unknown, or the mapping cannot work.
     """
-    keys = {**_DEFAULTS, **keys}
+    keys = {**DEFAULTS, **keys}
     if keys.pop("kd_hard_scale", None) is not None:
         raise ArgumentError(f"`kd_loss: {kd_loss}` does not read `kd_hard_scale`: leave it out.")
     formula = kd_loss if isinstance(kd_loss, Formula) else expand(kd_loss, keys)

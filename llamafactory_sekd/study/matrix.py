@@ -12,8 +12,8 @@ from typing import Any
 
 from llamafactory_sekd.argument_checks import check_distillation_arguments
 from llamafactory_sekd.arguments import KEYS, STAGE, DistillationArguments, keys_read_by
-from llamafactory_sekd.config import read_config, suggestion
-from llamafactory_sekd.errors import ArgumentError, StudyError
+from llamafactory_sekd.config import read_config
+from llamafactory_sekd.errors import ArgumentError, StudyError, suggestion
 from llamafactory_sekd.study.spec import Spec
 from llamafactory_sekd.study.teacher_text import TeacherText, of_system
 

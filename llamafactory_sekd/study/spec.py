@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.config import read_config, suggestion
-from llamafactory_sekd.errors import StudyError, one_line
+from llamafactory_sekd.config import read_config
+from llamafactory_sekd.errors import StudyError, one_line, suggestion
 from llamafactory_sekd.evaluation.evaluation_settings import METRICS
 
 

@@ -62,7 +62,7 @@ class Teacher:
 
         Args:
             inputs: the batch as the student sees it (ids, attention mask, position ids), without labels.
-            rows: ``[batch, length]`` bool, from :func:`llamafactory_sekd.lm_head.response_positions`.
+            rows: ``[batch, length]`` bool, from :func:`llamafactory_sekd.objectives.response_positions`.
         """
         with self._speaking(), selected_rows(self.head, rows):
             return self.model(**self._there(inputs), use_cache=False).logits[0].to(rows.device)

@@ -36,7 +36,7 @@ class TeacherSource(Protocol):
 
         Args:
             inputs: the batch as it was collated, without labels.
-            rows: ``[batch, length]`` bool, from :func:`llamafactory_sekd.lm_head.response_positions`.
+            rows: ``[batch, length]`` bool, from :func:`llamafactory_sekd.objectives.response_positions`.
         """
 
     def answers(self, inputs: dict[str, Any], rows: torch.Tensor) -> Answers:

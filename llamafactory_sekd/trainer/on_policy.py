@@ -24,8 +24,7 @@ from transformers.utils import logging
 
 from llamafactory_sekd.errors import ArgumentError, DataError
 from llamafactory_sekd.files import write_atomic
-from llamafactory_sekd.lm_head import IGNORE_INDEX
-from llamafactory_sekd.objectives import TokenStatistics
+from llamafactory_sekd.objectives import IGNORE_INDEX, TokenStatistics
 from llamafactory_sekd.trainer.sampling import InverseTransform, RowDraws, Sampling, as_generator, uniforms_of
 
 

@@ -20,15 +20,14 @@ from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.files import read_json
 from llamafactory_sekd.formula import Formula
 from llamafactory_sekd.lm_head import (
-    IGNORE_INDEX,
     is_plain_product,
     logit_transform,
     replaced_forward,
-    response_positions,
     selected_rows,
 )
 from llamafactory_sekd.objectives import (
     IDENTITY,
+    IGNORE_INDEX,
     LogitTransform,
     SomeTokens,
     TokenStatistics,
@@ -36,6 +35,7 @@ from llamafactory_sekd.objectives import (
     distillation_loss,
     fused_distillation,
     product_type,
+    response_positions,
 )
 from llamafactory_sekd.objectives.schedules import linear
 from llamafactory_sekd.teacher import TeacherSource

@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamafactory_sekd.lm_head import IGNORE_INDEX, response_positions
-from llamafactory_sekd.objectives import distillation_loss, fused_linear_distillation
+from llamafactory_sekd.objectives import IGNORE_INDEX, distillation_loss, fused_linear_distillation, response_positions
 from llamafactory_sekd.presets import PRESETS
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llamafactory_sekd.errors import TeacherError
-from llamafactory_sekd.lm_head import IGNORE_INDEX
+from llamafactory_sekd.objectives import IGNORE_INDEX
 
 
 MEDIA = ("images", "videos", "audios")

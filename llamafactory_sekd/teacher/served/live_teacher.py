@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from llamafactory_sekd.errors import TeacherError
-from llamafactory_sekd.lm_head import response_positions
-from llamafactory_sekd.objectives import LogitsSource
+from llamafactory_sekd.objectives import LogitsSource, response_positions
 from llamafactory_sekd.teacher.cache import Format, TopKFormat, TopKLogits
 from llamafactory_sekd.teacher.cache.record_store import Record
 from llamafactory_sekd.teacher.cache.segments import Segment, is_teacher_forced, segments
