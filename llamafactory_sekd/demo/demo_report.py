@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from llamafactory_sekd.data.noise import KINDS, Pair
 from llamafactory_sekd.demo import data
 from llamafactory_sekd.demo.references import MOST, Difficulties, References, measure
 from llamafactory_sekd.evaluation.evaluation_report import differing
-from llamafactory_sekd.evaluation.significance import ALPHA
+from llamafactory_sekd.evaluation.significance import holm
 from llamafactory_sekd.files import read_json, write_atomic
 from llamafactory_sekd.reporting.document import (
     Column,
@@ -34,7 +34,7 @@ from llamafactory_sekd.reporting.html import render_html
 from llamafactory_sekd.reporting.metric_labels import number, p_text
 from llamafactory_sekd.reporting.terminal import print_document
 from llamafactory_sekd.study.report.cells import Group, Study, read_study
-from llamafactory_sekd.study.report.paired import Difference, holm
+from llamafactory_sekd.study.report.paired import Difference
 from llamafactory_sekd.study.report.plots.differences import differences_plot
 from llamafactory_sekd.study.report.plots.learning_curves import Runs, gate_plot
 from llamafactory_sekd.study.report.tables import score_table
@@ -59,7 +59,8 @@ SETTING = (
 LIMITS = (
     "Tiny models, short strings, one data set, noise of one kind: the page shows when distillation helps, not how "
     "much it helps elsewhere. Intervals are of the choice of held-out sentences; the dots are the seeds, which change "
-    "the order of the text. p of the {count} comparisons in each metric is corrected together (Holm)."
+    "the order of the text. p of the {count} comparisons below the picture is corrected together in each metric "
+    "(Holm), that of the table's marks for the systems of the table."
 )
 GATE = (
     "d is how far the student is from the target that mixes ground truth and teacher (equation 5). Self-Evolution KD "
@@ -239,23 +240,24 @@ def findings(contents: Contents) -> Iterator[str]:
         yield f"{baseline} takes the student from {number(before, 1)} to {number(after, 1)} BLEU."
     for metric, label in METRICS.items():
         compared = list(contents.comparisons())
-        found = [contents.views.between(*pair, contents.column, metric) for pair in compared]
-        known = [(pair, one) for pair, one in zip(compared, found, strict=True) if one is not None]
-        corrected = holm([one.p for _, one in known])
-        for ((group, other), one), p in zip(known, corrected, strict=True):
-            yield verdict(group.system, other.system, one, p, label)
+        found = {pair: contents.views.between(*pair, contents.column, metric) for pair in compared}
+        known = {pair: one for pair, one in found.items() if one is not None}
+        corrected = holm({pair: one.p for pair, one in known.items()})
+        for (group, other), one in known.items():
+            yield verdict(group.system, other.system, replace(one, p_holm=corrected[group, other]), label)
     yield from _ranking(contents)
 
 
-def verdict(system: str, baseline: str, difference: Difference, p: float, label: str) -> str:
+def verdict(system: str, baseline: str, difference: Difference, label: str) -> str:
     """Return what a comparison says: better, worse, or that the sentences cannot tell."""
-    if p >= ALPHA or difference.low <= 0 <= difference.high:
+    p = difference.p_holm
+    if not difference.significant:
         return f"{system} and {baseline} cannot be told apart: {_told(difference, label, sign=True)}, p = {p_text(p)}."
     place = "above" if difference.value > 0 else "below"
     return f"{system} is {_told(difference, label)} {place} {baseline}, p {_equals(p)}."
 
 
-def _equals(p: float) -> str:
+def _equals(p: float | None) -> str:
     text = p_text(p)
     return text if text.startswith("<") else f"= {text}"
 

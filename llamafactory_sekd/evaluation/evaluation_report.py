@@ -33,6 +33,7 @@ from llamafactory_sekd.reporting.metric_labels import (
     AVERAGE,
     GUARD_LABELS,
     MARKS,
+    MetricLook,
     best_of,
     guard_is_alarming,
     metric_label,
@@ -139,7 +140,7 @@ def _note(results: Mapping[str, Any]) -> str:
         how += [f"{_and(by_model)} by a paired t-test, and over all directions by {test}"] if by_model else []
         note = (
             f"± is the 95 % interval of a bootstrap with {SAMPLES:,} samples. The smaller figures are differences to "
-            f"the baseline {results['baseline']}. {MARKS}, corrected for the number of systems by Holm; "
+            f"the baseline {results['baseline']}. {MARKS}; "
             f"{'; '.join(how)}. "
         )
     note += "The best score of a column is bold"
@@ -192,15 +193,22 @@ def score_entry(results: Mapping[str, Any], name: str, column: str, metric: str)
     if baseline is None or name == baseline or everyone[baseline] is None:
         return Entry(shown, spread, best=best)
     difference = value - everyone[baseline]
-    significant = is_significant(test.get("p_holm"), difference)
+    significant = is_significant(test.get("p_holm"), test.get("low"), test.get("high"))
     return Entry(
         shown,
         spread,
-        mark=significance_mark(difference * look.scale, significant, look.digits, look.higher_is_better),
+        mark=significance_mark(metric, difference, significant, look.digits),
         small=number(difference * look.scale, look.digits, sign=True),
         best=best,
-        hint=f"p = {test['p']:.4f}, corrected {test['p_holm']:.4f}" if test.get("p") is not None else "",
+        hint=_hint(test, look),
     )
+
+
+def _hint(test: Mapping[str, Any], look: MetricLook) -> str:
+    if test.get("p") is None:
+        return ""
+    low, high = (number(test[end] * look.scale, 2) for end in ("low", "high"))
+    return f"95 % interval of the difference {low} to {high}, p = {test['p']:.4f}, corrected {test['p_holm']:.4f}"
 
 
 def _significance(results: Mapping[str, Any]) -> Section | None:

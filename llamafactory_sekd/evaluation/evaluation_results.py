@@ -20,6 +20,7 @@ from llamafactory_sekd.evaluation.interference import interfering
 from llamafactory_sekd.evaluation.scores import SURFACE_METRICS, mean, score_corpus, surface_metric, tokenizer_note
 from llamafactory_sekd.evaluation.segment_scores import SegmentScorer, Texts, segment_file
 from llamafactory_sekd.evaluation.significance import (
+    Paired,
     PairedTests,
     Statistics,
     comet_paired,
@@ -252,8 +253,7 @@ def _significance(
         tests = PairedTests(data.settings.significance, baseline, statistics)
         for index, direction in enumerate(directions):
             if metric in data.scorers:
-                intervals = {name: test.ci for name, test in tests.direction(index).items()}
-                found = _segment_tests(data, metric, direction, segments, intervals)
+                found = _segment_tests(data, metric, direction, segments, tests.direction(index))
             else:
                 signature = paired_signature(_scored(data, metric, direction), data.settings.significance)
                 signatures[str(direction)][f"{metric}_paired"] = signature
@@ -282,7 +282,7 @@ def _scored(data: Evaluated, metric: str, direction: Direction) -> Any:
 
 
 def _segment_tests(
-    data: Evaluated, metric: str, direction: Direction, segments: _Segments, intervals: Mapping[str, float]
+    data: Evaluated, metric: str, direction: Direction, segments: _Segments, resampled: Mapping[str, Paired]
 ) -> dict[str, dict[str, float | None]]:
     """Compare as comet-compare does; the p of equal scores, which is none, counts as 1 for the correction."""
     baseline = str(data.settings.baseline)
@@ -292,8 +292,12 @@ def _segment_tests(
         if name != baseline
     }
     corrected = holm({name: 1.0 if test["p"] is None else test["p"] for name, test in found.items()})
-    tests = {name: {**test, "p_holm": corrected[name], "ci": intervals[name]} for name, test in found.items()}
-    return {baseline: {"ci": intervals[baseline]}, **tests}
+    kept = {
+        name: {"ci": test.ci, **({} if name == baseline else {"low": test.low, "high": test.high})}
+        for name, test in resampled.items()
+    }
+    tests = {name: {**test, "p_holm": corrected[name], **kept[name]} for name, test in found.items()}
+    return {baseline: kept[baseline], **tests}
 
 
 def _by_domain(data: Evaluated, segments: _Segments) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:

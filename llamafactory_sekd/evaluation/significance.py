@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from sacrebleu.metrics.base import Metric
 from sacrebleu.significance import estimate_ci
 
+
+Key = TypeVar("Key", bound=Hashable)
 
 # sacrebleu's numbers for --paired-bs and --paired-ar.
 SAMPLES = 1000
@@ -27,12 +30,15 @@ COMET_SEED = 1
 class Paired:
     """A paired test: p against the baseline (None for the baseline itself), bootstrap mean, 95 % half-width.
 
-    ``p_holm`` is p after Holm's correction for the number of systems that are compared.
+    ``low`` and ``high`` are the 95 % interval of the difference to the baseline, ``p_holm`` is p after Holm's
+    correction for the number of systems that are compared.
     """
 
     p: float | None
     mean: float
     ci: float
+    low: float | None = None
+    high: float | None = None
     p_holm: float | None = None
 
 
@@ -113,12 +119,21 @@ class PairedTests:
         found = {}
         for name in self._statistics:
             mean, ci = estimate_ci(np.mean([self._resampled[name][index] for index in directions], axis=0))
-            p = None if name == self._baseline else self._p(name, directions)
-            found[name] = Paired(p, float(mean), float(ci))
+            if name == self._baseline:
+                found[name] = Paired(None, float(mean), float(ci))
+            else:
+                differences = self._differences(name, directions)
+                p = self._p(name, directions, differences)
+                found[name] = Paired(p, float(mean), float(ci), *interval(differences))
         corrected = holm({name: test.p for name, test in found.items() if test.p is not None})
         return {name: replace(test, p_holm=corrected.get(name)) for name, test in found.items()}
 
-    def _p(self, name: str, directions: Sequence[int]) -> float:
+    def _differences(self, name: str, directions: Sequence[int]) -> np.ndarray:
+        """Return the mean difference to the baseline on every resample, ``[samples]``."""
+        pairs = [self._resampled[name][index] - self._resampled[self._baseline][index] for index in directions]
+        return np.mean(pairs, axis=0)
+
+    def _p(self, name: str, directions: Sequence[int], differences: np.ndarray) -> float:
         own, base = self._statistics[name], self._statistics[self._baseline]
         real = [
             own[index].score(own[index].rows.sum(0)) - base[index].score(base[index].rows.sum(0))
@@ -126,10 +141,9 @@ class PairedTests:
         ]
         observed = abs(float(np.mean(real)))
         if self._kind == "paired_ar":
-            return _p_value(np.abs(np.mean([self._shuffled(name, index) for index in directions], axis=0)), observed)
-        pairs = [self._resampled[name][index] - self._resampled[self._baseline][index] for index in directions]
-        sizes = np.abs(np.mean(pairs, axis=0))
-        return _p_value(sizes - sizes.mean(), observed)
+            return p_value(np.abs(np.mean([self._shuffled(name, index) for index in directions], axis=0)), observed)
+        sizes = np.abs(differences)
+        return p_value(sizes - sizes.mean(), observed)
 
     def _shuffled(self, name: str, index: int) -> np.ndarray:
         """Return the differences of pseudo-systems, for which the translations of each sentence may change sides."""
@@ -144,7 +158,14 @@ def _signs(sentences: int) -> np.ndarray:
     return (~drawn).astype("float32")
 
 
-def _p_value(samples: np.ndarray, observed: float) -> float:
+def interval(differences: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of differences over resamples: their 2.5 % and 97.5 % quantiles."""
+    low, high = np.quantile(differences, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def p_value(samples: np.ndarray, observed: float) -> float:
+    """Return the share of samples beyond what was observed, which counts as a sample itself."""
     return (int(np.sum(samples > observed)) + 1) / (len(samples) + 1)
 
 
@@ -171,9 +192,9 @@ def paired_signature(metric: Metric, kind: str) -> str:
     return str(signature)
 
 
-def holm(values: Mapping[str, float]) -> dict[str, float]:
+def holm(values: Mapping[Key, float]) -> dict[Key, float]:
     """Return p of several comparisons after Holm's step-down correction: none is found by chance, with 1 - alpha."""
-    corrected: dict[str, float] = {}
+    corrected: dict[Key, float] = {}
     highest = 0.0
     for place, name in enumerate(sorted(values, key=lambda name: values[name])):
         highest = max(highest, min(1.0, (len(values) - place) * values[name]))
@@ -207,10 +228,15 @@ def comet_paired(system: Sequence[float], baseline: Sequence[float]) -> CometPai
     )
 
 
-def is_significant(p: float | None, difference: float) -> bool:
-    """Tell whether to set a mark.
+def is_significant(p: float | None, low: float | None, high: float | None) -> bool:
+    """Tell whether a difference deserves a mark: the one rule of `eval`, `sekd study` and the demo.
 
-    Two systems with the same score get p = 1/1001 from sacrebleu's bootstrap; no difference is never a significant
-    one.
+    Two systems with the same score get p = 1/1001 from sacrebleu's bootstrap, and its p looks at one side: so the
+    interval of the difference must be clear of zero as well.
+
+    Args:
+        p: the paired test's p, corrected by :func:`holm` for the systems that are compared; None where none ran.
+        low: where the 95 % interval of the difference begins.
+        high: where it ends.
     """
-    return p is not None and p < ALPHA and difference != 0
+    return p is not None and p < ALPHA and low is not None and high is not None and not low <= 0 <= high

@@ -131,8 +131,6 @@ class Section:
 class Document:
     """A complete report: its title, (name, value) facts below it, and its sections."""
 
-    """A report: its title, facts at the top, and sections."""
-
     title: str
     facts: tuple[tuple[str, str], ...]
     sections: tuple[Section, ...]

@@ -47,7 +47,10 @@ GUARD_LIMITS = {
 LENGTH_RATIOS = (0.8, 1.25)
 AVERAGE = "average"
 BETTER, WORSE = "†", "▾"
-MARKS = f"{BETTER} marks a system that is significantly better than the baseline, {WORSE} one that is worse (p < 0.05)"
+MARKS = (
+    f"{BETTER} marks a system that is significantly better than the baseline, {WORSE} one that is worse (p < 0.05 "
+    "after Holm's correction for the number of systems, and a 95 % interval of the difference that is clear of zero)"
+)
 
 
 def metric_look(metric: str) -> MetricLook:
@@ -71,18 +74,19 @@ def best_of(metric: str, values: Iterable[float]) -> float:
     return max(values) if metric_look(metric).higher_is_better else min(values)
 
 
-def significance_mark(difference: float, significant: bool, digits: int, higher_is_better: bool = True) -> str:
+def significance_mark(metric: str, difference: float, significant: bool, digits: int) -> str:
     """Return † for significantly better, ▾ for significantly worse, nothing where the shown difference is zero.
 
     Args:
-        difference: system minus baseline, on the scale that is shown.
-        significant: whether the test rejects that both are equal.
+        metric: which one, for its scale and whether higher is better.
+        difference: system minus baseline, on the metric's own scale.
+        significant: what ``evaluation.significance.is_significant`` says.
         digits: how many decimals are shown.
-        higher_is_better: False for metrics that count errors.
     """
-    if not significant or round(difference, digits) == 0:
+    look = metric_look(metric)
+    if not significant or round(difference * look.scale, digits) == 0:
         return ""
-    return BETTER if (difference > 0) == higher_is_better else WORSE
+    return BETTER if (difference > 0) == look.higher_is_better else WORSE
 
 
 def guard_is_alarming(name: str, value: float) -> bool:

@@ -100,7 +100,7 @@ def test_results_have_the_documented_contents(results: dict[str, Any]) -> None:
     assert student["guards"]["de-en"]["hit_max_new_tokens"] is None
     assert student["generation"] == {"en-de": {"seconds": 1.0, "sentences_per_second": 10.0}}
     paired = results["significance"]["student"]["en-de"]["bleu"]
-    assert set(paired) == {"p", "p_holm", "mean", "ci"}
+    assert set(paired) == {"p", "p_holm", "mean", "ci", "low", "high"}
     assert results["significance"]["forward_kl"]["en-de"]["bleu"]["p"] is None
     assert results["signatures"]["en-de"]["bleu"].startswith("nrefs:1|case:mixed")
     assert results["fingerprints"]["student"] == {"en-de": "f", "de-en": "f"}
@@ -164,19 +164,21 @@ def test_every_score_table_names_its_metric_and_shows_intervals(view: Document, 
 
 
 @pytest.mark.parametrize(
-    ("difference", "significant", "higher_is_better", "mark"),
+    ("metric", "difference", "significant", "mark"),
     [
-        (0.5, True, True, "†"),
-        (-0.5, True, True, "▾"),
-        (-0.5, True, False, "†"),
-        (0.5, False, True, ""),
-        (0.04, True, True, ""),  # shown as +0.0
+        ("bleu", 0.5, True, "†"),
+        ("bleu", -0.5, True, "▾"),
+        ("ter", -0.5, True, "†"),
+        ("bleu", 0.5, False, ""),
+        ("bleu", 0.04, True, ""),  # shown as +0.0
+        ("comet", 0.004, True, "†"),  # shown as +0.4
+        ("comet", 0.0004, True, ""),
     ],
 )
 def test_a_dagger_means_better_and_nothing_marks_what_rounds_to_zero(
-    difference: float, significant: bool, higher_is_better: bool, mark: str
+    metric: str, difference: float, significant: bool, mark: str
 ) -> None:
-    assert significance_mark(difference, significant, 1, higher_is_better) == mark
+    assert significance_mark(metric, difference, significant, 1) == mark
 
 
 def test_a_pipe_gets_uncut_lines_with_roles_in_brackets(view: Document) -> None:

@@ -214,10 +214,11 @@ def test_two_systems_that_are_the_same_never_differ_significantly() -> None:
     p = tests["same"].p
     assert p is not None
     assert p < 0.05, "sacrebleu's p for a difference of nothing; if this changed, is_significant can be simpler"
-    assert not is_significant(p, 0.0)
-    assert is_significant(0.049, -1.0)
-    assert not is_significant(0.05, 1.0)
-    assert not is_significant(None, 1.0)
+    assert not is_significant(p, 0.0, 0.0)
+    assert is_significant(0.049, -1.0, -0.1)
+    assert not is_significant(0.05, 0.5, 1.0)
+    assert not is_significant(0.001, -0.1, 1.0)
+    assert not is_significant(None, 0.5, 1.0)
 
 
 def test_similarity_is_bleu_against_the_teacher(sacrebleu: Sacrebleu) -> None:

@@ -16,12 +16,14 @@ from sacrebleu.metrics.chrf import CHRF
 
 from llamafactory_sekd.evaluation.hypotheses import read_hypotheses
 from llamafactory_sekd.evaluation.scores import surface_metric
-from llamafactory_sekd.evaluation.significance import paired_bootstrap
+from llamafactory_sekd.evaluation.significance import holm, paired_bootstrap
 from llamafactory_sekd.study.report.cells import Group, Study, read_study
 from llamafactory_sekd.study.report.frequency import BUCKETS, word_recall
 from llamafactory_sekd.study.report.paired import Difference, PairedBootstrap
 from llamafactory_sekd.study.report.sentence_texts import Texts
 from llamafactory_sekd.study.report.sentences import by_difficulty, hard_sentences, judges
+from llamafactory_sekd.study.report.tables import mark_of
+from llamafactory_sekd.study.report.views import Views
 
 
 COUNT = 40
@@ -134,7 +136,7 @@ def test_a_model_without_seeds_is_the_partner_of_every_seed(study: Study, texts:
     found = PairedBootstrap(texts, study.directions, 10).compare(group(study, "SFT"), teacher, "en-de", "bleu")
     assert found is not None
     assert len(found.seeds) == len(SEEDS)
-    assert not found.better
+    assert found.value < 0
 
 
 def test_comet_is_the_mean_of_paired_segment_differences(tmp_path: Path) -> None:
@@ -166,10 +168,29 @@ def test_comet_is_the_mean_of_paired_segment_differences(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("low", "p", "better"), [(0.1, 0.01, True), (-0.1, 0.04, False), (0.1, 0.06, False), (-2.0, 0.001, False)]
+    ("low", "corrected", "mark"), [(0.1, 0.01, "†"), (-0.1, 0.04, ""), (0.1, 0.06, ""), (0.1, None, "")]
 )
-def test_the_dagger_asks_for_both_p_and_interval(low: float, p: float, better: bool) -> None:
-    assert Difference((0.5,), low, 2.0, p).better is better
+def test_the_dagger_asks_for_both_the_corrected_p_and_the_interval(
+    low: float, corrected: float | None, mark: str
+) -> None:
+    assert mark_of(Difference((0.5,), low, 2.0, 0.001, corrected), "bleu") == mark
+
+
+def test_p_of_a_column_is_corrected_for_all_systems_that_it_compares(study: Study) -> None:
+    views = Views(study)
+    rows = (*study.models, *study.groups)
+    found = {one: views.at_equal_settings(one, "average", "bleu") for one in rows}
+    known = {one: difference for one, difference in found.items() if difference is not None}
+    assert len(known) > 2
+    expected = holm({one: difference.p for one, difference in known.items()})
+    assert {one: difference.p_holm for one, difference in known.items()} == expected
+    assert any(difference.p_holm != difference.p for difference in known.values())
+
+
+@pytest.mark.parametrize(("value", "mark"), [(-0.5, "†"), (0.5, "▾")])
+def test_fewer_errors_are_better(value: float, mark: str) -> None:
+    ends = sorted((value / 2, value * 2))
+    assert mark_of(Difference((value,), *ends, 0.001, 0.001), "ter") == mark
 
 
 def test_hard_sentences_are_the_teachers_worse_half(study: Study, texts: Texts) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llamafactory_sekd.evaluation.significance import ALPHA, SAMPLES, bootstrap_weights
+from llamafactory_sekd.evaluation.significance import SAMPLES, bootstrap_weights, interval, is_significant, p_value
 from llamafactory_sekd.reporting.metric_labels import AVERAGE
 from llamafactory_sekd.study.report.cells import Cell, Group
 from llamafactory_sekd.study.report.sentence_texts import Texts
@@ -27,12 +27,14 @@ class Difference:
         low, high: the 95 % interval over resamples (2.5 % and 97.5 % quantiles).
         p: sacrebleu's: the share of resamples in which the size of the difference, less the mean size, passes the
             observed size.
+        p_holm: p, corrected for the systems that are compared; None where that has not been done.
     """
 
     seeds: tuple[float, ...]
     low: float
     high: float
     p: float
+    p_holm: float | None = None
 
     @property
     def value(self) -> float:
@@ -40,14 +42,9 @@ class Difference:
         return sum(self.seeds) / len(self.seeds)
 
     @property
-    def better(self) -> bool:
-        """Tell whether it is above zero: p < 0.05, and an interval that is, which the p alone does not ask."""
-        return self.p < ALPHA and self.low > 0
-
-    @property
-    def worse(self) -> bool:
-        """The same for a difference below zero."""
-        return self.p < ALPHA and self.high < 0
+    def significant(self) -> bool:
+        """Tell whether it deserves a mark."""
+        return is_significant(self.p_holm, self.low, self.high)
 
 
 def paired_cells(group: Group, baseline: Group) -> list[tuple[Cell, Cell]]:
@@ -87,8 +84,7 @@ class PairedBootstrap:
             axis=0,
         )
         seeds = tuple(one - other for one, other in scores)
-        low, high = np.quantile(samples, [0.025, 0.975])
-        return Difference(seeds, float(low), float(high), _p_value(samples, abs(sum(seeds) / len(seeds))))
+        return Difference(seeds, *interval(samples), _p_value(samples, abs(sum(seeds) / len(seeds))))
 
     def _resampled(self, cell: Cell, direction: str, metric: str) -> np.ndarray:
         """Return a cell's corpus score on every resample, ``[samples]``."""
@@ -111,14 +107,4 @@ def _p_value(samples: np.ndarray, observed: float) -> float:
     if not samples.any():  # the same translations, for which sacrebleu's way of counting finds 1/1001
         return 1.0
     sizes = np.abs(samples)
-    return (int(np.sum(sizes - sizes.mean() > observed)) + 1) / (len(samples) + 1)
-
-
-def holm(ps: Sequence[float]) -> list[float]:
-    """Return the p of several tests, corrected together by Holm's method, in their order."""
-    corrected = [0.0] * len(ps)
-    highest = 0.0
-    for rank, index in enumerate(sorted(range(len(ps)), key=lambda index: ps[index])):
-        highest = max(highest, min(1.0, (len(ps) - rank) * ps[index]))
-        corrected[index] = highest
-    return corrected
+    return p_value(sizes - sizes.mean(), observed)

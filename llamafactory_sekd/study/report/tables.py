@@ -19,6 +19,8 @@ from llamafactory_sekd.study.report.cells import Group, Study, Summary, shown, s
 from llamafactory_sekd.study.report.paired import Difference
 
 
+# Decimals of scores and differences.
+DIGITS = 2
 # A group, a direction or the average, a metric -> the difference to the baseline, None where there is none.
 Compare = Callable[[Group, str, str], Difference | None]
 
@@ -93,18 +95,18 @@ def _score(group: Group, column: str, metric: str, difference: Difference | None
     if difference is None:
         return cell
     interval = f"{number(difference.low * scale)} to {number(difference.high * scale)}"
+    tested = f"p = {p_text(difference.p)}, corrected {p_text(difference.p_holm)}"
     return replace(
         cell,
-        mark=_mark(difference, metric),
+        mark=mark_of(difference, metric),
         small=number(difference.value * scale, sign=True),
-        hint=f"95 % interval of the difference {interval}, p = {p_text(difference.p)}",
+        hint=f"95 % interval of the difference {interval}, {tested}",
     )
 
 
-def _mark(difference: Difference, metric: str) -> str:
-    look = metric_look(metric)
-    significant = difference.better or difference.worse
-    return significance_mark(difference.value * look.scale, significant, 2, look.higher_is_better)
+def mark_of(difference: Difference, metric: str) -> str:
+    """Return † or ▾ or nothing, as `eval` has it."""
+    return significance_mark(metric, difference.value, difference.significant, DIGITS)
 
 
 def _best(study: Study, groups: Sequence[Group], column: str, metric: str) -> list[Group]:
@@ -144,9 +146,9 @@ def _difference(difference: Difference | None, metric: str) -> tuple[Entry, ...]
     scale = metric_look(metric).scale
     above = sum(value > 0 for value in difference.seeds)
     return (
-        Entry(number(difference.value * scale, sign=True), mark=_mark(difference, metric)),
+        Entry(number(difference.value * scale, sign=True), mark=mark_of(difference, metric)),
         Entry(f"{number(difference.low * scale)} to {number(difference.high * scale)}"),
-        Entry(p_text(difference.p)),
+        Entry(p_text(difference.p_holm), small=p_text(difference.p)),
         Entry(f"{above} of {len(difference.seeds)}"),
     )
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from rich.console import Console
 from rich.progress import track
 
 from llamafactory_sekd.errors import SekdError
+from llamafactory_sekd.evaluation.significance import holm
 from llamafactory_sekd.reporting.figures import BASELINE, SOFT, Look, distinct_looks
 from llamafactory_sekd.study.report.best_values import Choice, choices, chosen_baseline
 from llamafactory_sekd.study.report.cells import Group, Study
@@ -88,11 +89,29 @@ class Views:
 
     def at_own_best(self, group: Group, column: str, metric: str) -> Difference | None:
         """Compare a group with its baseline, both at their own best value where one was selected."""
-        return self.between(group, self.baseline_of(group), column, metric)
+        baselines = {one: self.baseline_of(one) for one in (*self.study.models, *self.groups)}
+        return self._corrected("own best", baselines, column, metric).get(group)
 
     def at_equal_settings(self, group: Group, column: str, metric: str) -> Difference | None:
         """Compare a group with the baseline at the same point of the matrix."""
-        return self.between(group, self.study.baseline_of(group), column, metric)
+        baselines = {one: self.study.baseline_of(one) for one in (*self.study.models, *self.study.groups)}
+        return self._corrected("equal settings", baselines, column, metric).get(group)
+
+    def _corrected(
+        self, table: str, baselines: Mapping[Group, Group | None], column: str, metric: str
+    ) -> dict[Group, Difference]:
+        """Return the differences of a column of a ``table``, with p corrected for the number of its comparisons."""
+        key = (table, column, metric)
+        if key not in self._columns:
+            compared = {group: self.between(group, other, column, metric) for group, other in baselines.items()}
+            found = {group: one for group, one in compared.items() if one is not None}
+            corrected = holm({group: one.p for group, one in found.items()})
+            self._columns[key] = {group: replace(one, p_holm=corrected[group]) for group, one in found.items()}
+        return self._columns[key]
+
+    @cached_property
+    def _columns(self) -> dict[tuple[str, str, str], dict[Group, Difference]]:
+        return {}
 
     def between(self, group: Group, other: Group | None, column: str, metric: str) -> Difference | None:
         """Compare any two groups; None where there is no other one, or the texts cannot be read."""

@@ -11,7 +11,7 @@ from llamafactory_sekd.reporting.metric_labels import metric_label, metric_look
 from llamafactory_sekd.study.report.cells import Group, Study, short_names
 from llamafactory_sekd.study.report.paired import Difference
 from llamafactory_sekd.study.report.plots.bars import MOST_BARS
-from llamafactory_sekd.study.report.tables import Compare, last_column, shown_metrics
+from llamafactory_sekd.study.report.tables import Compare, last_column, mark_of, shown_metrics
 
 
 def differences_plot(
@@ -32,7 +32,7 @@ def differences_plot(
             for place, group in enumerate(compared):
                 difference = found[metric][group]
                 if difference is not None:
-                    _draw(axes, place, difference, metric_look(metric).scale, looks[group.system].color)
+                    _draw(axes, place, difference, metric, looks[group.system].color)
             axes.axvline(0, color=BASELINE, linewidth=1.2)
             axes.set_yticks(range(len(compared)), [names[group] for group in compared], color=INK)
             axes.set_ylim(len(compared) - 0.4, -0.6)
@@ -42,14 +42,15 @@ def differences_plot(
                 axes.tick_params(labelleft=False)
         caption = (
             f"Difference to {study.baseline} with its 95 % interval over resampled sentences; small dots are pairs of "
-            "seeds, filled marks are †."
+            "seeds, filled marks are significant (†, ▾)."
         )
         return finish(figure, "differences", caption)
 
 
-def _draw(axes: Any, place: int, difference: Difference, scale: float, color: str) -> None:
+def _draw(axes: Any, place: int, difference: Difference, metric: str, color: str) -> None:
+    scale = metric_look(metric).scale
     axes.plot([scale * difference.low, scale * difference.high], [place, place], color=color, linewidth=2.2)
     seeds = [scale * value for value in difference.seeds]
     axes.plot(seeds, [place + 0.24] * len(seeds), "o", markersize=3, color=color, alpha=0.6)
-    fill = color if difference.better else "white"
+    fill = color if mark_of(difference, metric) else "white"
     axes.plot([scale * difference.value], [place], "o", markersize=7, color=color, markerfacecolor=fill)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from llamafactory_sekd.evaluation.significance import SAMPLES
 from llamafactory_sekd.reporting.document import Column, Entry, Row, Section, Table
-from llamafactory_sekd.reporting.metric_labels import AVERAGE, MARKS, metric_label, number
+from llamafactory_sekd.reporting.metric_labels import AVERAGE, BETTER, MARKS, WORSE, metric_label, number
 from llamafactory_sekd.study.report.best_values import selected_by
 from llamafactory_sekd.study.report.cells import Group, short_names, shown, symbol
 from llamafactory_sekd.study.report.plots.bars import progressive_plot, similarity_plot
@@ -18,6 +18,7 @@ from llamafactory_sekd.study.report.tables import (
     difference_table,
     entry,
     last_column,
+    mark_of,
     score_table,
     shown_metrics,
     summary_table,
@@ -77,8 +78,8 @@ def how_it_was_tested(views: Views) -> str:
         f"Paired bootstrap: the test sentences were resampled {SAMPLES:,} times, the same resamples for every system "
         "and seed; each seed is paired with the baseline's same seed, and the differences are averaged over pairs. "
         "Seeds were not resampled, so † and ▾ account for the choice of sentences, ± for the choice of seeds. p is "
-        "sacrebleu's, in effect one-sided; a † also asks that the 95 % interval of the difference is above zero, a "
-        "▾ below. Nothing is corrected for the number of tests."
+        "sacrebleu's, corrected by Holm for the number of systems and points that a column compares; as it looks at "
+        "one side, a mark also asks for an interval of the difference that is clear of zero."
     )
     if "comet" in shown_metrics(views.study):
         text += " For COMET the segment scores were resampled."
@@ -140,12 +141,12 @@ def _verdicts(views: Views) -> Iterator[str]:
     column = last_column(views.study)
     for metric in shown_metrics(views.study):
         found = {group: views.at_own_best(group, column, metric) for group in views.groups}
-        known = {group: difference for group, difference in found.items() if difference is not None}
+        known = {group: mark_of(difference, metric) for group, difference in found.items() if difference is not None}
         names = short_names(views.groups)
         verdicts = {
-            "better (†)": [names[group] for group, one in known.items() if one.better],
-            "behind": [names[group] for group, one in known.items() if one.worse],
-            "undecided": [names[group] for group, one in known.items() if not one.better and not one.worse],
+            f"better ({BETTER})": [names[group] for group, mark in known.items() if mark == BETTER],
+            f"behind ({WORSE})": [names[group] for group, mark in known.items() if mark == WORSE],
+            "undecided": [names[group] for group, mark in known.items() if not mark],
         }
         said = "; ".join(f"{verdict}: {SEPARATOR.join(who)}" for verdict, who in verdicts.items() if who)
         yield f"{metric_label(metric)}, {said}."
