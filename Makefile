@@ -17,7 +17,7 @@ help:
 	@echo "make test   install with the test extras, then run the complete suite"
 	@echo "make fuzz   the tests of random values with new ones, which the suite does not try (a few minutes)"
 	@echo "make test-matrix  the smoke tests on every supported host version, each installed from nothing (about an hour)"
-	@echo "make lint   ruff, mypy, import-linter and codespell, and the documentation built strictly"
+	@echo "make lint   ruff, mypy, import-linter, codespell and proselint, and the documentation built strictly"
 	@echo "make docs   the documentation as a site that opens offline: site/index.html"
 	@echo "make package  sdist and wheel in dist/, checked by twine"
 	@echo "make bench  the benchmarks; they print and write their tables to benchmarks/results"
@@ -58,6 +58,7 @@ lint: $(VENV)/dev.done
 	@$(BIN)/codespell
 	@$(BIN)/codespell -D .github/retired_words.txt $(PROSE)
 	@! grep -rnE --include='*.py' --include='*.md' "\bhand(s|ed)? out\b|\bis said\b|\bstands? there\b" $(PROSE)
+	@$(BIN)/proselint check --config .proselintrc.json $(filter %.md,$(PROSE)) CHANGELOG.md
 	@$(MAKE) --no-print-directory docs
 
 # Strict: a broken link, a missing anchor and a page outside of the navigation are errors. (`-q` would hide and pass them.)

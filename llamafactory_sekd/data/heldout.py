@@ -54,7 +54,7 @@ def hold_out(pairs: Iterable[Pair], count: int) -> HeldOut:
     """Choose `count` pairs by the checksum of their source, so that the same corpus gives the same ones in any order.
 
     Raises:
-        DataError: the corpus has fewer that are usable and not near to each other.
+        DataError: the corpus has fewer that are usable and differ enough from each other.
     """
     # The smallest checksums, largest first (as negative numbers), with equal sources once.
     best: list[tuple[int, Pair]] = []
@@ -79,8 +79,8 @@ def hold_out(pairs: Iterable[Pair], count: int) -> HeldOut:
             chosen.add(cleaned)
     if len(chosen.pairs) < count:
         raise DataError(
-            f"Only {len(chosen.pairs):,} of the {len(best):,} pairs that were looked at can be held out (with letters "
-            f"on both sides, and not near to each other), and --valid and --test ask for {count:,}: ask for fewer."
+            f"--valid and --test ask for {count:,} pairs, and only {len(chosen.pairs):,} of the {len(best):,} candidates "
+            f"have letters on both sides and differ enough from each other: ask for fewer."
         )
     return chosen
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from llamafactory_sekd.presets import PRESETS
-
 
 _TARGET = r"\tilde y = (1-\lambda)\,y + \lambda\,p"
 _PROXY = r"\hat q = \beta\,q + (1-\beta)\,\tilde y"
@@ -45,6 +43,23 @@ _EQUATIONS = {
         r"m = \beta\,q + (1-\beta)\,p",
     ),
     "tvd": (rf"\ell = {_CROSS_ENTROPY} + \lambda\,\tfrac12 \textstyle\sum |p - q|",),
+    "alpha_beta": (
+        rf"\ell = {_CROSS_ENTROPY} + \lambda\,D_{{0.2,\,0.7}}(p \,\|\, q)",
+        r"D_{a,b} = -\tfrac{1}{ab} \textstyle\sum \left[\, p^a q^b - \tfrac{a}{a+b}\,p^{a+b} "
+        r"- \tfrac{b}{a+b}\,q^{a+b} \right]",
+    ),
+    "entropy_gate": (
+        rf"\ell = \begin{{cases}} {_CROSS_ENTROPY} + \lambda\,{_FORWARD} & H(q) \in \text{{top 20 \%}} "
+        r"\\ 0 & \text{else} \end{cases}",
+    ),
+    "acceptance_gate": (
+        rf"\ell = \begin{{cases}} {_CROSS_ENTROPY} + \lambda\,{_FORWARD} & \arg\max q = \arg\max p "
+        r"\\ 0 & \text{else} \end{cases}",
+    ),
+    "entropy_forward": (
+        rf"\ell = {_CROSS_ENTROPY} + \lambda\,{_REVERSE} + \begin{{cases}} \lambda\,{_FORWARD} & H(p) > 0.8 "
+        r"\\ 0 & \text{else} \end{cases}",
+    ),
     "adaptive_kl": (rf"\ell = {_CROSS_ENTROPY} + \lambda\,[g\,{_FORWARD} + (1-g)\,{_REVERSE}]",),
     "verified_reference": (
         rf"\ell = {_TO_STUDENT}",
@@ -54,8 +69,6 @@ _EQUATIONS = {
 
 
 def equation(kd_loss: str) -> str:
-    """Return the loss of one response token as display mathematics in Markdown; in words where there is no LaTeX."""
+    """Return the loss of one response token as display mathematics in Markdown, empty for a mapping of the user."""
     parts = _EQUATIONS.get(kd_loss)
-    if parts is None:
-        return f"`{PRESETS[kd_loss].equation}`" if kd_loss in PRESETS else ""
-    return "$$" + r" \qquad ".join(parts) + "$$"
+    return "$$" + r" \qquad ".join(parts) + "$$" if parts else ""

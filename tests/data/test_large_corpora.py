@@ -184,7 +184,7 @@ def test_one_changed_word_is_near_and_another_sentence_is_not() -> None:
 
 def test_more_to_hold_out_than_there_is_stops_with_the_numbers(tmp_path: Path) -> None:
     corpus = save(tmp_path, [("eins zwei drei", "one two three")] * 100)
-    with pytest.raises(DataError, match=r"Only 1 of the 1 pairs .* ask for 3: ask for fewer"):
+    with pytest.raises(DataError, match=r"ask for 3 pairs, and only 1 of the 1 candidates .* ask for fewer"):
         prepare_pairs(corpus, EN_DE, "mine", tmp_path / "out", test=3)
 
 

@@ -179,15 +179,16 @@ def test_only_the_fields_that_the_objective_reads_are_shown_below_its_equation(b
     shown: list[str] = []
     labels = {key: element_labels()[key]["en"]["label"] for key in ("kd_beta", "kd_gamma", "kd_topk", "kd_lambda")}
     choices = {value: text for text, value in element_labels()["kd_loss"]["en"]["choices"]}
-    for objective in ("forward_kl", "self_evolution_topk", "self_evolution"):
+    for objective in reversed(PRESETS):  # the default last
         board.choose("Objective", choices[objective])
         for key, label in labels.items():
             expected = playwright.expect(board.block(label))
             expected.to_be_visible() if key in PRESETS[objective].keys else expected.to_have_count(0)
-        formula.wait_for()
-        shown.append(formula.inner_text())
+        playwright.expect(formula).not_to_have_text(shown[-1] if shown else "")
+        shown.append(formula.text_content())
+        playwright.expect(board.page.locator("#sekd_equation .katex-error")).to_have_count(0)
 
-    assert len(set(shown)) == len(shown)
+    assert len(set(shown)) == len(PRESETS)
     for key in ("teacher_cache", "kd_temperature", "kd_chunk_size"):
         playwright.expect(board.block(element_labels()[key]["en"]["label"])).to_have_count(0)
 

@@ -14,7 +14,8 @@ def test_every_element_has_the_same_properties_in_every_language():
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_every_objective_has_a_line_of_explanation(language):
+def test_every_objective_has_a_line_of_explanation_in_words(language):
+    assert set(labels._texts(language)["objectives"]) == set(PRESETS)
     assert [value for _, value in objective_choices(language)] == list(PRESETS)
     assert all(text.startswith(f"{value}: ") for text, value in objective_choices(language))
 
