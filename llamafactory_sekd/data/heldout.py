@@ -79,8 +79,8 @@ def hold_out(pairs: Iterable[Pair], count: int) -> HeldOut:
             chosen.add(cleaned)
     if len(chosen.pairs) < count:
         raise DataError(
-            f"--valid and --test ask for {count:,} pairs, and only {len(chosen.pairs):,} of the {len(best):,} candidates "
-            f"have letters on both sides and differ enough from each other: ask for fewer."
+            f"--valid and --test ask for {count:,} pairs, and only {len(chosen.pairs):,} of the {len(best):,} "
+            f"candidates have letters on both sides and differ enough from each other: ask for fewer."
         )
     return chosen
 
