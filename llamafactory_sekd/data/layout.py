@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llamafactory_sekd.data.checks import Pair
 from llamafactory_sekd.data.languages import Direction
-from llamafactory_sekd.data.readers import read_json_pairs, read_text_pairs
+from llamafactory_sekd.data.readers import read_json_pairs, read_json_records, read_lines, read_text_pairs
 from llamafactory_sekd.errors import DataError
 
 
@@ -54,6 +54,21 @@ def read_alma(root: Path, direction: Direction, split: str) -> list[Pair]:
     if len(files) == 1:
         return read_json_pairs(files[0], direction, names[0])
     return read_text_pairs(files[0], files[1], (names[0], names[1]))
+
+
+def alma_documents(root: Path, direction: Direction, split: str) -> tuple[str, ...]:
+    """Return the name of each line's document; none where nothing names them.
+
+    They are in a file ``….docid`` next to ALMA's, one name per line, or in the field ``doc`` of its records.
+    """
+    names = root / f"{alma_stem(direction, split)}.docid"
+    if names.is_file():
+        return tuple(" ".join(line.split()) for line in read_lines(names))
+    files = alma_files(root, direction, split)
+    if len(files) != 1:
+        return ()
+    found = tuple(str(record.get("doc") or "") for _, record in read_json_records(files[0]))
+    return found if any(found) else ()
 
 
 def text_files(directory: Path, direction: Direction) -> tuple[Path, Path]:

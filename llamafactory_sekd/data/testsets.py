@@ -10,7 +10,15 @@ from pathlib import Path
 
 from llamafactory_sekd.data.checks import Findings, Outcome, Pair, clean_pairs
 from llamafactory_sekd.data.languages import Direction, parse_direction
-from llamafactory_sekd.data.layout import TASKS, alma_files, alma_root, is_alma_direction, read_alma, text_files
+from llamafactory_sekd.data.layout import (
+    TASKS,
+    alma_documents,
+    alma_files,
+    alma_root,
+    is_alma_direction,
+    read_alma,
+    text_files,
+)
 from llamafactory_sekd.data.readers import read_json_records, read_lines, read_text_pairs
 from llamafactory_sekd.errors import DataError, EvaluationError, one_line
 
@@ -94,7 +102,10 @@ def _find(task: str, directory: Path, direction: Direction) -> _Found:
     root = alma_root(directory)
     found = _read_folder(directory / task, direction)
     if found is None and task in TASKS and is_alma_direction(direction) and alma_files(root, direction, TASKS[task]):
-        found = _Found(read_alma(root, direction, TASKS[task]), f"{root}, ALMA's files")
+        pairs, documents = read_alma(root, direction, TASKS[task]), alma_documents(root, direction, TASKS[task])
+        if len(documents) not in (0, len(pairs)):
+            raise DataError(f"{root}: {task} {direction} has {len(documents)} names of documents, not {len(pairs)}.")
+        found = _Found(pairs, f"{root}, ALMA's files", documents=documents)
     found = found or _read_folder(directory, direction)
     if found is None and _is_known_to_sacrebleu(task):
         found = _read_sacrebleu(task, direction)
@@ -170,7 +181,7 @@ def _read_wmt24pp(path: Path) -> _Found:
     return _Found(
         [Pair(record["source"], record["target"], str(path), number) for number, record in kept],
         str(path),
-        documents=tuple(str(record.get("document_id", "")) for _, record in kept),
+        documents=tuple(str(record.get("document_id", record.get("doc", ""))) for _, record in kept),
         domains=tuple(str(record.get("domain", "")) for _, record in kept),
         notes=(f"{bad} sources that WMT24++ marks as bad are left out.",) if bad else (),
     )

@@ -22,16 +22,62 @@ _ORDER = 6
 _BETA_SQUARED = 4
 
 
+@dataclass(frozen=True)
+class Document:
+    """Sentences that are translated together: what the model is asked, and their places in the test set."""
+
+    request: Request
+    places: tuple[int, ...]
+
+
 def requests_of(system: System, direction: Direction, test_set: TestSet, task_dir: Path) -> list[Request]:
     """Return what ``system`` is asked, one request per sentence of the test set.
 
     Raises :class:`EvaluationError` where the examples cannot be had.
     """
-    plain = [Request(system.prompt.user_message(source, direction)) for source in test_set.sources]
+    return _requests(system, direction, [(source,) for source in test_set.sources], task_dir)
+
+
+def documents_of(system: System, direction: Direction, test_set: TestSet, task_dir: Path) -> list[Document]:
+    """Return what ``system`` is asked for the documents of the test set; none where it reads single sentences.
+
+    Raises :class:`EvaluationError` where the test set names no documents, or the examples cannot be had.
+    """
+    if not system.document:
+        return []
+    if not any(test_set.documents):
+        raise EvaluationError(
+            f"`document`: the test set {test_set.task} {direction} names no documents: put one name per line into "
+            f"{direction}.docid next to its texts."
+        )
+    places = documents_in(test_set.documents, None if system.document is True else system.document)
+    texts = [[test_set.sources[place] for place in found] for found in places]
+    requests = _requests(system, direction, texts, task_dir)
+    return [Document(request, found) for request, found in zip(requests, places, strict=True)]
+
+
+def documents_in(names: Sequence[str], most: int | None = None) -> list[tuple[int, ...]]:
+    """Return the places of the sentences of each document: neighbors of the same name, ``most`` of them at a time.
+
+    A sentence without a name is a document of its own.
+    """
+    found: list[list[int]] = []
+    for place, name in enumerate(names):
+        joins = place > 0 and name and name == names[place - 1]
+        if joins and (most is None or len(found[-1]) < most):
+            found[-1].append(place)
+        else:
+            found.append([place])
+    return [tuple(places) for places in found]
+
+
+def _requests(system: System, direction: Direction, texts: Sequence[Sequence[str]], task_dir: Path) -> list[Request]:
+    """Return a request for each of ``texts``, which are sentences that come in lines."""
+    plain = [Request(system.prompt.user_message("\n".join(lines), direction)) for lines in texts]
     if system.examples is None:
         return plain
     pool = _pool(system.examples.origin, task_dir, direction)
-    chosen = _choose(system.examples, pool, test_set.sources)
+    chosen = _choose(system.examples, pool, texts)
     return [
         replace(request, examples=tuple((system.prompt.user_message(s, direction), t) for s, t in shots))
         for request, shots in zip(plain, chosen, strict=True)
@@ -53,12 +99,13 @@ def _pool(origin: str, task_dir: Path, direction: Direction) -> _Pool:
     return _Pool(found.sources, found.references)
 
 
-def _choose(examples: Examples, pool: _Pool, sources: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
-    """Yield the examples of each sentence, the nearest last; a sentence is never its own example."""
+def _choose(examples: Examples, pool: _Pool, texts: Sequence[Sequence[str]]) -> Iterator[list[tuple[str, str]]]:
+    """Yield the examples of each text, the nearest last; a sentence is never its own example."""
     nearest = _Nearest(pool.sources) if examples.nearest else None
-    for source in sources:
-        order = nearest.order(source) if nearest is not None else range(len(pool.sources))
-        kept = [index for index in order if _same(pool.sources[index]) != _same(source)][: examples.number]
+    for lines in texts:
+        own = set(map(_same, lines))
+        order = nearest.order(" ".join(lines)) if nearest is not None else range(len(pool.sources))
+        kept = [index for index in order if _same(pool.sources[index]) not in own][: examples.number]
         if len(kept) < examples.number:
             raise EvaluationError(
                 f"`examples`: {examples.origin} has {len(kept)} other sentences, and {examples.number} are asked for."

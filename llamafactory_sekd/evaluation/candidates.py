@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ def hf_candidates(
 
         def alone(requests: Sequence[Request], limits: BatchLimits) -> Iterator[list[tuple[int, list[Translation]]]]:
             for group in translate([request.prompt for request in requests], limits):
-                yield [(index, [translation]) for index, translation in group]
+                yield [(index, [replace(one, text=one_line(one.text))]) for index, one in group]
 
         return alone
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import GenerationConfig
 
-from llamafactory_sekd.errors import EvaluationError, one_line
+from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.evaluation.batching import plan_batches
 from llamafactory_sekd.evaluation.evaluation_settings import Decoding
 from llamafactory_sekd.evaluation.greedy import (
@@ -51,10 +51,11 @@ def hf_translate(
 
     def translate(prompts: Sequence[list[int]], limits: BatchLimits) -> Iterator[list[tuple[int, Translation]]]:
         nonlocal fast, padded
-        if prompts:  # asked once: a model stays what it is
-            fast = fast and agrees_with_plain_forward(model, prompts, pad_id)
-            if not fast and padded is None:
-                padded = agrees_when_padded(model, prompts, pad_id)
+        if not prompts:  # the share of a rank too many
+            return
+        fast = fast and agrees_with_plain_forward(model, prompts, pad_id)  # asked once: a model stays what it is
+        if not fast and padded is None:
+            padded = agrees_when_padded(model, prompts, pad_id)
         if padded is False:
             limits = replace(limits, sentences=1)
         if fast:
@@ -65,7 +66,7 @@ def hf_translate(
             rows = [until_stop(row, stop_ids) for _, row in group]
             texts = decode([row for row, _ in rows])
             yield [
-                (index, Translation(one_line(text), len(row), hit_limit=not stopped))
+                (index, Translation(text.strip(), len(row), hit_limit=not stopped))
                 for (index, _), text, (row, stopped) in zip(group, texts, rows, strict=True)
             ]
 

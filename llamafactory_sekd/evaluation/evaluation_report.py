@@ -355,6 +355,11 @@ def _guards(results: Mapping[str, Any]) -> Section:
     )
     if "thoughts" in shown:
         note += " Thoughts before a translation are counted and taken off."
+    if "unaligned" in shown:
+        note += (
+            " Documents were translated together; the sentences of one that came back with another number of lines "
+            "were translated again, one by one."
+        )
     table = Table(("system", "direction"), tuple(Column(GUARD_LABELS[guard]) for guard in shown), rows)
     return Section("Guards", note, tables=(table,))
 

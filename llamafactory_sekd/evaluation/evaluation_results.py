@@ -149,6 +149,7 @@ def _prompts(settings: Settings) -> dict[str, dict[str, Any]]:
         entry: dict[str, Any] = {} if system.prompt == PARROT else {"prompt": system.prompt.text}
         entry |= {key: model[key] for key in ("default_system", "enable_thinking") if key in model}
         entry |= {"examples": asdict(system.examples)} if system.examples is not None else {}
+        entry |= {"document": system.document} if system.document else {}
         if entry:
             found[system.name] = entry
     return found
@@ -166,7 +167,8 @@ def _system(data: Evaluated, name: str, segments: _Segments, signatures: dict[st
             if signature:
                 signatures[text][metric] = signature
         ratio = _length_ratio(data, direction, done)
-        found = inspect(done.lines, direction.target, done.hit_limit, ratio, test_set.sources, done.thoughts)
+        known = (done.hit_limit, ratio, test_set.sources, done.thoughts, done.unaligned)
+        found = inspect(done.lines, direction.target, *known)
         guards[text] = asdict(found)
         if done.seconds:
             seconds = done.seconds / done.ranks

@@ -11,7 +11,7 @@ from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.prompts import PARROT
 from llamafactory_sekd.data.testsets import TestSet, load_test_set
 from llamafactory_sekd.errors import EvaluationError
-from llamafactory_sekd.evaluation.asking import requests_of
+from llamafactory_sekd.evaluation.asking import documents_of, requests_of
 from llamafactory_sekd.evaluation.comet import prepare_comet
 from llamafactory_sekd.evaluation.costs import model_cost
 from llamafactory_sekd.evaluation.evaluation_report import write_report
@@ -61,8 +61,9 @@ def prepare(settings: Settings, host: Host) -> Prepared:
         for direction, test_set in test_sets.items():
             if system.model is None:
                 given_hypotheses(system, direction, test_set)
-            elif system.examples is not None:
+            elif system.examples is not None or system.document:
                 requests_of(system, direction, test_set, settings.task_dir)
+                documents_of(system, direction, test_set, settings.task_dir)
         if system.model is not None:
             _say_if_made_for_another_template(settings, system)
             for source in host.describe(system).sources:

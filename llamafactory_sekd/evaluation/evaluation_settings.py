@@ -45,7 +45,8 @@ class System:
 
     ``model`` holds the host's own model arguments (``model_name_or_path``, ``adapter_name_or_path``,
     ``infer_dtype``, …); ``hypotheses`` a directory with one ``<source>-<target>.txt`` per direction. Exactly one of
-    them is set. ``prompt`` and ``examples`` are what the model is asked.
+    them is set. ``prompt`` and ``examples`` are what the model is asked; with ``document``, for all sentences of a
+    document together (True), or for so many of them at most.
     """
 
     name: str
@@ -53,6 +54,7 @@ class System:
     hypotheses: Path | None = None
     prompt: Prompt = PARROT
     examples: Examples | None = None
+    document: bool | int = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Settings:
 
 
 _DECODING_KEYS = tuple(Decoding.__dataclass_fields__)
-_PROMPT_KEYS = ("prompt", "system_prompt", "examples", "enable_thinking")
+_PROMPT_KEYS = ("prompt", "system_prompt", "examples", "document", "enable_thinking")
 _KEYS = (
     *(name for name in Settings.__dataclass_fields__ if name not in ("decoding", "optional", "models")),
     *("comet", "comet_model", "metricx", "language_names"),
@@ -303,13 +305,13 @@ def _system(name: Any, entry: Any, shared: Mapping[str, Any]) -> System:
         raise EvaluationError(f"`systems.{name}`: `system_prompt` and `default_system` are the same: use one of them.")
     asked = {**shared, **{key: entry[key] for key in _PROMPT_KEYS if key in entry}}  # null takes back what is shared
     given = {key: value for key, value in asked.items() if value is not None}
-    prompt, examples, arguments = _asking(given, f"systems.{name}.")
+    prompt, examples, document, arguments = _asking(given, f"systems.{name}.")
     model = {key: item for key, item in keys.items() if key not in _PROMPT_KEYS}
-    return System(name, model={**arguments, **model}, prompt=prompt, examples=examples)
+    return System(name, model={**arguments, **model}, prompt=prompt, examples=examples, document=document)
 
 
-def _asking(given: Mapping[str, Any], where: str) -> tuple[Prompt, Examples | None, dict[str, Any]]:
-    """Return the prompt, the examples, and what the host calls the rest of the keys of a prompt."""
+def _asking(given: Mapping[str, Any], where: str) -> tuple[Prompt, Examples | None, bool | int, dict[str, Any]]:
+    """Return the prompt, the examples, how much of a document, and what the host calls the rest of these keys."""
     arguments: dict[str, Any] = {}
     if "system_prompt" in given:
         arguments["default_system"] = _text(given, "system_prompt")
@@ -322,7 +324,10 @@ def _asking(given: Mapping[str, Any], where: str) -> tuple[Prompt, Examples | No
     except ArgumentError as error:
         raise EvaluationError(f"`{where}prompt`: {one_line(str(error))}") from None
     examples = _examples(given["examples"], f"{where}examples") if "examples" in given else None
-    return prompt, examples, arguments
+    document = given.get("document", False)
+    if not isinstance(document, int) or (document is not True and document is not False and document < 2):
+        raise EvaluationError(f"`{where}document` must be true, false, or a number of sentences, not {document!r}.")
+    return prompt, examples, document, arguments
 
 
 def _examples(value: Any, key: str) -> Examples:

@@ -64,6 +64,8 @@ class Guards:
     ``wrong_language`` is None where the identifier does not know the target language; ``hit_max_new_tokens`` where
     the translations are only scored. ``length_ratio`` is sacrebleu's: tokens of the output by tokens of the reference,
     None without references. ``extra_text`` is text that is no translation; ``thoughts`` are taken off before all else.
+    ``unaligned`` are sentences whose document came back with another number of lines, None where no documents were
+    asked for.
     """
 
     empty: float
@@ -73,6 +75,7 @@ class Guards:
     length_ratio: float | None
     extra_text: float | None = None
     thoughts: float | None = None
+    unaligned: float | None = None
 
 
 def inspect(
@@ -82,6 +85,7 @@ def inspect(
     length_ratio: float | None,
     sources: Sequence[str] | None = None,
     thoughts: Sequence[bool] | None = None,
+    unaligned: Sequence[bool] | None = None,
 ) -> Guards:
     """Look at the translations of one system into ``language``, a code of any kind."""
     count = len(lines)
@@ -95,6 +99,7 @@ def inspect(
         length_ratio=length_ratio,
         extra_text=sum(map(has_extra_text, lines, sources)) / count if sources is not None else None,
         thoughts=sum(thoughts) / count if thoughts is not None else None,
+        unaligned=sum(unaligned) / count if unaligned is not None else None,
     )
 
 

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from llamafactory_sekd.errors import EvaluationError, one_line
+
+
+# What encloses a model's thoughts, whatever template it is used with: Qwen and DeepSeek, Kimi, Magistral, Seed,
+# gpt-oss (harmony), Gemma, Command A.
+THOUGHT_WORDS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("◁think▷", "◁/think▷"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
+    ("<|channel>thought", "<channel|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+)
+# Harmony's words as they are left where another tool took out the special tokens.
+_HARMONY = ("analysis", "assistantfinal")
 
 
 def read_hypotheses(path: Path, expected: int) -> list[str]:
@@ -29,16 +44,32 @@ def read_hypotheses(path: Path, expected: int) -> list[str]:
     return [one_line(line) for line in lines]
 
 
-def split_thought(line: str, words: Sequence[str]) -> tuple[str, bool]:
+def split_thought(line: str, own: tuple[str, str] | None = None) -> tuple[str, bool]:
     """Return a translation without the thoughts before it, and whether there were any.
 
-    ``words`` open and close them. A thought that does not end is all that there is; the opening word may be part of
-    the prompt, so that only the closing one is here.
+    ``own`` are the words of the model's template that open and close them; those of :data:`THOUGHT_WORDS` count as
+    well. A thought that does not end is all that there is; the opening word may be part of the prompt, so that only
+    the closing one is here.
     """
-    opening, closing = (word.strip() for word in words)
-    _, found, after = line.rpartition(closing)
-    if found:
-        return after.strip(), True
-    if opening in line:
-        return line.partition(opening)[0].strip(), True
+    kinds = [(opening.strip(), closing.strip()) for opening, closing in (*([own] if own else []), *THOUGHT_WORDS)]
+    for _, closing in kinds:
+        _, found, after = line.rpartition(closing)
+        if found:
+            return after.strip(), True
+    if line.startswith(_HARMONY[0]) and _HARMONY[1] in line:
+        return line.rpartition(_HARMONY[1])[2].strip(), True
+    for opening, _ in kinds:
+        if opening in line:
+            return line.partition(opening)[0].strip(), True
     return line, False
+
+
+def aligned(text: str, count: int) -> list[str] | None:
+    """Return the ``count`` lines of a document's translation, empty lines left out; None where it has another number.
+
+    One sentence is one line, whatever was written.
+    """
+    if count == 1:
+        return [one_line(text)]
+    lines = [one_line(line) for line in text.split("\n") if line.strip()]
+    return lines if len(lines) == count else None

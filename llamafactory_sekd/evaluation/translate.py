@@ -10,13 +10,13 @@ from pathlib import Path
 
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.testsets import TestSet
-from llamafactory_sekd.evaluation.asking import requests_of
+from llamafactory_sekd.evaluation.asking import documents_of, requests_of
 from llamafactory_sekd.evaluation.evaluation_settings import Settings, System
 from llamafactory_sekd.evaluation.fingerprint import Digests, lines_fingerprint, system_fingerprint
-from llamafactory_sekd.evaluation.generation import translate_pending
+from llamafactory_sekd.evaluation.generation import Asked, translate_pending
 from llamafactory_sekd.evaluation.hypotheses import read_hypotheses, split_thought
 from llamafactory_sekd.evaluation.translation_store import Hypotheses, Store
-from llamafactory_sekd.evaluation.translator import THOUGHT_WORDS, Host, Request
+from llamafactory_sekd.evaluation.translator import Host
 from llamafactory_sekd.files import write_lines
 from llamafactory_sekd.ranks import Ranks
 
@@ -33,7 +33,7 @@ class _Job:
     direction: Direction
     store: Store
     fingerprint: str
-    requests: list[Request]
+    asked: Asked
     pending: list[int]
 
 
@@ -66,6 +66,8 @@ def collect_hypotheses(
         memory = _run(settings, system, jobs, host, ranks) if jobs else None
         if ranks.is_first:
             done |= {job.direction: job.store.finish(job.fingerprint, ranks.world, memory) for job in jobs}
+            for job in jobs:
+                _say_what_did_not_align(system, job, done[job.direction])
         collected[system.name] = {direction: done[direction] for direction in settings.directions if direction in done}
     return collected
 
@@ -73,7 +75,7 @@ def collect_hypotheses(
 def _bring(settings: Settings, system: System, test_sets: TestSets) -> dict[Direction, Hypotheses]:
     brought = {}
     for direction, test_set in test_sets.items():
-        found = [split_thought(line, THOUGHT_WORDS) for line in given_hypotheses(system, direction, test_set)]
+        found = [split_thought(line) for line in given_hypotheses(system, direction, test_set)]
         lines = [text for text, _ in found]
         write_lines(hypotheses_folder(settings, system) / f"{direction}.txt", lines)
         brought[direction] = Hypotheses(lines, lines_fingerprint(lines), thoughts=[thought for _, thought in found])
@@ -89,7 +91,9 @@ def _plan(
     jobs: list[_Job] = []
     for direction, test_set in test_sets.items():
         requests = requests_of(system, direction, test_set, settings.task_dir)
-        fingerprint = system_fingerprint(system, description, settings.decoding, requests, digests, host.versions)
+        documents = documents_of(system, direction, test_set, settings.task_dir)
+        everything = [*(document.request for document in documents), *requests]
+        fingerprint = system_fingerprint(system, description, settings.decoding, everything, digests, host.versions)
         folder = hypotheses_folder(settings, system)
         store = Store(folder, str(direction), len(requests), description.thought_words)
         finished = store.finished(fingerprint)
@@ -103,7 +107,8 @@ def _plan(
         if len(pending) < len(requests):
             kept = len(requests) - len(pending)
             logger.info("%s %s: continuing, %d of %d are done.", system.name, direction, kept, len(requests))
-        jobs.append(_Job(direction, store, fingerprint, requests, pending))
+        asked = Asked(requests, documents, description.thought_words)
+        jobs.append(_Job(direction, store, fingerprint, asked, pending))
     return done, jobs
 
 
@@ -114,13 +119,22 @@ def _run(settings: Settings, system: System, jobs: list[_Job], host: Host, ranks
         translator = host.load(system)
         for job in jobs:
             label = f"{system.name} {job.direction}"
-            translate_pending(
-                translator, job.requests, job.pending, job.store, job.fingerprint, settings, ranks, label
-            )
+            translate_pending(translator, job.asked, job.pending, job.store, job.fingerprint, settings, ranks, label)
         del translator
         memory = _free_memory()
     ranks.wait()
     return memory
+
+
+def _say_what_did_not_align(system: System, job: _Job, done: Hypotheses) -> None:
+    alone = done.unaligned or []
+    documents = sum(any(alone[place] for place in document.places) for document in job.asked.documents if alone)
+    if documents:
+        logger.warning(
+            "%s %s: %d of %d documents came back with another number of lines; their %d sentences were translated one "
+            "by one. (`max_new_tokens` holds for a document; `document: 10` makes pieces of ten sentences.)",
+            *(system.name, job.direction, documents, len(job.asked.documents), sum(alone)),
+        )
 
 
 def _free_memory() -> int | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.evaluation.hypotheses import read_hypotheses, split_thought
-from llamafactory_sekd.evaluation.translator import THOUGHT_WORDS, Translation
+from llamafactory_sekd.evaluation.translator import Translation
 from llamafactory_sekd.files import read_json, write_atomic, write_json, write_lines
 
 
@@ -26,7 +26,9 @@ class Hypotheses:
 
     ``hit_limit`` (per sentence) and ``seconds`` (of decoding, by all ranks together; ``ranks`` at last) are unknown,
     None, for translations that are only scored; ``peak_memory`` (bytes of one GPU) is also where there is no GPU.
-    ``thoughts`` tells before which lines there was a thought, which is no part of them.
+    ``thoughts`` tells before which lines there was a thought, which is no part of them; ``unaligned``, which
+    sentences were translated by themselves because their document came back with another number of lines, None where
+    no documents were asked for.
     """
 
     lines: list[str]
@@ -36,15 +38,22 @@ class Hypotheses:
     ranks: int = 1
     thoughts: list[bool] | None = None
     peak_memory: int | None = None
+    unaligned: list[bool] | None = None
 
 
 @dataclass(frozen=True)
 class Record:
-    """One finished sentence: its place in the test set, its translation, its share of the batch's seconds."""
+    """One finished sentence: its place in the test set, its translation, its share of the batch's seconds.
+
+    Of a document, whose thoughts are off already: whether there were any, and whether the sentence had to be
+    translated by itself.
+    """
 
     index: int
     translation: Translation
     seconds: float
+    thought: bool = False
+    unaligned: bool | None = None
 
 
 class Store:
@@ -53,9 +62,7 @@ class Store:
     ``thought_words`` enclose what a model may write before a translation; it is taken off.
     """
 
-    def __init__(
-        self, folder: Path, direction: str, size: int, thought_words: tuple[str, str] = THOUGHT_WORDS
-    ) -> None:
+    def __init__(self, folder: Path, direction: str, size: int, thought_words: tuple[str, str] | None = None) -> None:
         self.folder = folder
         self._thought_words = thought_words
         self.size = size
@@ -81,7 +88,11 @@ class Store:
             ranks=meta["ranks"],
             thoughts=[index in thought or more[index] for index in range(self.size)],
             peak_memory=meta.get("peak_memory"),
+            unaligned=self._flags(meta.get("unaligned")),
         )
+
+    def _flags(self, indices: list[int] | None) -> list[bool] | None:
+        return None if indices is None else [index in set(indices) for index in range(self.size)]
 
     def resume(self, fingerprint: str) -> list[int]:
         """Gather what earlier runs of the same ``fingerprint`` left and return the indices still to translate.
@@ -119,8 +130,13 @@ class Store:
             hit_limit=[record.translation.hit_limit for record in ordered],
             seconds=sum(record.seconds for record in ordered),
             ranks=ranks,
-            thoughts=thoughts,
+            thoughts=[found or record.thought for found, record in zip(thoughts, ordered, strict=True)],
             peak_memory=peak_memory,
+            unaligned=(
+                None
+                if all(record.unaligned is None for record in ordered)
+                else [bool(record.unaligned) for record in ordered]
+            ),
         )
         write_lines(self.text_path, done.lines)
         write_json(self._meta_path, self._meta(done, sum(record.translation.tokens for record in ordered)))
@@ -137,6 +153,7 @@ class Store:
             "hit_limit": [index for index, hit in enumerate(done.hit_limit or []) if hit],
             "thoughts": [index for index, thought in enumerate(done.thoughts or []) if thought],
             "peak_memory": done.peak_memory,
+            "unaligned": None if done.unaligned is None else [i for i, alone in enumerate(done.unaligned) if alone],
         }
 
     def _partials(self) -> list[Path]:
@@ -192,4 +209,4 @@ def _line(record: Record) -> str:
 
 def _parse(line: str) -> Record:
     fields = json.loads(line)
-    return Record(fields["index"], Translation(**fields["translation"]), fields["seconds"])
+    return Record(**{**fields, "translation": Translation(**fields["translation"])})

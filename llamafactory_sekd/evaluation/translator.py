@@ -8,10 +8,6 @@ from dataclasses import dataclass
 from llamafactory_sekd.evaluation.evaluation_settings import System
 
 
-# What encloses a model's thoughts where its template does not say otherwise.
-THOUGHT_WORDS = ("<think>", "</think>")
-
-
 @dataclass(frozen=True)
 class Request:
     """What a model is asked: the user's message, and earlier exchanges (message, answer) that show how it is done."""
@@ -22,7 +18,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Translation:
-    """One translation: a single line of text, its number of generated tokens, and whether the limit cut it off."""
+    """One translation: its text, its number of generated tokens, and whether the limit cut it off.
+
+    A model's text is as it was written, line breaks and all; what is kept is a single line.
+    """
 
     text: str
     tokens: int
@@ -65,12 +64,13 @@ class ModelSource:
 class Description:
     """What the framework makes of a system's arguments: its weights (base model, then adapters) and its template.
 
-    ``thought_words`` open and close the thoughts that a model of that template may write before its answer.
+    ``thought_words`` open and close the thoughts that a model of that template may write before its answer; None
+    where they are the usual ones.
     """
 
     sources: tuple[ModelSource, ...]
     template: str
-    thought_words: tuple[str, str] = THOUGHT_WORDS
+    thought_words: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)

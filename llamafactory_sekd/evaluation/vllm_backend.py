@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from llamafactory_sekd.errors import one_line
@@ -15,10 +16,16 @@ from llamafactory_sekd.evaluation.translator import BatchLimits, Translate, Tran
 _SENTENCES = 512
 
 
-def vllm_translate(engine: Any, stop_ids: Sequence[int], decoding: Decoding, lora_request: Any = None) -> Translate:
+def vllm_translate(
+    engine: Any,
+    stop_ids: Sequence[int],
+    decoding: Decoding,
+    lora_request: Any = None,
+    skip_special_tokens: bool = True,
+) -> Translate:
     """Return the function that translates with ``engine``, a ``vllm.LLM``.
 
-    ``lora_request`` is vLLM's, for an adapter.
+    ``lora_request`` is vLLM's, for an adapter. Special tokens stay in the text where thoughts are told by them.
     """
     from vllm import SamplingParams
 
@@ -27,7 +34,7 @@ def vllm_translate(engine: Any, stop_ids: Sequence[int], decoding: Decoding, lor
         max_tokens=decoding.max_new_tokens,
         repetition_penalty=decoding.repetition_penalty,
         stop_token_ids=list(stop_ids),
-        skip_special_tokens=True,
+        skip_special_tokens=skip_special_tokens,
     )
 
     def translate(prompts: Sequence[list[int]], limits: BatchLimits) -> Iterator[list[tuple[int, Translation]]]:
@@ -44,15 +51,20 @@ def vllm_translate(engine: Any, stop_ids: Sequence[int], decoding: Decoding, lor
 
 
 def vllm_candidates(
-    engine: Any, stop_ids: Sequence[int], decoding: Decoding, drawing: Drawing | None, lora_request: Any = None
+    engine: Any,
+    stop_ids: Sequence[int],
+    decoding: Decoding,
+    drawing: Drawing | None,
+    lora_request: Any = None,
+    skip_special_tokens: bool = True,
 ) -> Candidates:
     """Return the function that makes one translation of each request with ``engine``: a sample, or the greedy one."""
     from vllm import SamplingParams
 
     if drawing is None:
-        translate = vllm_translate(engine, stop_ids, decoding, lora_request)
+        translate = vllm_translate(engine, stop_ids, decoding, lora_request, skip_special_tokens)
         return lambda requests, limits: (
-            [(index, [translation]) for index, translation in group]
+            [(index, [_in_one_line(translation)]) for index, translation in group]
             for group in translate([request.prompt for request in requests], limits)
         )
 
@@ -64,7 +76,7 @@ def vllm_candidates(
             seed=request.seed,
             max_tokens=decoding.max_new_tokens,
             stop_token_ids=list(stop_ids),
-            skip_special_tokens=True,
+            skip_special_tokens=skip_special_tokens,
         )
 
     def several(requests: Sequence[Request], limits: BatchLimits) -> Iterator[list[tuple[int, list[Translation]]]]:
@@ -76,10 +88,17 @@ def vllm_candidates(
                 lora_request=lora_request,
                 use_tqdm=False,
             )
-            yield [(start + place, [_translation(output.outputs[0])]) for place, output in enumerate(outputs)]
+            yield [
+                (start + place, [_in_one_line(_translation(output.outputs[0]))])
+                for place, output in enumerate(outputs)
+            ]
 
     return several
 
 
 def _translation(output: Any) -> Translation:
-    return Translation(one_line(output.text), len(output.token_ids), output.finish_reason == "length")
+    return Translation(output.text.strip(), len(output.token_ids), output.finish_reason == "length")
+
+
+def _in_one_line(translation: Translation) -> Translation:
+    return replace(translation, text=one_line(translation.text))

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from llamafactory_sekd.children import end_rank_with_launcher, end_with_parent
 from llamafactory_sekd.config import read_config
 from llamafactory_sekd.errors import EvaluationError, SekdError
 from llamafactory_sekd.evaluation.evaluation_settings import Settings, System, parse_settings
+from llamafactory_sekd.evaluation.hypotheses import THOUGHT_WORDS
 from llamafactory_sekd.evaluation.translator import Description, Host, ModelSource, Request, Translator
 
 
@@ -172,6 +174,26 @@ def encoder(tokenizer: Any, template: Any) -> Any:
     return encode
 
 
+def thought_tokens(tokenizer: Any, template: Any) -> frozenset[int]:
+    """Return the special tokens that a text must keep, because thoughts are told by them.
+
+    gpt-oss's channels are such tokens: without them, a thought and the answer are one text.
+    """
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    words = [word.strip() for pair in (template.thought_words, *THOUGHT_WORDS) for word in pair]
+    used = {number for word in words for number in tokenizer.encode(word, add_special_tokens=False)}
+    return frozenset(special & used)
+
+
+def decoder(tokenizer: Any, template: Any) -> Callable[[list[list[int]]], list[str]]:
+    """Return the function that turns tokens into text, without special tokens other than those of thoughts."""
+    kept = thought_tokens(tokenizer, template)
+    if not kept:
+        return lambda rows: tokenizer.batch_decode(rows, skip_special_tokens=True)
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special} - kept
+    return lambda rows: tokenizer.batch_decode([[number for number in row if number not in special] for row in rows])
+
+
 def _template(tokenizer: Any, data_args: Any) -> Any:
     """Return the template of a system, whose system prompt and way of thinking stay its own.
 
@@ -205,7 +227,7 @@ def _load_hf(settings: Settings, system: System) -> Translator:
     model, tokenizer, template = load_model_for_generation(settings, system)
     translate = hf_translate(
         model,
-        decode=lambda rows: tokenizer.batch_decode(rows, skip_special_tokens=True),
+        decode=decoder(tokenizer, template),
         stop_ids=template.get_stop_token_ids(tokenizer),
         pad_id=tokenizer.pad_token_id,
         decoding=settings.decoding,
@@ -246,5 +268,6 @@ def _load_vllm(settings: Settings, system: System) -> Translator:
     from llamafactory_sekd.evaluation.vllm_backend import vllm_translate
 
     engine, request, tokenizer, template = load_vllm_engine(settings, system)
-    translate = vllm_translate(engine, template.get_stop_token_ids(tokenizer), settings.decoding, request)
+    stop_ids, kept = template.get_stop_token_ids(tokenizer), thought_tokens(tokenizer, template)
+    translate = vllm_translate(engine, stop_ids, settings.decoding, request, skip_special_tokens=not kept)
     return Translator(encoder(tokenizer, template), translate)

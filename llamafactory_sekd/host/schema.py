@@ -107,6 +107,10 @@ def evaluation_schema() -> Schema:
         "prompt": {**_TEXT, "description": "parrot, plain, or a text with {source} and other fields."},
         "system_prompt": {**_TEXT, "description": "In place of the template's own."},
         "examples": {**_object(examples), "description": "Translations to show before the sentence."},
+        "document": {
+            **_one_of([{"type": "boolean"}, {"type": "integer", "minimum": 2}]),
+            "description": "The sentences of a document together, or so many of them at most.",
+        },
         "enable_thinking": {"type": "boolean", "description": "Of templates with thoughts."},
     }
     properties: Schema = {

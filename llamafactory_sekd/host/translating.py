@@ -28,10 +28,12 @@ from llamafactory_sekd.evaluation.translator import BatchLimits, Description, Ho
 from llamafactory_sekd.files import write_json
 from llamafactory_sekd.host.evaluate import (
     build_host,
+    decoder,
     encoder,
     load_model_for_generation,
     load_vllm_engine,
     start_ranks,
+    thought_tokens,
     wants_torchrun,
 )
 from llamafactory_sekd.ranks import Ranks, join_ranks
@@ -238,14 +240,15 @@ def _load(settings: Settings, system: System, plan: Plan) -> Model:
         from llamafactory_sekd.evaluation.vllm_backend import vllm_candidates
 
         engine, lora, tokenizer, template = load_vllm_engine(settings, system)
-        stop_ids = template.get_stop_token_ids(tokenizer)
+        stop_ids, kept = template.get_stop_token_ids(tokenizer), thought_tokens(tokenizer, template)
         return Model(
-            _of_messages(tokenizer, template), vllm_candidates(engine, stop_ids, plan.decoding, plan.drawing, lora)
+            _of_messages(tokenizer, template),
+            vllm_candidates(engine, stop_ids, plan.decoding, plan.drawing, lora, skip_special_tokens=not kept),
         )
     model, tokenizer, template = load_model_for_generation(settings, system)
     candidates = hf_candidates(
         model,
-        decode=lambda rows: tokenizer.batch_decode(rows, skip_special_tokens=True),
+        decode=decoder(tokenizer, template),
         stop_ids=template.get_stop_token_ids(tokenizer),
         pad_id=tokenizer.pad_token_id,
         decoding=plan.decoding,

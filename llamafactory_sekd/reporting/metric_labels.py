@@ -34,6 +34,7 @@ GUARD_LABELS = {
     "length_ratio": "length ratio",
     "extra_text": "extra text",
     "thoughts": "thoughts",
+    "unaligned": "unaligned document",
 }
 # A share above its limit is highlighted; so is a length ratio outside of LENGTH_RATIOS.
 GUARD_LIMITS = {
@@ -43,6 +44,7 @@ GUARD_LIMITS = {
     "hit_max_new_tokens": 0.01,
     "extra_text": 0.01,
     "thoughts": 1.0,  # what a model thinks is its own business
+    "unaligned": 0.01,
 }
 LENGTH_RATIOS = (0.8, 1.25)
 AVERAGE = "average"

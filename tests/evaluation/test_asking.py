@@ -18,8 +18,8 @@ from llamafactory_sekd.evaluation.asking import _Nearest, requests_of
 from llamafactory_sekd.evaluation.evaluation_run import prepare
 from llamafactory_sekd.evaluation.evaluation_settings import Settings, parse_settings
 from llamafactory_sekd.evaluation.hypotheses import split_thought
-from llamafactory_sekd.evaluation.translator import THOUGHT_WORDS, Request
-from llamafactory_sekd.host.evaluate import build_host, evaluate_settings
+from llamafactory_sekd.evaluation.translator import Request
+from llamafactory_sekd.host.evaluate import build_host, decoder, evaluate_settings, thought_tokens
 
 
 EN_DE = parse_direction("en-de")
@@ -122,18 +122,55 @@ def test_whatever_is_asked_is_part_of_the_fingerprint(config: dict[str, Any], ta
 
 
 @pytest.mark.parametrize(
-    ("line", "words", "text", "thought"),
+    ("line", "own", "text", "thought"),
     [
-        ("Der Fluss", THOUGHT_WORDS, "Der Fluss", False),
-        ("<think> </think> Der Fluss", THOUGHT_WORDS, "Der Fluss", True),
+        ("Der Fluss", None, "Der Fluss", False),
+        ("<think> </think> Der Fluss", None, "Der Fluss", True),
         ("<think> Hm, a river. </think> Der Fluss", ("<think>\n", "\n</think>\n\n"), "Der Fluss", True),
-        ("A river. </think> Der Fluss", THOUGHT_WORDS, "Der Fluss", True),  # the prompt opened it
-        ("<think> A river, so", THOUGHT_WORDS, "", True),  # the limit cut it off
-        ("◁think▷ Hm ◁/think▷ Fluss", ("◁think▷", "◁/think▷"), "Fluss", True),
+        ("A river. </think> Der Fluss", None, "Der Fluss", True),  # the prompt opened it
+        ("<think> A river, so", None, "", True),  # the limit cut it off
+        ("◁think▷ Hm ◁/think▷ Fluss", None, "Fluss", True),
+        ("[THINK]A river.[/THINK]Der Fluss", ("<think>", "</think>"), "Der Fluss", True),
+        ("<seed:think>Hm</seed:think>Fluss", None, "Fluss", True),
+        (
+            "<|channel|>analysis<|message|>A river.<|end|><|start|>assistant<|channel|>final<|message|>Der Fluss",
+            ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+            "Der Fluss",
+            True,
+        ),
+        ("<|channel|>analysis<|message|>A river, so", None, "", True),
+        ("analysisA river.assistantfinalDer Fluss", None, "Der Fluss", True),
+        ("analysis of the river", None, "analysis of the river", False),
+        ("<|channel>thought Hm <channel|>Fluss", None, "Fluss", True),
+        ("((a river)) Fluss", ("((", "))"), "Fluss", True),
     ],
 )
-def test_thoughts_are_no_part_of_a_translation(line: str, words: tuple[str, str], text: str, thought: bool) -> None:
-    assert split_thought(line, words) == (text, thought)
+def test_thoughts_are_no_part_of_a_translation(
+    line: str, own: tuple[str, str] | None, text: str, thought: bool
+) -> None:
+    assert split_thought(line, own) == (text, thought)
+
+
+def test_special_tokens_that_tell_thoughts_stay_until_the_thoughts_are_off(models: dict[str, Path]) -> None:
+    """Without its channels, gpt-oss's thought and answer are one text: "analysisHm.assistantfinalFluss"."""
+    from llamafactory.data.template import TEMPLATES
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models["one"])
+    words = ["<|channel|>", "<|message|>", "<|start|>", "<|end|>", "[THINK]", "[/THINK]", "<|other|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": words})
+    template = TEMPLATES["gpt_oss"]
+    texts = [
+        "".join(template.thought_words).join(["", "<|other|> the river"]),
+        "[THINK]the[/THINK] river",
+        "the river",
+    ]
+    rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+    found = [split_thought(text.strip(), template.thought_words) for text in decoder(tokenizer, template)(rows)]
+
+    assert found == [("the river", True), ("river", True), ("the river", False)]
+    assert not thought_tokens(AutoTokenizer.from_pretrained(models["one"]), template)
 
 
 def test_translations_with_empty_thoughts_are_scored_without_them(config: dict[str, Any], tmp_path: Path) -> None:

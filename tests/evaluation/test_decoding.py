@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Mis
 
 from llamafactory_sekd.data.languages import parse_direction
 from llamafactory_sekd.data.prompts import prompt
-from llamafactory_sekd.errors import one_line
 from llamafactory_sekd.evaluation.batching import plan_batches
 from llamafactory_sekd.evaluation.decoding import hf_translate
 from llamafactory_sekd.evaluation.evaluation_settings import Decoding
@@ -68,7 +67,7 @@ def alone(model: Any, tokenizer: Any, prompts: Sequence[list[int]], **keys: Any)
         row = output[0, len(ids) :].tolist()
         ended = EOS in row
         row = row[: row.index(EOS)] if ended else row
-        text = one_line(tokenizer.decode(row, skip_special_tokens=True))
+        text = tokenizer.decode(row, skip_special_tokens=True).strip()
         result.append(Translation(text, len(row), hit_limit=not ended))
     return result
 
@@ -145,6 +144,10 @@ def test_the_sampling_defaults_of_a_checkpoint_do_not_apply(
     expected = alone(model, tokenizer, prompts)
     model.generation_config.update(do_sample=True, temperature=5.0, top_k=0, max_length=70)
     assert translate(model, tokenizer, prompts, BatchLimits(1 << 20)) == expected
+
+
+def test_a_rank_without_a_share_translates_nothing(model: Any, tokenizer: Any) -> None:
+    assert translate(model, tokenizer, [], BatchLimits(1 << 20)) == []
 
 
 def test_decoding_leaves_the_callers_gradient_mode_alone(model: Any, tokenizer: Any, prompts: list[list[int]]) -> None:

@@ -74,6 +74,8 @@ def test_a_question_mark_makes_comet_optional(metrics: list[str], expected: tupl
         ({"significance": "t-test"}, "`significance` must be paired_bs or paired_ar, not 't-test'."),
         ({"prompt": "Translate"}, "`prompt`: The prompt 'Translate' needs {source} exactly once"),
         ({"prompt": "{source} {lang}"}, "`prompt`: Unknown field {lang}"),
+        ({"document": "yes"}, "`document` must be true, false, or a number of sentences, not 'yes'."),
+        ({"document": 1}, "`document` must be true, false, or a number of sentences, not 1."),
         ({"enable_thinking": "no"}, "`enable_thinking` must be true or false, not 'no'."),
         ({"examples": {"from": "x"}}, "`examples` must be like {from: FOLDER, number: 3, choose: nearest}"),
         ({"examples": {"from": "x", "number": 0}}, "`number` must be an integer of at least 1"),

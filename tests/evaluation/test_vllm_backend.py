@@ -36,7 +36,7 @@ def test_answers_keep_their_places_and_the_keys_reach_vllm(monkeypatch: pytest.M
     translate = vllm_translate(engine, [2, 7], Decoding("vllm", max_new_tokens=9, repetition_penalty=1.1), "adapter")
     groups = list(translate([[number, 5] for number in range(700)], BatchLimits(1)))
     found = dict(entry for group in groups for entry in group)
-    assert found == {number: Translation(f"Satz {number}", 3, bool(number % 2)) for number in range(700)}
+    assert found == {number: Translation(f"Satz\n{number}", 3, bool(number % 2)) for number in range(700)}
     assert sum(size for size, _, _ in engine.calls) == 700
     _, sampling, adapter = engine.calls[0]
     assert adapter == "adapter"
