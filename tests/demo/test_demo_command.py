@@ -140,7 +140,7 @@ def test_the_students_are_trained_alike_but_for_their_objective():
             config.pop(key, None)
     assert students[0] == students[1] == students[2]
     study = yaml.safe_load((EXAMPLES / "studies" / demo_plan.STUDY).read_text())
-    assert {key for system in study["systems"].values() for key in system} == {"train", "kd_lambda"}
+    assert {key for system in study["systems"].values() for key in system} == {"train", "kd_lambda", "text"}
 
 
 def test_the_yaml_files_name_what_the_demo_makes():

@@ -104,7 +104,7 @@ def test_the_held_out_set_is_large_enough_for_its_purpose():
 def test_the_test_set_is_clean_and_the_one_that_the_evaluation_reads_and_the_noise_is_written_down(tmp_path):
     split = data.split_pairs(unlike_pairs(60), test_size=10, valid_size=5, student_size=30)
 
-    data.write_data(split, tmp_path)
+    data.write_data(split, ["Nobody translated this"], tmp_path)
 
     loaded = load_test_set(data.TASK, tmp_path, str(data.DIRECTION))
     assert list(zip(loaded.sources, loaded.references, strict=True)) == split.test
@@ -121,6 +121,25 @@ def test_the_test_set_is_clean_and_the_one_that_the_evaluation_reads_and_the_noi
     ]
     assert differing == noise["wrong"]
     assert len(differing) == round(data.NOISE_SHARE * 30)
+
+
+def test_the_monolingual_text_is_the_students_sources_and_strings_without_a_pair_that_resemble_nothing_held_out(
+    tmp_path,
+):
+    english = {str(n): source for n, (source, _) in enumerate(unlike_pairs(50))}
+    german = {str(n): target for n, (_, target) in enumerate(unlike_pairs(50))}
+    pairs = data.read_pairs(save_wheel(tmp_path / "1", {"lamp": (english, german)}))
+    split = data.split_pairs(pairs, test_size=10, valid_size=5, student_size=20)
+    near = f"{split.test[0][0]} too"
+    alone = {"a": "Nobody translated this", "b": near, "c": "Too short", "d": "The {name} is on"}
+
+    wheel = save_wheel(tmp_path / "2", {"lamp": (english, german), "clock": (alone, None)})
+
+    assert data.read_pairs(wheel) == pairs
+    sources = data.read_sources(wheel, pairs)
+    assert sources == sorted([near, "Nobody translated this"])
+    text = data.monolingual_text(split, sources)
+    assert text == [*(source for source, _ in split.student), "Nobody translated this"]
 
 
 def test_translations_into_a_third_language_are_the_most_frequent_ones(tmp_path):
