@@ -8,7 +8,10 @@ peak of the resident set above what stood before the first pass, each contender 
 taken in turns, round by round, and the table gives medians of ratios within one round. Half of the tokens are hard.
 Beside the products: what the profiler counts outside of matrix products; a logit is one token's entry of a vocabulary.
 On a machine with other work, processor time on one thread says more than the clock.
-Liger takes part where it is installed (pip install --no-deps liger-kernel==0.8.5).
+Liger takes part where it is installed (pip install --no-deps liger-kernel==0.8.5). TRL's GKD is that of trl 0.24;
+where PYTHONPATH names a folder made by the next line, TRL's chunked divergence takes its place.
+
+    pip install --no-deps --target FOLDER trl==1.16.0
 """
 
 from __future__ import annotations
@@ -41,9 +44,11 @@ from llamafactory_sekd.objectives import distillation_loss
 MIB = 2**20
 PRODUCTS, WIDE_PRODUCTS = "the four products", "the four products, float32"
 NAIVE, LIGER = "naive autograd, self_evolution", "Liger, JSD"
+TRL, CHUNKED = "TRL, GKD", ("TRL, chunked KL", "TRL, chunked JSD")
 OURS = "ours, self_evolution"
 # Our figure divided by another contender's; the memory goals hold for float32 and the large vocabulary.
 TIME_GOALS = {LIGER: 0.9, NAIVE: 0.65, PRODUCTS: 1.4, WIDE_PRODUCTS: 1.4}
+SAME_WORK_GOALS = {("ours, KL alone", CHUNKED[0]): 0.45, ("ours, JSD alone", CHUNKED[1]): 0.33}
 MEMORY_GOALS = {NAIVE: 0.12, LIGER: 0.30}
 AGREEMENT_GOALS = {"float32": 1e-5, "bfloat16": 2e-2}
 MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
@@ -84,6 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--processor-time", action="store_true", help="of all threads, in place of wall time")
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="these, and the products", metavar="NAME")
+    parser.add_argument("--times-only", action="store_true", help="no agreement, memory or profile")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run?")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "objective.json")
     parser.add_argument("--measure-memory", metavar="CONTENDER", help=argparse.SUPPRESS)
@@ -97,27 +103,36 @@ def parse_arguments() -> argparse.Namespace:
 def available_contenders(only: list[str] | None) -> list[str]:
     if only:
         return [name for name in CONTENDERS if name in (*only, PRODUCTS, WIDE_PRODUCTS)]
-    if importlib.util.find_spec("liger_kernel"):
-        return list(CONTENDERS)
-    console.print("Liger-Kernel is not installed and left out: pip install --no-deps liger-kernel==0.8.5")
-    return [name for name in CONTENDERS if name != LIGER]
+    left_out = {TRL} if is_installed("trl.kernels.chunked_divergence") else set(CHUNKED)
+    if not is_installed("liger_kernel"):
+        console.print("Liger-Kernel is not installed and left out: pip install --no-deps liger-kernel==0.8.5")
+        left_out.add(LIGER)
+    return [name for name in CONTENDERS if name not in left_out]
+
+
+def is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package above it
+        return False
 
 
 def measure(arguments: argparse.Namespace, vocab: int, dtype: str, contenders: list[str]) -> dict[str, Any]:
     run = {"vocab": vocab, "dtype": dtype, "tokens": arguments.tokens, "widths": list(arguments.widths)}
+    run |= {"agreement": {}, "memory": {}, "beside": {}}
+    further = [] if arguments.times_only else contenders
     with console.status(f"V = {vocab:,}, {dtype}: agreement"):
-        run["agreement"] = agreement(arguments, vocab, dtype, [name for name in contenders if name in FUSED])
-    run["memory"] = {}
-    for name in contenders:
+        run["agreement"] = agreement(arguments, vocab, dtype, [name for name in further if name in FUSED])
+    for name in further:
         with console.status(f"V = {vocab:,}, {dtype}: memory of {name}"):
             run["memory"][name] = memory_in_a_process(arguments, name, arguments.tokens, vocab, dtype)
-    needed = max(run["memory"].values())
+    needed = max(run["memory"].values(), default=0)
     if psutil.virtual_memory().available < needed + 2**30:
         raise SystemExit(f"{needed / 2**30:.0f} GiB of free memory are needed for V = {vocab:,}, {dtype}.")
     heads = build_heads(arguments.tokens, vocab, tuple(arguments.widths), getattr(torch, dtype))
     with console.status(f"V = {vocab:,}, {dtype}") as status:
         run["seconds"] = seconds(arguments, heads, contenders, status)
-        run["beside"] = {name: beside_products(arguments, name, heads) for name in contenders}
+        run["beside"] = {name: beside_products(arguments, name, heads) for name in further}
     return run
 
 
@@ -221,13 +236,16 @@ def show_run(run: dict[str, Any]) -> None:
     logits = run["tokens"] * run["vocab"]
     for name, times in run["seconds"].items():
         span = f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
-        beside = f"{run['beside'][name] / logits * 1e9:.2f}"
-        memory = f"{run['memory'][name] / MIB:,.0f}"
+        beside = f"{run['beside'][name] / logits * 1e9:.2f}" if run["beside"] else ""
+        memory = f"{run['memory'][name] / MIB:,.0f}" if run["memory"] else ""
         table.add_row(name, span, f"{ratio(run, name, PRODUCTS):.2f}", beside, memory)
     console.print(table)
     for other, goal in TIME_GOALS.items():
         if {OURS, other} <= set(run["seconds"]):
             console.print(f"time of {OURS} / {other}: {ratio(run, OURS, other):.2f} (goal {goal})", highlight=False)
+    for (name, other), goal in SAME_WORK_GOALS.items():
+        if {name, other} <= set(run["seconds"]):
+            console.print(f"time of {name} / {other}: {ratio(run, name, other):.2f} (goal {goal})", highlight=False)
     for other, goal in MEMORY_GOALS.items():
         if {OURS, other} <= set(run["memory"]):
             share = run["memory"][OURS] / max(run["memory"][other], 1)

@@ -150,6 +150,18 @@ def trl_gkd(heads: Heads) -> None:
     GKDTrainer.generalized_jsd_loss(student.unsqueeze(0), teacher.unsqueeze(0), beta=0.0).backward()
 
 
+def trl_chunked(heads: Heads, beta: float) -> torch.Tensor:
+    """TRL's chunked divergence, of version 1.16: forward KL at beta 0; it has no ground-truth term."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    divergence, _ = ChunkedDivergenceFunction.apply(
+        heads.hidden, heads.head, None, heads.teacher_hidden, heads.teacher_head, None, beta
+    )
+    loss = divergence.mean()
+    loss.backward()
+    return loss
+
+
 def liger_jsd(heads: Heads) -> None:
     """Liger's chunked loss as forward KL (beta 0) plus cross-entropy, its defaults otherwise, not compiled."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
@@ -194,6 +206,8 @@ GENERIC: dict[str, Any] = {
     "no_evolution by the formula": {"divergence": "kl"},
     "skew by the formula": {"divergence": "kl", "skew": BETA},
     "a user's function": {"divergence": f"{__name__}:squared_distance"},
+    "KL alone": {"target": "teacher", "divergence": "kl", "lambda": 1},
+    "JSD alone": {"target": "teacher", "divergence": "jsd", "lambda": 1},
 }
 FUSED = {
     **{f"ours, {name}": functools.partial(fused, kd_loss=name) for name in OBJECTIVES},
@@ -211,6 +225,8 @@ CONTENDERS: dict[str, Callable[[Heads], object]] = {
     "naive autograd, forward_kl": naive_forward_kl,
     "Liger, JSD": liger_jsd,
     "TRL, GKD": trl_gkd,
+    "TRL, chunked KL": functools.partial(trl_chunked, beta=0.0),
+    "TRL, chunked JSD": functools.partial(trl_chunked, beta=0.5),
     "the four products": bare_products,
     "the four products, float32": bare_products_in_float32,
 }

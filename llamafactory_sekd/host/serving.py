@@ -12,7 +12,7 @@ from llamafactory_sekd.errors import ArgumentError, TeacherError, one_line
 from llamafactory_sekd.host.cache import teacher_fields
 from llamafactory_sekd.teacher import Teacher, check_teacher_files
 from llamafactory_sekd.teacher.cache import DTYPES, fingerprints
-from llamafactory_sekd.teacher.cache.formats import TOPK_RANGE
+from llamafactory_sekd.teacher.cache.formats import TOPK_RANGE, written_transform
 from llamafactory_sekd.teacher.served.protocol import ServerInfo, answer_of
 from llamafactory_sekd.teacher.served.served_tokenizer import describe
 from llamafactory_sekd.teacher.served.service import make_app
@@ -76,7 +76,8 @@ def make_service(
     accelerator = Accelerator(mixed_precision="no" if on_cpu and precision == "fp16" else precision, cpu=on_cpu)
     teacher = Teacher(loaded, accelerator)
     device = accelerator.device
-    is_exact = teacher.can_hand_out_hidden_states({"input_ids": torch.zeros(1, 8, dtype=torch.int64, device=device)})
+    transform = teacher.logit_transform({"input_ids": torch.zeros(1, 8, dtype=torch.int64, device=device)})
+    is_exact = transform is not None
     with teacher.head_parameters() as (weight, bias):
         tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         head, checksum = answer_of({name: values.detach() for name, values in tensors.items()})
@@ -95,6 +96,7 @@ def make_service(
         teacher=teacher_fields(model, adapters, quantization_bit, model_args),
         software=fingerprints.of_software(),
         head={"bytes": len(head), "xxh3": checksum} if is_exact else None,
+        transform=None if transform is None else written_transform(transform),
     )
     service = make_app(
         Worker(teacher, device, batch_tokens),

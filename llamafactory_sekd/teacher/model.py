@@ -46,11 +46,11 @@ class Teacher:
     def announce(self, batches: Sequence[dict[str, Any]]) -> None:
         """Do nothing: a model that computes when it is asked."""
 
-    def can_hand_out_hidden_states(self, inputs: dict[str, Any]) -> bool:
-        """Whether logits are exactly head times hidden states, and the head can be read outside of a forward pass."""
-        return self._find_transform(inputs) == IDENTITY
+    def logit_transform(self, inputs: dict[str, Any]) -> LogitTransform | None:
+        """Return what makes its logits of head times hidden states; None where nothing does that can be kept.
 
-    def _find_transform(self, inputs: dict[str, Any]) -> LogitTransform | None:
+        None as well where the head cannot be read outside of a forward pass.
+        """
         if not is_plain_product(self.head) or _is_flat(self.model):
             return None
         with self._speaking():
@@ -83,7 +83,7 @@ class Teacher:
 
     def can_answer_in_chunks(self, inputs: dict[str, Any]) -> bool:
         """Where its logits are a product that can be formed anywhere, scaled or capped."""
-        self.transform = self._find_transform(inputs)
+        self.transform = self.logit_transform(inputs)
         return self.transform is not None
 
     def answers(self, inputs: dict[str, Any], rows: torch.Tensor) -> Answers:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
 from helpers.cached_runs import assert_same_content, build, content, counted_forwards, from_cache, losses
 from helpers.runs import base_config, train, weights
+from helpers.tiny import FAMILIES, save_scaled_or_capped
 
 from llamafactory_sekd.errors import TeacherError
 
@@ -280,30 +282,58 @@ def test_a_disk_that_is_too_small_is_refused_before_the_teacher_is_loaded(tiny_r
         build(config, tmp_path / "cache")
 
 
-def test_a_teacher_whose_head_says_not_all_is_kept_as_topk_only(tmp_path_factory, tiny_root, tmp_path):
-    from helpers import tiny
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_hidden_cache_of_scaled_or_capped_logits_trains_as_the_teacher_does(tiny_root, tmp_path, family):
+    teacher = save_scaled_or_capped(tmp_path / "teacher", family)
+    keys = {"teacher_model": str(teacher), "max_samples": 8, "max_steps": 2}
+    config = base_config(tiny_root, output_dir=str(tmp_path / "out"), **keys)
+    cache = build(config, tmp_path / "cache")
+    assert json.loads((cache / "manifest.json").read_text())["content"]["transform"]
+    online = losses(config)
+    assert losses(from_cache(config, cache)) == pytest.approx(online, rel=1e-6)
+    # While training: the first run fills the cache, and the second reads it.
+    filling = {**config, "teacher_cache": str(tmp_path / "filled"), "output_dir": str(tmp_path / "filling")}
+    assert losses(filling) == pytest.approx(online, rel=1e-6)
+    assert losses(from_cache(config, tmp_path / "filled")) == pytest.approx(online, rel=1e-6)
 
-    teacher = tmp_path / "gemma"
-    tokenizer = tiny.save_tokenizer(teacher)
-    torch.manual_seed(0)
-    Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size=384,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    ).save_pretrained(teacher)
-    config = base_config(tiny_root, output_dir=str(tmp_path / "out"), teacher_model=str(teacher), max_steps=1)
-    with pytest.raises(TeacherError, match=r"more than a product of its LM head .*--format topk"):
-        build(config, tmp_path / "hidden")
-    cache = build(config, tmp_path / "topk", format="topk", k=256, dtype="float32")
-    assert losses(from_cache(config, cache)) == pytest.approx(losses(config), rel=1e-2)
+
+def test_another_scale_is_another_teacher(tiny_root, tmp_path):
+    config = base_config(tiny_root, output_dir=str(tmp_path / "out"), max_steps=1)
+    first, second = (
+        {**config, "teacher_model": str(save_scaled_or_capped(tmp_path / str(scale), "cohere", logit_scale=scale))}
+        for scale in (0.25, 0.5)
+    )
+    cache = build(first, tmp_path / "cache")
+    with pytest.raises(TeacherError, match="was built with"):
+        train({**second, "teacher_cache": str(cache)})
+
+
+def test_a_plain_teachers_manifest_is_that_of_0_1_0(own_cache):
+    assert "transform" not in json.loads((own_cache / "manifest.json").read_text())["content"]
+
+
+def test_a_teacher_whose_head_says_not_all_is_kept_as_topk_only(tiny_root, tmp_path):
+    from accelerate import Accelerator
+    from transformers import LlamaForCausalLM
+
+    from llamafactory_sekd.teacher import Teacher
+    from llamafactory_sekd.teacher.cache import Fingerprints, Session, Settings
+
+    class Biased(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits + torch.arange(output.logits.shape[-1])
+            return output
+
+    teacher = Teacher(Biased.from_pretrained(tiny_root / "teacher"), Accelerator(cpu=True))
+    probe = {"input_ids": torch.zeros(1, 8, dtype=torch.int64)}
+    session = Session(tmp_path / "hidden", Fingerprints({}))
+    with pytest.raises(TeacherError, match=r"more than a product of its LM head.*--format topk"):
+        session.admit(teacher, 384, probe)
+    session.close()
+    session = Session(tmp_path / "topk", Fingerprints({}), Settings(format="topk", k=256, dtype="float32"))
+    assert session.admit(teacher, 384, probe).format == "topk"
+    session.close()
 
 
 def test_duplicates_are_computed_once(tiny_root, tmp_path):

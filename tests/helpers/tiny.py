@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -64,6 +65,36 @@ def save_llama(
         "pad_token_id": tokenizer.pad_token_id,
     }
     LlamaForCausalLM(LlamaConfig(**{**settings, **config})).save_pretrained(directory)
+    return directory
+
+
+# What they do to their logits: a soft cap, a factor, a divisor.
+FAMILIES = {
+    "gemma2": ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}),
+    "cohere": ("Cohere", {"logit_scale": 0.25}),
+    "granite": ("Granite", {"logits_scaling": 3.0}),
+}
+
+
+def save_scaled_or_capped(directory: Path, family: str, **changes: Any) -> Path:
+    """Save a random model whose logits are more than its head's product, and its tokenizer; return its folder."""
+    name, keys = FAMILIES[family]
+    tokenizer = save_tokenizer(directory)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **{**keys, **changes},
+    )
+    torch.manual_seed(0)
+    getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(directory)
     return directory
 
 

@@ -45,6 +45,22 @@ def test_a_run_with_a_server_is_the_run_with_its_model(tiny_root, tmp_path, serv
     assert losses(served(config, server.url)) == pytest.approx(losses(config), rel=1e-5)
 
 
+def test_a_teacher_whose_logits_are_capped_is_served_as_it_is(tiny_root, tmp_path):
+    from helpers.cached_runs import from_cache
+    from helpers.tiny import save_scaled_or_capped
+
+    from llamafactory_sekd.host.served_teacher import build_from_server
+    from llamafactory_sekd.teacher.cache import Settings
+
+    teacher = save_scaled_or_capped(tmp_path / "gemma2", "gemma2")
+    config = base_config(tiny_root, output_dir=str(tmp_path / "out"), teacher_model=str(teacher))
+    expected = pytest.approx(losses(config), rel=1e-5)
+    with serving(teacher) as running:
+        assert losses(served(config, running.url)) == expected
+        build_from_server(config, tmp_path / "cache", Settings(), running.url, say=lambda _: None)
+    assert losses(from_cache(config, tmp_path / "cache")) == expected
+
+
 def test_topk_answers_train_as_a_topk_cache_does(tiny_root, tmp_path, server):
     from helpers.cached_runs import build, from_cache
 

@@ -11,6 +11,7 @@ from helpers import tiny
 from helpers.runs import base_config, logged, train, weights
 from transformers import AutoModelForCausalLM
 
+from llamafactory_sekd.objectives import IDENTITY
 from llamafactory_sekd.teacher import Placement, Teacher, engine_config
 
 
@@ -50,7 +51,7 @@ def test_weights_that_rest_in_main_memory_are_fetched_for_a_forward_pass_and_lea
     for _ in range(2):
         assert resting() == {"meta"}
         assert torch.equal(teacher.logits(INPUTS, ROWS), expected)
-    assert teacher.can_hand_out_hidden_states(INPUTS)
+    assert teacher.logit_transform(INPUTS) == IDENTITY
     with teacher.answers(INPUTS, ROWS)(None) as source:
         logits = source.logits(slice(None), torch.empty(len(source), source.vocab_size))
     torch.testing.assert_close(logits, expected)

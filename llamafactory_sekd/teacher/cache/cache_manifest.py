@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.errors import TeacherError
-from llamafactory_sekd.teacher.cache.formats import DTYPES, Format, HiddenFormat, TopKFormat
+from llamafactory_sekd.teacher.cache.formats import DTYPES, Format, HiddenFormat, TopKFormat, read_transform
 from llamafactory_sekd.teacher.cache.records import read_json, write_json
 
 
@@ -29,6 +29,8 @@ class Manifest:
         data: what decides the token ids of an example: tokenizer, template, cut-off, masking. Checked by every run.
         teacher: what decides the teacher's answers: weights, adapters, quantization, type. Checked where it is known.
         software: versions that the records were computed with. Checked before records are added.
+        transform: what the teacher does to the products of its head, ``scale`` and ``cap``; None for nothing, as for
+            caches that 0.1.0 wrote (``hidden``).
         version: of this layout.
     """
 
@@ -41,11 +43,15 @@ class Manifest:
     data: dict[str, Any] = field(default_factory=dict)
     teacher: dict[str, Any] = field(default_factory=dict)
     software: dict[str, Any] = field(default_factory=dict)
+    transform: dict[str, Any] | None = None
     version: int = VERSION
 
     def save(self, directory: Path) -> None:
         """Write it; :class:`TeacherError` where the system refuses."""
-        write_json(directory / MANIFEST, asdict(self))
+        content = asdict(self)
+        if self.transform is None:  # 0.1.0 knows no such field, and reads what it can do right
+            del content["transform"]
+        write_json(directory / MANIFEST, content)
 
     @classmethod
     def load(cls, directory: Path) -> Manifest:
@@ -63,7 +69,8 @@ class Manifest:
             )
 
         content = read_json(path)
-        if content.get("version") != VERSION or set(content) != {item.name for item in fields(cls)}:
+        known = {item.name for item in fields(cls)}
+        if content.get("version") != VERSION or set(content) | {"transform"} != known:
             raise TeacherError(
                 f"`teacher_cache: {directory}` has the layout {content.get('version')} and this version reads "
                 f"{VERSION}: build it again."
@@ -74,7 +81,7 @@ class Manifest:
     def kept(self) -> Format:
         """Return the format with its settings."""
         if self.format == HiddenFormat.name:
-            return HiddenFormat(int(self.width or 0), DTYPES[self.dtype])
+            return HiddenFormat(int(self.width or 0), DTYPES[self.dtype], read_transform(self.transform))
 
         return TopKFormat(int(self.k or 0), DTYPES[self.dtype], self.vocab_size)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
 
 from llamafactory_sekd.errors import ArgumentError
+from llamafactory_sekd.objectives import IDENTITY, LogitTransform
 from llamafactory_sekd.teacher.cache.record_store import Record
 from llamafactory_sekd.teacher.model import Teacher
 
@@ -22,6 +24,16 @@ _NOTHING = -1e4
 TOPK_RANGE = (8, 512)
 # Integers of the same width: nothing on the way from file to device rounds or casts them.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def written_transform(transform: LogitTransform) -> dict[str, float | None] | None:
+    """Return what a manifest or a server says of a teacher's logits; None where they are its head's products."""
+    return None if transform == IDENTITY else asdict(transform)
+
+
+def read_transform(written: dict[str, Any] | None) -> LogitTransform:
+    """Read what :func:`written_transform` wrote."""
+    return IDENTITY if written is None else LogitTransform(**written)
 
 
 class Format(Protocol):
@@ -42,13 +54,15 @@ class HiddenFormat:
     Args:
         width: of the teacher.
         dtype: of what is kept: the teacher's own type loses nothing.
+        transform: what the teacher does to the products of its head.
     """
 
     name = "hidden"
 
-    def __init__(self, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, width: int, dtype: torch.dtype, transform: LogitTransform = IDENTITY) -> None:
         self.width = width
         self.dtype = dtype
+        self.transform = transform
 
     def fields(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """``hidden`` ``[width]``."""

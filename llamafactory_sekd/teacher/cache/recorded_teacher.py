@@ -11,10 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from llamafactory_sekd.errors import TeacherError
-from llamafactory_sekd.objectives import LogitsSource
+from llamafactory_sekd.objectives import IDENTITY, LogitsSource
 from llamafactory_sekd.ranks import on_any_rank
 from llamafactory_sekd.teacher.cache.collator import FOUND, SEGMENTS, TOKENS, field_key
-from llamafactory_sekd.teacher.cache.formats import TopKFormat, TopKLogits
+from llamafactory_sekd.teacher.cache.formats import HiddenFormat, TopKFormat, TopKLogits
 from llamafactory_sekd.teacher.cache.record_store import Record, ShardWriter
 from llamafactory_sekd.teacher.cache.several import OpenCache, unanswered
 from llamafactory_sekd.teacher.mixture import MixedLogits
@@ -106,7 +106,8 @@ class CachedTeacher:
             self._heads[number] = {name: tensor.to(self.device) for name, tensor in head.items()}
 
         head = self._heads[number]
-        return product(record["hidden"], head["weight"], head.get("bias"), vocab_size)
+        transform = kept.transform if isinstance(kept, HiddenFormat) else IDENTITY
+        return product(record["hidden"], head["weight"], head.get("bias"), vocab_size, transform)
 
     def _records(self, inputs: dict[str, Any], rows: torch.Tensor) -> list[Record]:
         table = _of_rows(inputs[SEGMENTS], rows)

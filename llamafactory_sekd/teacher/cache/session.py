@@ -10,9 +10,11 @@ import torch
 
 from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.files import locked
+from llamafactory_sekd.objectives import LogitTransform
 from llamafactory_sekd.ranks import position, wait_for_all
 from llamafactory_sekd.teacher.cache.cache_manifest import MANIFEST, Manifest
 from llamafactory_sekd.teacher.cache.cache_opening import Fingerprints, Settings, head_damage, open_for_writing
+from llamafactory_sekd.teacher.cache.formats import written_transform
 from llamafactory_sekd.teacher.cache.record_store import ShardReader, ShardWriter
 from llamafactory_sekd.teacher.cache.recorded_teacher import HEAD
 from llamafactory_sekd.teacher.cache.records import write_tensors
@@ -21,8 +23,8 @@ from llamafactory_sekd.teacher.cache.records import write_tensors
 class Admitted(Protocol):
     """What a cache asks of a teacher before its first record, wherever the teacher computes."""
 
-    def can_hand_out_hidden_states(self, inputs: dict[str, Any]) -> bool:
-        """Whether its logits are exactly its head times its hidden states."""
+    def logit_transform(self, inputs: dict[str, Any]) -> LogitTransform | None:
+        """Return what makes its logits of its head times its hidden states; None where nothing does."""
 
     def head_parameters(self) -> AbstractContextManager[tuple[torch.Tensor, torch.Tensor | None]]:
         """Weight ``[vocab, width]`` and bias ``[vocab]`` (or None) of the head, for the duration."""
@@ -80,17 +82,17 @@ class Session:
             TeacherError: hidden states are to be kept of a teacher whose logits are more than its head's product.
         """
         kind = self.manifest.format if self.manifest is not None else self.settings.format
-        is_exact = teacher.can_hand_out_hidden_states(probe)
-        if kind == "hidden" and not is_exact:
+        transform = teacher.logit_transform(probe)
+        if kind == "hidden" and transform is None:
             raise TeacherError(
-                "the teacher's logits are more than a product of its LM head (adapter, quantization, soft-capping or "
-                "scaling), so hidden states do not keep them: build the cache with `sekd cache … --format topk`."
+                "the teacher's logits are more than a product of its LM head, scaled or capped (adapter, "
+                "quantization), so hidden states do not keep them: build the cache with `sekd cache … --format topk`."
             )
 
         if not self.head_is_intact:
             with teacher.head_parameters() as (weight, bias):
                 if self.rank == 0:
-                    self._create(weight, bias, vocab_size, kind, autocast or weight.dtype)
+                    self._create(weight, bias, vocab_size, kind, transform, autocast or weight.dtype)
 
             wait_for_all()
             self.head_is_intact = True
@@ -112,6 +114,7 @@ class Session:
         bias: torch.Tensor | None,
         vocab_size: int,
         kind: str,
+        transform: LogitTransform | None,
         product_type: torch.dtype,
     ) -> None:
         entry = None
@@ -128,6 +131,7 @@ class Session:
                 width=weight.shape[1],
                 computed_in=product_type,
                 head=entry,
+                transform=None if entry is None or transform is None else written_transform(transform),
                 data=self.run.data,
                 teacher=self.run.teacher() if self.run.teacher is not None else {},
                 software=self.run.software,

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from llamafactory_sekd.errors import TeacherError
-from llamafactory_sekd.objectives import LogitsSource, response_positions
+from llamafactory_sekd.objectives import LogitsSource, LogitTransform, response_positions
 from llamafactory_sekd.teacher.cache import Format, TopKFormat, TopKLogits
+from llamafactory_sekd.teacher.cache.formats import read_transform
 from llamafactory_sekd.teacher.cache.record_store import Record
 from llamafactory_sekd.teacher.cache.segments import Segment, is_teacher_forced, segments
 from llamafactory_sekd.teacher.served.protocol import ServerInfo
@@ -111,9 +112,10 @@ class ServedTeacher:
         """Return no columns: it is one teacher alone."""
         return torch.zeros(int(rows.sum()), 0, dtype=torch.bool, device=rows.device)
 
-    def can_hand_out_hidden_states(self, inputs: dict[str, Any]) -> bool:
-        """Whether its logits are exactly its head times its hidden states."""
-        return self.server.info.hidden
+    def logit_transform(self, inputs: dict[str, Any]) -> LogitTransform | None:
+        """Return what makes its logits of its head times its hidden states; None where nothing does."""
+        info = self.server.info
+        return read_transform(info.transform) if info.hidden else None
 
     @contextmanager
     def head_parameters(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
@@ -131,7 +133,8 @@ class ServedTeacher:
             return TopKLogits(self.kept, records)
 
         head = self._own_head()
-        return product(records["hidden"], head["weight"], head.get("bias"), vocab_size)
+        transform = read_transform(self.server.info.transform)
+        return product(records["hidden"], head["weight"], head.get("bias"), vocab_size, transform)
 
     def _own_head(self) -> dict[str, torch.Tensor]:
         if self._head is None:

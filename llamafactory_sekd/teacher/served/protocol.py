@@ -38,12 +38,13 @@ class ServerInfo:
         model: its name, for messages.
         rows, width: of its head.
         dtype: the type of its head's products, a key of ``DTYPES``: hidden states in it lose nothing.
-        hidden: whether its logits are exactly its head times its hidden states.
+        hidden: whether its logits are exactly its head times its hidden states, scaled or capped.
         max_length: tokens of a sequence, at most.
         max_k: log-probabilities per token, at most.
         teacher: what decides its answers, as a cache's manifest records it.
         software: the versions that compute it.
         head: size and checksum of the head's bytes; None where it is not sent.
+        transform: how they are scaled or capped, as a cache's manifest records it; None for not at all.
         version: of the protocol.
     """
 
@@ -57,6 +58,7 @@ class ServerInfo:
     teacher: dict[str, Any] = field(default_factory=dict)
     software: dict[str, Any] = field(default_factory=dict)
     head: dict[str, Any] | None = None
+    transform: dict[str, Any] | None = None
     version: int = VERSION
 
     @property
@@ -66,7 +68,10 @@ class ServerInfo:
 
     def to_json(self) -> dict[str, Any]:
         """Return its fields and its fingerprint."""
-        return {**asdict(self), "fingerprint": self.fingerprint}
+        content = {**asdict(self), "fingerprint": self.fingerprint}
+        if self.transform is None:  # which clients of 0.1.0 do not know
+            del content["transform"]
+        return content
 
     @classmethod
     def of_json(cls, content: Any) -> ServerInfo:
