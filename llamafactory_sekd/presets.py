@@ -16,7 +16,7 @@ class Preset:
     """A named objective.
 
     Attributes:
-        equation: what a token loses, in words or symbols; `(7)` and `(8)` are the paper's hard and easy loss.
+        equation: the loss of a token, in words or symbols: `y~` is the target, `q^` the proxy, `d` the difficulty.
         keys: the keys that it reads, besides those that all objectives read.
         source: where it was published.
         expansion: the mapping that it means. A text that is the name of a key means the key's value.
@@ -35,19 +35,19 @@ _SKEWED = {"divergence": "kl", "skew": "kd_beta"}
 
 PRESETS: dict[str, Preset] = {
     "self_evolution": Preset(
-        "(7) where d > Γ, else (8)",
+        "KL(y~ ‖ q^) where d > Γ, else KL(y~ ‖ q), equations 7 and 8",
         frozenset({"kd_lambda", "kd_beta", "kd_gamma", "kd_hard_scale"}),
         _PAPER,
         {"gate": {"signal": "difficulty", "above": "kd_gamma"}, "easy": {"divergence": "kl"}, "hard": _SKEWED},
     ),
     "self_evolution_topk": Preset(
-        "(7) for the kd_topk share with the largest d",
+        "KL(y~ ‖ q^) for the kd_topk share with the largest d, else KL(y~ ‖ q)",
         frozenset({"kd_lambda", "kd_beta", "kd_topk", "kd_hard_scale"}),
         f"{_PAPER}, Figure 2b",
         {"gate": {"signal": "difficulty", "share": "kd_topk"}, "easy": {"divergence": "kl"}, "hard": _SKEWED},
     ),
-    "no_evolution": Preset("(8) for all tokens", _LAMBDA, _PAPER, {"divergence": "kl"}),
-    "skew": Preset("(7) for all tokens", _BETA, _PAPER, _SKEWED),
+    "no_evolution": Preset("KL(y~ ‖ q), equation 8", _LAMBDA, _PAPER, {"divergence": "kl"}),
+    "skew": Preset("KL(y~ ‖ q^), equation 7", _BETA, _PAPER, _SKEWED),
     "skew_teacher": Preset(
         "(1-λ)(-log q_y) + λ KL(p ‖ βq + (1-β)p), equation 10",
         _BETA,
@@ -97,7 +97,7 @@ PRESETS: dict[str, Preset] = {
         {"target": "teacher", "divergence": "adaptive_kl", "head": 0.5},
     ),
     "entropy_gate": Preset(
-        "(3) for the 20 % with the largest entropy of the student, nothing for the others",
+        "forward_kl for the 20 % with the largest entropy of the student, nothing for the others",
         _LAMBDA,
         "SE-KD (arXiv 2602.01395)",
         {
@@ -108,7 +108,7 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "acceptance_gate": Preset(
-        "(3) where the student's most probable token is the teacher's, nothing for the others",
+        "forward_kl where the student's most probable token is the teacher's, nothing for the others",
         _LAMBDA,
         "SelecTKD (arXiv 2510.24021), greedy, k = 1",
         {
@@ -130,7 +130,7 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "verified_reference": Preset(
-        "(8), with λ = 1 where p_y < 0.01",
+        "KL(y~ ‖ q), with λ = 1 where p_y < 0.01",
         _LAMBDA,
         "ours",
         {

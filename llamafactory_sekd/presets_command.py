@@ -13,6 +13,7 @@ from llamafactory_sekd.presets import PRESETS
 
 app = typer.Typer(help="List the objectives that `kd_loss` can name.", add_completion=False)
 _FORMULA = "L = 1/N Σ w · T² · D( y~ ‖ α q + (1-α) y~ ),   y~ = (1-λ) y + λ p"
+_SYMBOLS = "q^ = β q + (1-β) y~,   d = KL(y~ ‖ q)"
 
 
 @app.command()
@@ -23,7 +24,7 @@ def objectives(
     for name in names or ():
         if name not in PRESETS:
             raise unknown("objectives", name, PRESETS)
-    print(_FORMULA)
+    print(f"{_FORMULA}\n{_SYMBOLS}")
     for name in names or PRESETS:
         print("\n" + "\n".join(_lines(name)))
     if not names:

@@ -247,7 +247,8 @@ def _significance(
     columns = [*map(str, directions), *([AVERAGE] if len(directions) > 1 else [])]
     result: dict[str, dict[str, dict[str, Any]]] = {name: {c: {} for c in columns} for name in data.hypotheses}
     for metric in data.metrics:
-        logger.info("Significance, %s: %d systems against %s", metric, len(data.hypotheses) - 1, baseline)
+        others = ", ".join(name for name in data.hypotheses if name != baseline)
+        logger.info("Significance of %s: %s against %s", metric, others, baseline)
         statistics = {
             name: [_statistics(data, name, direction, metric, segments) for direction in directions]
             for name in data.hypotheses

@@ -218,7 +218,7 @@ def _properties(cls: type) -> Iterator[tuple[str, Schema]]:
             entry = _default(field.default)
             help_text = field.metadata.get("help")
             if help_text:
-                entry["description"] = " ".join(str(help_text).split())
+                entry["description"] = " ".join(str(help_text).replace("%%", "%").split())  # argparse's escape
             yield field.name, {**_of_type(hints[field.name]), **entry}
 
 

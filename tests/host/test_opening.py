@@ -16,7 +16,7 @@ SELF = {"teacher_model": "self", "finetuning_type": "lora", "lora_target": "q_pr
         (
             {"kd_beta": 0.25, "kd_beta_end": 1.0, "kd_chunk_size": 7},
             [
-                "objective  self_evolution: (7) where d > Γ, else (8)",
+                "objective  self_evolution: KL(y~ ‖ q^) where d > Γ, else KL(y~ ‖ q), equations 7 and 8",
                 "λ 0.5, β 0.25 to 1.0, Γ 0.4, hard scale none, T 1.0",
                 "teacher, 99,408 parameters, placed as the student is",
                 "student, trains 43,168 of 43,168 parameters (100.00%)",

@@ -73,3 +73,7 @@ def test_a_mistake_is_marked_where_it_is(name, config, place):
 def test_the_schema_and_the_page_have_the_same_keys(name, page):
     table = re.search(r"^\| key \|.*\n((?:\|.*\n)+)", (REPOSITORY / "docs" / page).read_text(), flags=re.MULTILINE)
     assert set(re.findall(r"^\| `(\w+)` \|", table[1], flags=re.MULTILINE)) == SCHEMAS[name]["properties"].keys()
+
+
+def test_descriptions_have_no_escapes_of_the_command_line():
+    assert not [name for name, schema in SCHEMAS.items() if "%%" in json.dumps(schema)]
