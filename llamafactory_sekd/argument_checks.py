@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from llamafactory_sekd.arguments import (
     AUTO,
@@ -43,9 +43,15 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
             if _is_set(args, key):
                 _refuse(args, key, "it belongs to `teacher_model`, which is missing; leave both out or set both")
 
-    for key in ("teacher_model", "teacher_model_adapters", "teacher_cache", "teacher_server", "teacher_deepspeed"):
+    if isinstance(args.teacher_model, dict):
+        _check_teacher_of_each(args, args.teacher_model)
+
+    for key in ("teacher_model_adapters", "teacher_cache", "teacher_server", "teacher_deepspeed"):
         if not isinstance(getattr(args, key), (str, type(None))):
             _refuse(args, key, "use one path" if key == "teacher_deepspeed" else "use one path or hub id")
+
+    if not isinstance(args.teacher_model, (dict, str, type(None))):
+        _refuse(args, "teacher_model", "use one path or hub id, or a mapping from data set to model")
 
     if args.teacher_model_quantization_bit not in (None, 4, 8):
         _refuse(args, "teacher_model_quantization_bit", "use 4 or 8, or leave it out")
@@ -146,6 +152,26 @@ def mixing_weights(args: DistillationArguments) -> list[float] | None:
         _refuse(args, "teacher_mix", f"use {MEAN}, or {len(folders)} weights above 0, one for each `teacher_cache`")
 
     return weights
+
+
+def _check_teacher_of_each(args: DistillationArguments, teachers: dict[str, Any]) -> None:
+    for name, model in teachers.items():
+        if not isinstance(model, str) or not model.strip():
+            raise ArgumentError(f"`teacher_model.{name}: {model}` cannot be used: use one path or hub id.")
+
+        if model == SELF:
+            raise ArgumentError(
+                f"`teacher_model.{name}: {SELF}` cannot be used: name the base model's path or hub id, since several "
+                "teachers are loaded next to the student."
+            )
+
+    reasons = {
+        "teacher_model_adapters": "they belong to one model; merge them into the model of each data set",
+        "teacher_cache": "several teachers fill no cache while training; use `sekd cache` first, or remove it",
+    }
+    for key, reason in reasons.items():
+        if _is_set(args, key):
+            _refuse(args, key, f"`teacher_model` names one for each data set, and {reason}")
 
 
 def _check_caches(args: DistillationArguments) -> None:

@@ -28,12 +28,13 @@ HARD_SCALES: tuple[str, ...] = ("none", "balanced")
 class DistillationArguments:
     """The keys of ``stage: sekd``; the host's FinetuningArguments gains them by inheritance."""
 
-    teacher_model: str | None = field(
+    teacher_model: dict[str, Any] | str | None = field(
         default=None,
         metadata={
             "help": (
                 "Path or hub id of the teacher, any causal language model; required without teacher_cache. 'self': "
-                "the base of the LoRA student, loaded once, with teacher_model_adapters or without any."
+                "the base of the LoRA student, loaded once, with teacher_model_adapters or without any. A mapping "
+                "from data set to model, {en-de: PATH, cs-en: PATH}: each example has the teacher of its data set."
             )
         },
     )
@@ -236,7 +237,9 @@ class DistillationArguments:
             with suppress(ValueError):
                 self.kd_gamma = float(self.kd_gamma)
         if isinstance(self.kd_loss, str) and self.kd_loss.lstrip().startswith("{"):
-            self.kd_loss = _flow_mapping(self.kd_loss)
+            self.kd_loss = _flow_mapping("kd_loss", self.kd_loss)
+        if isinstance(self.teacher_model, str) and self.teacher_model.lstrip().startswith("{"):
+            self.teacher_model = _flow_mapping("teacher_model", self.teacher_model)
 
     @property
     def follows_mean(self) -> bool:
@@ -303,7 +306,7 @@ def cache_folders(teacher_cache: str | None) -> list[str]:
     return [name.strip() for name in (teacher_cache or "").split(",") if name.strip()]
 
 
-def _flow_mapping(text: str) -> Any:
+def _flow_mapping(key: str, text: str) -> Any:
     """Read a mapping on one line, as the command line and a field of the web UI hold it."""
     import yaml
 
@@ -311,4 +314,4 @@ def _flow_mapping(text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         reason = one_line(str(error))
-        raise ArgumentError(f"`kd_loss: {one_line(text)}` cannot be read as a mapping: {reason}.") from None
+        raise ArgumentError(f"`{key}: {one_line(text)}` cannot be read as a mapping: {reason}.") from None

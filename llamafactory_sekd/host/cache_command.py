@@ -58,6 +58,8 @@ def cache(
 
     keys, settings = read_config(config, overrides or []), Settings(kept, dtype, k)
     prompts = TeacherPrompts(teacher_dataset, teacher_template, teacher_system)
+    if isinstance(keys.get("teacher_model"), dict):  # as a training has it
+        keys[TEACHERS] = keys.pop("teacher_model")
     if keys.get(TEACHERS) is not None:
         if prompts or server is not None:
             raise ArgumentError(f"a server, and prompts of its own, are those of one teacher: remove `{TEACHERS}`.")

@@ -19,6 +19,7 @@ from llamafactory_sekd.host.ledger import check_in_effect
 from llamafactory_sekd.host.own_samples import check_own_samples, set_sampling_defaults
 from llamafactory_sekd.host.patches import STAGE_LABEL
 from llamafactory_sekd.host.resume import choose_checkpoint
+from llamafactory_sekd.host.teacher_choice import check_teacher_choice
 from llamafactory_sekd.host.teacher_placement import check_devices, check_placement
 
 
@@ -128,6 +129,7 @@ def check_together(host_parse: Callable[..., tuple[Any, ...]]) -> Callable[..., 
                 set_sampling_defaults(args, generating_args)
                 check_own_samples(data_args, training_args, generating_args)
 
+            check_teacher_choice(data_args, finetuning_args)
             _check_model_arguments(model_args)
             _check_training_arguments(training_args)
             check_placement(model_args, training_args, finetuning_args)

@@ -15,7 +15,8 @@ from torch import nn
 from llamafactory_sekd.arguments import AUTO, SELF, STAGE
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.host.host_arguments import check_run
-from llamafactory_sekd.host.teacher_loading import copy_model_arguments, teacher_model_arguments
+from llamafactory_sekd.host.teacher_choice import check_teacher_choice
+from llamafactory_sekd.host.teacher_loading import copy_model_arguments, each_teacher, teacher_model_arguments
 from llamafactory_sekd.host.teacher_placement import read_deepspeed_file
 from llamafactory_sekd.planner import Blueprint, Run, Sharding, TeacherPlace
 from llamafactory_sekd.planner.sharding import read_deepspeed
@@ -67,6 +68,8 @@ def parse(config: Mapping[str, Any]) -> Parsed:
     if finetuning.use_sekd:
         check_run(SimpleNamespace(**config), machine=False)
 
+    if finetuning.use_sekd:
+        check_teacher_choice(data, finetuning)
     if training.fsdp:
         raise ArgumentError(f"`fsdp: {training.fsdp}` cannot be planned: `sekd doctor` knows DDP and DeepSpeed.")
 
@@ -99,12 +102,14 @@ def run_of(
         engine_dtype = _engine_dtype(deepspeed, half)
 
     has_teacher = finetuning.use_sekd and finetuning.teacher_model
+    teachers = _teacher_blueprints(parsed) if has_teacher else []
     tokens = length or parsed.data.cutoff_len
     return Run(
         student=Blueprint(
             lambda: _build_student(parsed, student_config), model.quantization_bit, model.double_quantization
         ),
-        teacher=_teacher_blueprint(parsed) if has_teacher else None,
+        teacher=teachers[0] if teachers else None,
+        other_teachers=tuple(teachers[1:]),
         distillation=finetuning if finetuning.use_sekd else None,
         batch_size=training.per_device_train_batch_size,
         length=-(-tokens // 8) * 8,  # the host's collator pads to multiples of eight
@@ -148,8 +153,11 @@ def _optimizer(parsed: Parsed) -> str:
     return chosen or str(getattr(parsed.training.optim, "value", parsed.training.optim))
 
 
-def _teacher_blueprint(parsed: Parsed) -> Blueprint:
-    arguments = teacher_model_arguments(parsed.model, parsed.finetuning)
+def _teacher_blueprints(parsed: Parsed) -> list[Blueprint]:
+    return [_blueprint_of(teacher_model_arguments(parsed.model, one)) for one in each_teacher(parsed.finetuning)]
+
+
+def _blueprint_of(arguments: Any) -> Blueprint:
     config = _load_config(arguments, "teacher_model")
     return Blueprint(
         lambda: _build(config, arguments, is_trainable=False),
@@ -227,8 +235,8 @@ def missing_tokenizer(parsed: Parsed) -> str:
     """Say which model's tokenizer cannot be read; empty where both can."""
     from llamafactory.model import load_tokenizer
 
-    teacher = teacher_model_arguments(parsed.model, parsed.finetuning)
-    for who, arguments in (("student", parsed.model), ("teacher", teacher)):
+    teachers = [teacher_model_arguments(parsed.model, one) for one in each_teacher(parsed.finetuning)]
+    for who, arguments in (("student", parsed.model), *(("teacher", teacher) for teacher in teachers)):
         try:
             load_tokenizer(arguments)
         except (OSError, ValueError):
@@ -245,9 +253,12 @@ def vocabulary_line(parsed: Parsed) -> str:
     """
     from llamafactory.model import load_tokenizer
 
-    teacher = teacher_model_arguments(parsed.model, parsed.finetuning)
+    teachers = [teacher_model_arguments(parsed.model, one) for one in each_teacher(parsed.finetuning)]
     rows = [
         _load_config(arguments, key).get_text_config().vocab_size
-        for arguments, key in ((parsed.model, "model_name_or_path"), (teacher, "teacher_model"))
+        for arguments, key in (
+            (parsed.model, "model_name_or_path"),
+            *((teacher, "teacher_model") for teacher in teachers),
+        )
     ]
     return common_vocabulary(load_tokenizer(parsed.model)["tokenizer"], *rows)[1]

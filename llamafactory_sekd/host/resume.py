@@ -8,7 +8,7 @@ from typing import Any
 from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.checkpoints import STATE_NAME, DistillationState, defect_of, find_checkpoints, has_optimizer
 from llamafactory_sekd.errors import ArgumentError, TeacherError
-from llamafactory_sekd.host.teacher_loading import teacher_identity
+from llamafactory_sekd.host.teacher_loading import each_teacher, teacher_identity
 
 
 def choose_checkpoint(training_args: Any) -> None:
@@ -93,7 +93,13 @@ def teacher_fingerprint(model_args: Any, training_args: Any, finetuning_args: Di
     if training_args.process_index != 0 or not finetuning_args.teacher_model or not saves:
         return None
 
-    return _fingerprint(*teacher_identity(model_args, finetuning_args))
+    models = finetuning_args.teacher_model
+    digests = [_fingerprint(*teacher_identity(model_args, one)) for one in each_teacher(finetuning_args)]
+    if not isinstance(models, dict):
+        return digests[0]
+
+    of_model = dict(zip(dict.fromkeys(models.values()), digests, strict=True))
+    return " ".join(f"{name}={of_model[model]}" for name, model in sorted(models.items()))
 
 
 def check_same_teacher(training_args: Any, finetuning_args: DistillationArguments, fingerprint: str | None) -> None:

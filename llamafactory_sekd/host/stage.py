@@ -18,6 +18,7 @@ from llamafactory_sekd.host.own_samples import own_samples_of
 from llamafactory_sekd.host.resume import check_same_teacher, teacher_fingerprint
 from llamafactory_sekd.host.served_teacher import ServerOfRun, connect
 from llamafactory_sekd.host.start_block import print_opening
+from llamafactory_sekd.host.teacher_choice import numbered_examples
 from llamafactory_sekd.host.teacher_loading import check_fit, head_rows, online_teacher
 
 
@@ -90,6 +91,7 @@ def _run_sekd(
     arguments = (model_args, data_args, training_args, finetuning_args)
     say = print if training_args.process_index == 0 else None
     with (
+        numbered_examples(finetuning_args),
         counting_cut_text(finetuning_args.kd_max_cut, say),
         of_run or nullcontext(),
         _our_trainer(*arguments, generating_args, fingerprint, of_run) as opening,
@@ -129,7 +131,7 @@ def _our_trainer(
     from transformers.utils import logging
 
     from llamafactory_sekd.host.cached_teacher import CacheOfRun
-    from llamafactory_sekd.teacher import TeacherSource, common_vocabulary, used_ids
+    from llamafactory_sekd.teacher import NumberCollator, SeveralTeachers, TeacherSource, common_vocabulary, used_ids
     from llamafactory_sekd.trainer import DistillationTrainer
 
     opening: list[str] = []
@@ -148,15 +150,15 @@ def _our_trainer(
 
         student_rows = head_rows(kwargs["model"])
         make_online: Any = None
-        rows: Any = None
+        rows: list[int] = []
         if of_server is not None:
-            rows = of_server.vocab_size(kwargs["tokenizer"])
+            rows = [of_server.vocab_size(kwargs["tokenizer"])]
         elif cache is None or cache.needs_model:
             make_online, rows = online_teacher(
                 model_args, training_args, finetuning_args, kwargs["model"], used_ids(kwargs["tokenizer"])
             )
 
-        teachers_rows = (cache.vocab_sizes if cache is not None else None) or [rows]
+        teachers_rows = (cache.vocab_sizes if cache is not None else None) or rows
         vocab_size, explanation = common_vocabulary(kwargs["tokenizer"], student_rows, *teachers_rows)
         if explanation:
             logging.get_logger(__name__).warning(explanation)
@@ -181,6 +183,8 @@ def _our_trainer(
             cache.attach(trainer)
         if of_server is not None:
             of_server.attach(trainer)
+        if isinstance(trainer.teacher, SeveralTeachers):
+            trainer.data_collator = NumberCollator(trainer.data_collator)
 
         opening.extend(print_opening(model_args, finetuning_args, trainer))
         return trainer

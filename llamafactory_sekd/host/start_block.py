@@ -67,10 +67,14 @@ def _keys(keys: DistillationArguments) -> str:
 
 
 def _teacher(model_args: Any, keys: DistillationArguments, source: Any) -> str:
+    from llamafactory_sekd.teacher import SeveralTeachers
+
     parts = []
     if keys.teacher_cache:
         parts.append(f"answers of {keys.teacher_cache}")
-    if keys.teacher_model:
+    if isinstance(keys.teacher_model, dict):
+        parts += [f"{model} for {name}" for name, model in keys.teacher_model.items()]
+    elif keys.teacher_model:
         name, adapters, bits = teacher_identity(model_args, keys)
         parts.append(name + (f" with {adapters}" if adapters else "") + (f" in {bits} bits" if bits else ""))
 
@@ -79,7 +83,10 @@ def _teacher(model_args: Any, keys: DistillationArguments, source: Any) -> str:
 
     teacher = getattr(source, "online", source)
     model = getattr(teacher, "model", None)
-    if keys.teacher_model == SELF:
+    if isinstance(source, SeveralTeachers):
+        sizes = [_sizes(one.model)[1] for one in source.teachers]
+        parts.append(f"{sum(sizes):,} parameters in {len(sizes)} models")
+    elif keys.teacher_model == SELF:
         parts.append("the student's own base, loaded once")
     elif model is not None:
         parts.append(f"{_sizes(model)[1]:,} parameters")

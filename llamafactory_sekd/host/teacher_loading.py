@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from llamafactory_sekd.host.teacher_placement import own_device, read_deepspeed_
 
 
 if TYPE_CHECKING:
-    from llamafactory_sekd.teacher import Placement, Teacher
+    from llamafactory_sekd.teacher import Placement, Teacher, TeacherSource
 
 
 # The student's model arguments that hold for the teacher as well, each with its reason. All others belong to the
@@ -58,6 +59,19 @@ def teacher_identity(model_args: Any, finetuning_args: DistillationArguments) ->
     return home, adapters, finetuning_args.teacher_model_quantization_bit
 
 
+def each_teacher(finetuning_args: DistillationArguments) -> list[DistillationArguments]:
+    """Return the arguments of each model that a run has as a teacher; one where all data sets have the same."""
+    models = finetuning_args.teacher_model
+    if not isinstance(models, dict):
+        return [finetuning_args]
+
+    found = []
+    for model in dict.fromkeys(models.values()):
+        found.append(copy(finetuning_args))
+        found[-1].teacher_model = model
+    return found
+
+
 def teacher_model_arguments(model_args: Any, finetuning_args: DistillationArguments) -> Any:
     """Return the host's model arguments for a teacher that is loaded: ours, and those that both models share."""
     from llamafactory.hparams import ModelArguments
@@ -94,11 +108,16 @@ def copy_model_arguments(source: Any, **changes: Any) -> Any:
 
 
 def check_fit(model_args: Any, data_args: Any, finetuning_args: DistillationArguments) -> None:
-    """Check, before any weight is read, that the teacher exists, is a causal LM and has the student's tokenizer.
+    """Check, before any weight is read, that each teacher exists, is a causal LM and has the student's tokenizer.
 
     Raises:
-        TeacherError: it does not fit.
+        TeacherError: one does not fit.
     """
+    for one in each_teacher(finetuning_args):
+        _check_fit(model_args, data_args, one)
+
+
+def _check_fit(model_args: Any, data_args: Any, finetuning_args: DistillationArguments) -> None:
     from llamafactory.model import load_config, load_tokenizer
 
     from llamafactory_sekd.teacher.teacher_files import check_adapter_files, check_is_causal, check_teacher_files
@@ -174,11 +193,27 @@ def load_teacher(model_args: Any, training_args: Any, finetuning_args: Distillat
 
 def online_teacher(
     model_args: Any, training_args: Any, finetuning_args: DistillationArguments, student: Any, used: int
-) -> tuple[Callable[[Any], Teacher], int]:
-    """Load a teacher that computes; return what makes it from the trainer's accelerator, and the rows to read.
+) -> tuple[Callable[[Any], TeacherSource], list[int]]:
+    """Load the teachers that compute; return what makes the run's from the trainer's accelerator, and rows to read.
 
     `used` are the ids that the tokenizer uses.
     """
+    from llamafactory_sekd.teacher import SeveralTeachers
+
+    models = finetuning_args.teacher_model
+    loaded = [_loaded(model_args, training_args, one, student, used) for one in each_teacher(finetuning_args)]
+    makers, rows = [make for make, _ in loaded], [count for _, count in loaded]
+    if not isinstance(models, dict):
+        return makers[0], rows
+
+    places = {model: place for place, model in enumerate(dict.fromkeys(models.values()))}
+    numbers = [places[model] for model in models.values()]
+    return lambda accelerator: SeveralTeachers([make(accelerator) for make in makers], list(models), numbers), rows
+
+
+def _loaded(
+    model_args: Any, training_args: Any, finetuning_args: DistillationArguments, student: Any, used: int
+) -> tuple[Callable[[Any], Teacher], int]:
     from llamafactory_sekd.teacher import SharedTeacher, Teacher, add_teacher_adapters, readable_rows
 
     if finetuning_args.teacher_model == SELF:

@@ -8,7 +8,7 @@ from typing import Any
 
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.host.cache import build_cache
-from llamafactory_sekd.host.teacher_prompts import names_of_data_sets
+from llamafactory_sekd.host.teacher_choice import check_teacher_of_each
 from llamafactory_sekd.ranks import position
 from llamafactory_sekd.teacher.cache import Settings
 
@@ -64,15 +64,5 @@ def _checked(config: dict[str, Any]) -> dict[str, str]:
                 f"`{key}: {config[key]}` cannot be used together with `{TEACHERS}`: remove one of them."
             )
 
-    names = names_of_data_sets(config.get("dataset")) + names_of_data_sets(config.get("eval_dataset"))
-    for name in names:
-        if name not in teachers:
-            raise ArgumentError(f"the data set {name} has no teacher: name its model under `{TEACHERS}`.")
-
-    for name in teachers:
-        if name not in names:
-            raise ArgumentError(
-                f"`{TEACHERS}.{name}` is no data set of this YAML, which has {', '.join(names)}: correct the name."
-            )
-
+    check_teacher_of_each(TEACHERS, teachers, config.get("dataset"), config.get("eval_dataset"))
     return {str(name): model for name, model in teachers.items()}

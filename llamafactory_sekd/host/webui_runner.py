@@ -127,8 +127,10 @@ def _check_teacher_files(args: dict[str, Any]) -> None:
     from llamafactory_sekd.teacher import check_teacher_files
     from llamafactory_sekd.teacher.cache import Manifest
 
-    if args.get("teacher_model"):
-        check_teacher_files(args["teacher_model"])
+    teacher = args.get("teacher_model")
+    if teacher:
+        for model in teacher.values() if isinstance(teacher, dict) else [teacher]:
+            check_teacher_files(model)
     elif not args.get("teacher_server"):  # with a teacher the cache may be empty
         for folder in cache_folders(args["teacher_cache"]):
             Manifest.load(Path(folder))

@@ -63,7 +63,8 @@ class Run:
         devices: how many take part.
         sharding: DeepSpeed's, None where every device keeps everything.
         accelerator: whether the devices are accelerators; otherwise each is a process in the machine's memory.
-        place: where the teacher is.
+        place: where the teacher is, and the others.
+        other_teachers: those of a run with a teacher for each data set, besides `teacher`.
     """
 
     student: Blueprint
@@ -80,3 +81,4 @@ class Run:
     sharding: Sharding | None = None
     accelerator: bool = True
     place: TeacherPlace = TeacherPlace()
+    other_teachers: tuple[Blueprint, ...] = ()

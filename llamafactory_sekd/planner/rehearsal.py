@@ -31,7 +31,7 @@ from llamafactory_sekd.objectives.products import as_on_an_accelerator
 from llamafactory_sekd.planner.contentless import AnswerQuestions, build_without_content, to_fake
 from llamafactory_sekd.planner.live_memory import LiveMemory
 from llamafactory_sekd.planner.planned_run import Run
-from llamafactory_sekd.planner.sizes import ModelSize, size_of
+from llamafactory_sekd.planner.sizes import ModelSize, size_of, total_size
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Rehearsal:
     """What a step needs beyond the models themselves.
 
     Attributes:
-        student, teacher: sizes of the models (the teacher's is None without one).
+        student, teacher: sizes of the models (the teacher's is None without one, and the sum of several).
         peak: bytes by purpose (`activations`, `gradients`, `objective`, `teacher`) when their sum is largest.
         fused: whether the objective is computed chunk by chunk in the head.
         obstacle: why the step could not be rehearsed (`peak` is empty then); empty where it could.
@@ -53,16 +53,20 @@ class Rehearsal:
 
 
 def rehearse(run: Run) -> Rehearsal:
-    """Build both models without content and take one step."""
+    """Build the models without content and take one step; of several teachers the largest answers."""
     student = build_without_content(run.student.build)
-    teacher = None if run.teacher is None else build_without_content(run.teacher.build)
+    blueprints = () if run.teacher is None else (run.teacher, *run.other_teachers)
+    teachers = [build_without_content(blueprint.build) for blueprint in blueprints]
     with FakeTensorMode(), AnswerQuestions():
         to_fake(student, run.engine_dtype)
-        student_size, teacher_size = size_of(student, run.student), None
-        if teacher is not None and run.teacher is not None:
-            quantized = run.teacher.quantization_bit is not None  # then DeepSpeed does not touch it
-            to_fake(teacher, None if quantized else run.engine_dtype)
-            teacher_size = size_of(teacher, run.teacher)
+        student_size, sizes = size_of(student, run.student), []
+        for model, blueprint in zip(teachers, blueprints, strict=True):
+            quantized = blueprint.quantization_bit is not None  # then DeepSpeed does not touch it
+            to_fake(model, None if quantized else run.engine_dtype)
+            sizes.append(size_of(model, blueprint))
+
+        teacher_size = total_size(sizes) if sizes else None
+        teacher = teachers[max(range(len(sizes)), key=lambda place: sizes[place].parameters)] if sizes else None
 
         try:
             peak, fused = _Stage(run, student, teacher).step()

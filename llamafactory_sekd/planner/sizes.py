@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -55,6 +56,16 @@ def size_of(model: nn.Module, blueprint: Blueprint) -> ModelSize:
         head=head.weight.numel(),
         item_size=head.weight.itemsize,
     )
+
+
+def total_size(sizes: Sequence[ModelSize]) -> ModelSize:
+    """Return the size of frozen models that are kept together and compute one after the other."""
+    largest = max(sizes, key=lambda size: size.largest_leaf)
+    sums = {
+        key: sum(getattr(size, key) for size in sizes)
+        for key in ("parameters", "trainable", "bytes", "trainable_bytes", "head")
+    }
+    return replace(largest, **sums)
 
 
 def _saved_by_quantization(model: nn.Module, head: nn.Module, blueprint: Blueprint) -> int:

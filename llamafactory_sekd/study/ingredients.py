@@ -62,6 +62,8 @@ def of_evaluation(
 
 
 def _names(value: Any) -> list[str]:
+    if isinstance(value, Mapping):  # a teacher for each data set
+        return [str(name).strip() for name in value.values()]
     names = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []
     return [str(name).strip() for name in names]
 

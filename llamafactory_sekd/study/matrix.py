@@ -131,7 +131,9 @@ def _with_cache(config: dict[str, Any], spec: Spec) -> dict[str, Any]:
     if spec.teacher_cache is None or not _is_ours(config):
         return config
     kept = {key: value for key, value in config.items() if key not in _LOADED_TEACHER}
-    return {**kept, "teacher_cache": str(spec.teacher_cache.folder)}
+    folder, teachers = spec.teacher_cache.folder, config.get("teacher_model")
+    folders = [folder / name for name in teachers] if isinstance(teachers, Mapping) else [folder]  # as `sekd cache`
+    return {**kept, "teacher_cache": ",".join(map(str, folders))}
 
 
 def _check(config: Mapping[str, Any], name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llamafactory_sekd.teacher.model import Teacher
 from llamafactory_sekd.teacher.placement import Placement, engine_config
+from llamafactory_sekd.teacher.several_teachers import NumberCollator, SeveralTeachers
 from llamafactory_sekd.teacher.shared import SharedTeacher, add_teacher_adapters
 from llamafactory_sekd.teacher.source import TeacherSource
 from llamafactory_sekd.teacher.teacher_files import check_teacher_files
@@ -11,7 +12,9 @@ from llamafactory_sekd.teacher.vocabulary import check_tokenizers, common_vocabu
 
 
 __all__ = [
+    "NumberCollator",
     "Placement",
+    "SeveralTeachers",
     "SharedTeacher",
     "Teacher",
     "TeacherSource",

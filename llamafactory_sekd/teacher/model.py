@@ -18,7 +18,7 @@ from llamafactory_sekd.lm_head import (
     whole_parameters,
 )
 from llamafactory_sekd.objectives import IDENTITY, LogitsSource, LogitTransform
-from llamafactory_sekd.teacher.placement import Placement, place
+from llamafactory_sekd.teacher.placement import Placement, is_flat, is_sharded, place
 from llamafactory_sekd.teacher.source import Answers, product
 
 
@@ -42,6 +42,7 @@ class Teacher:
         self.device = placement.device
         self.model: nn.Module = place(model, self.head, accelerator, placement)
         self.model.eval()
+        self.is_sharded = is_sharded(self.model)
 
     def announce(self, batches: Sequence[dict[str, Any]]) -> None:
         """Do nothing: a model that computes when it is asked."""
@@ -51,7 +52,7 @@ class Teacher:
 
         None as well where the head cannot be read outside of a forward pass.
         """
-        if not is_plain_product(self.head) or _is_flat(self.model):
+        if not is_plain_product(self.head) or is_flat(self.model):
             return None
         with self._speaking():
             return logit_transform(self.model, self.head, self._there(inputs))
@@ -115,10 +116,3 @@ class Teacher:
     def _there(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return a batch on the teacher's device."""
         return inputs if self.device is None else send_to_device(inputs, self.device)
-
-
-def _is_flat(model: nn.Module) -> bool:
-    """FSDP1 keeps parameters in one flat tensor, which is gathered only inside of a forward pass."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    return isinstance(model, FullyShardedDataParallel)

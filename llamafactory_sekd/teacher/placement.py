@@ -107,6 +107,21 @@ def is_quantized(model: nn.Module) -> bool:
     return bool(getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False))
 
 
+def is_flat(model: nn.Module) -> bool:
+    """FSDP1 keeps parameters in one flat tensor, which is gathered only inside of a forward pass."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return isinstance(model, FullyShardedDataParallel)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a forward pass of a placed model needs all ranks (ZeRO-3, FSDP)."""
+    from torch.distributed.tensor import DTensor
+
+    of_parameters = any(hasattr(part, "ds_id") or isinstance(part, DTensor) for part in model.parameters())
+    return of_parameters or is_flat(model)
+
+
 def _shard_by_fsdp(model: nn.Module, accelerator: Any) -> nn.Module:
     if getattr(accelerator, "is_fsdp2", False):
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model

@@ -25,13 +25,14 @@ from transformers.utils import logging
 from llamafactory_sekd.errors import ArgumentError, DataError
 from llamafactory_sekd.files import write_atomic
 from llamafactory_sekd.objectives import IGNORE_INDEX, TokenStatistics
+from llamafactory_sekd.teacher.several_teachers import TEACHER_NUMBER
 from llamafactory_sekd.trainer.sampling import InverseTransform, RowDraws, Sampling, as_generator, uniforms_of
 
 
 logger = logging.get_logger(__name__)
 
 OWN = "own_sample"  # bool [batch], in a batch: the rows whose response is the student's own
-_TEXT_KEYS = {"input_ids", "attention_mask", "labels"}
+_TEXT_KEYS = {"input_ids", "attention_mask", "labels", TEACHER_NUMBER}
 _SHOWN = 8  # samples of a step that are looked at and written down
 # The sums of a logging window: examples, own samples, tokens of both and of the references, truncated ones, seconds;
 # samples looked at, loops and other languages among them; tokens judged, and their -log q.

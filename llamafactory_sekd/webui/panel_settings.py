@@ -14,6 +14,7 @@ from llamafactory_sekd.errors import ArgumentError
 NO_QUANTIZATION = "none"
 COMPILE = {AUTO: None, "true": True, "false": False}
 _ON_POLICY = ("kd_on_policy", "kd_on_policy_truncated")
+_MAPPINGS = ("kd_loss", "teacher_model")  # a name, or a mapping on one line
 
 
 def unused_keys(kd_loss: Any) -> frozenset[str]:
@@ -47,8 +48,8 @@ def _plain(key: str, value: Any) -> Any:
     if key == "kd_compile":
         return COMPILE[value]
 
-    if key == "kd_loss":
-        return _objective(value)
+    if key in _MAPPINGS:
+        return _mapping(key, value)
 
     if isinstance(value, list):
         return ",".join(value)
@@ -66,9 +67,10 @@ def _plain(key: str, value: Any) -> Any:
         return text  # the checks refuse it, in words that name the key
 
 
-def _objective(value: Any) -> Any:
+def _mapping(key: str, value: Any) -> Any:
+    value = value.strip() or None if isinstance(value, str) else value
     try:
-        return DistillationArguments(kd_loss=value).kd_loss
+        return getattr(DistillationArguments(**{key: value}), key)
     except ArgumentError:
         return value  # the checks refuse it, in words that name the key
 

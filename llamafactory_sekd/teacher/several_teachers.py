@@ -1,0 +1,137 @@
+"""Several models in one process, each the teacher of its own data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from llamafactory_sekd.objectives import LogitsSource
+from llamafactory_sekd.ranks import on_any_rank
+from llamafactory_sekd.teacher.mixture import MixedLogits
+from llamafactory_sekd.teacher.model import Teacher
+from llamafactory_sekd.teacher.source import Answers
+
+
+TEACHER_NUMBER = "teacher_number"  # int64 [batch], in a batch: the number of each example's data set
+# A batch of these alone can be parted by example; what belongs to images cannot.
+_BY_EXAMPLE = {"input_ids", "attention_mask", "position_ids"}
+
+
+class SeveralTeachers:
+    """Asks about each example the teacher of its data set; see :class:`TeacherSource`.
+
+    Args:
+        teachers: the models, each once.
+        names: of the data sets.
+        numbers: of each data set's teacher, its place in `teachers`.
+    """
+
+    collated_keys: tuple[str, ...] = (TEACHER_NUMBER,)
+
+    def __init__(self, teachers: Sequence[Teacher], names: Sequence[str], numbers: Sequence[int]) -> None:
+        self.teachers = teachers
+        self.names = tuple(names)
+        self.numbers = torch.tensor(list(numbers))
+
+    def announce(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Do nothing: models that compute when they are asked."""
+
+    def can_answer_in_chunks(self, inputs: dict[str, Any]) -> bool:
+        """Whether all of them can; each looks at itself, so none is left out."""
+        plain = _without_numbers(inputs)
+        can = [teacher.can_answer_in_chunks(plain) for teacher in self.teachers]
+        return all(can)
+
+    def logits(self, inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
+        """Logits ``[tokens, vocab]``, over as many ids as all of the teachers that were asked have."""
+        knows = self._who(inputs, rows)
+        parts = self._of_each(inputs, rows, lambda teacher, batch, wanted: teacher.logits(batch, wanted))
+        vocab_size = min(part.shape[-1] for _, part in parts)
+        out = parts[0][1].new_empty(len(knows), vocab_size)
+        for number, part in parts:
+            out[knows[:, number]] = part[:, :vocab_size].to(out.dtype)
+        return out
+
+    def answers(self, inputs: dict[str, Any], rows: torch.Tensor) -> Answers:
+        """One forward pass of each teacher that has an example in the batch."""
+        knows = self._who(inputs, rows)
+        parts = self._of_each(inputs, rows, lambda teacher, batch, wanted: teacher.answers(batch, wanted))
+        known = knows[:, [number for number, _ in parts]]
+
+        @contextmanager
+        def opened(vocab_size: int | None) -> Iterator[LogitsSource]:
+            with ExitStack() as heads:
+                sources = [heads.enter_context(answer(vocab_size)) for _, answer in parts]
+                yield sources[0] if len(sources) == 1 else MixedLogits(sources, known)
+
+        return opened
+
+    def who_answers(self, inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
+        """Of which data set each response token is, bool ``[tokens, data sets]``."""
+        return _per_token(inputs[TEACHER_NUMBER], rows, len(self.names))
+
+    def _who(self, inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
+        """Return which teacher answers each response token, bool ``[tokens, teachers]``."""
+        return _per_token(self._teacher_of(inputs), rows, len(self.teachers))
+
+    def _teacher_of(self, inputs: dict[str, Any]) -> torch.Tensor:
+        numbers = inputs[TEACHER_NUMBER]
+        return self.numbers.to(numbers.device)[numbers]
+
+    def _of_each(
+        self, inputs: dict[str, Any], rows: torch.Tensor, ask: Callable[[Teacher, dict[str, Any], torch.Tensor], Any]
+    ) -> list[tuple[int, Any]]:
+        """Ask each teacher about its examples, and return the numbers of those that were asked with what they said.
+
+        A teacher without an example here reads the first one, for nothing, where its weights are shared out: all
+        ranks gather them together.
+        """
+        plain, of_row = _without_numbers(inputs), self._teacher_of(inputs)
+        found = []
+        for number, teacher in enumerate(self.teachers):
+            own = of_row == number
+            asked = own.any()
+            if not (on_any_rank(asked) if teacher.is_sharded else bool(asked)):
+                continue
+            examples = own.nonzero().squeeze(-1) if bool(asked) else own.new_zeros(1, dtype=torch.int64)
+            wanted = rows & own.unsqueeze(-1)
+            if set(plain) <= _BY_EXAMPLE and all(len(value) == len(rows) for value in plain.values()):
+                part = {name: value[examples] for name, value in plain.items()}
+                found.append((number, ask(teacher, part, wanted[examples])))
+            else:
+                found.append((number, ask(teacher, plain, wanted)))
+
+        return found
+
+
+class NumberCollator:
+    """Wraps a collator: the numbers of the examples' data sets travel next to what the host puts together."""
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], Any]) -> None:
+        self.collate = collate
+
+    def __getattr__(self, name: str) -> Any:
+        # The host asks its collator for the template and the like.
+        if name.startswith("__") or name == "collate":
+            raise AttributeError(name)
+        return getattr(self.collate, name)
+
+    def __call__(self, features: list[dict[str, Any]]) -> Any:
+        """Collate as the host does and add the numbers."""
+        numbers = [feature[TEACHER_NUMBER] for feature in features]
+        batch = self.collate([_without_numbers(feature) for feature in features])
+        batch[TEACHER_NUMBER] = torch.tensor(numbers, dtype=torch.int64)
+        return batch
+
+
+def _without_numbers(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name != TEACHER_NUMBER}
+
+
+def _per_token(numbers: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Return bool ``[tokens, count]`` from a number for each row, ``[batch]``."""
+    of_token = numbers.to(rows.device)[rows.nonzero()[:, 0]]
+    return of_token.unsqueeze(-1) == torch.arange(count, device=rows.device)
