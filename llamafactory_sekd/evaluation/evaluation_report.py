@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from llamafactory_sekd.evaluation.cost_tables import costs_section
 from llamafactory_sekd.evaluation.evaluation_results import Evaluated
+from llamafactory_sekd.evaluation.part_tables import parts_section
+from llamafactory_sekd.evaluation.score_cells import columns_of, row_of, score_entry, shown_metrics
 from llamafactory_sekd.evaluation.scores import SURFACE_METRICS
 from llamafactory_sekd.evaluation.sentence_examples import Example, most_different
-from llamafactory_sekd.evaluation.significance import SAMPLES, TRIALS, is_significant
+from llamafactory_sekd.evaluation.significance import SAMPLES, TRIALS
 from llamafactory_sekd.files import write_atomic, write_json
 from llamafactory_sekd.reporting.document import (
     NOTHING,
@@ -19,28 +21,22 @@ from llamafactory_sekd.reporting.document import (
     Entry,
     Line,
     Passage,
-    Plot,
     Row,
     Section,
     Span,
     Table,
 )
-from llamafactory_sekd.reporting.figures import INK, canvas, distinct_looks, finish
 from llamafactory_sekd.reporting.html import render_html
 from llamafactory_sekd.reporting.latex import render_latex
 from llamafactory_sekd.reporting.markdown import render_markdown
 from llamafactory_sekd.reporting.metric_labels import (
-    AVERAGE,
     GUARD_LABELS,
     MARKS,
-    MetricLook,
-    best_of,
     guard_is_alarming,
     metric_label,
     metric_look,
     number,
     p_text,
-    significance_mark,
 )
 from llamafactory_sekd.reporting.terminal import print_document
 
@@ -71,8 +67,8 @@ def build_document(data: Evaluated, results: dict[str, Any]) -> Document:
     sections = [
         *_scores(results),
         _significance(results),
-        _domains(results),
-        _costs(results),
+        parts_section(results),
+        costs_section(results),
         _similarity(results),
         _guards(results),
         _examples(data),
@@ -104,19 +100,9 @@ def _facts(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         )
 
 
-def columns_of(results: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the directions and, where there are several, the average."""
-    directions = tuple(results["directions"])
-    return (*directions, AVERAGE) if len(directions) > 1 else directions
-
-
-def _shown_metrics(results: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(metric for metric in results["metrics"] if metric not in results["skipped"])
-
-
 def _scores(results: Mapping[str, Any]) -> Iterator[Section]:
     """Yield the paper's table, and chrF2 in a table of its own where the metrics of the paper are there."""
-    metrics = _shown_metrics(results)
+    metrics = shown_metrics(results)
     main = tuple(metric for metric in metrics if metric != "chrf") or metrics
     left_out = [f"{metric_label(metric)} was skipped: {reason}" for metric, reason in results["skipped"].items()]
     alarm = " ".join([*left_out, *results["notes"]])
@@ -134,8 +120,8 @@ def _note(results: Mapping[str, Any]) -> str:
     note = ""
     if results["baseline"] is not None:
         test = "paired bootstrap" if results["test"] == "paired_bs" else "paired approximate randomization"
-        resampled = [metric_label(m) for m in _shown_metrics(results) if m in SURFACE_METRICS]
-        by_model = [metric_label(m) for m in _shown_metrics(results) if m not in SURFACE_METRICS]
+        resampled = [metric_label(m) for m in shown_metrics(results) if m in SURFACE_METRICS]
+        by_model = [metric_label(m) for m in shown_metrics(results) if m not in SURFACE_METRICS]
         how = [f"{_and(resampled)} by {test}"] if resampled else []
         how += [f"{_and(by_model)} by a paired t-test, and over all directions by {test}"] if by_model else []
         note = (
@@ -145,8 +131,8 @@ def _note(results: Mapping[str, Any]) -> str:
         )
     note += "The best score of a column is bold"
     note += ", the teacher aside." if results["teacher"] is not None else "."
-    note += " COMET is shown times 100." if any(m.startswith("comet") for m in _shown_metrics(results)) else ""
-    lower = [metric_label(m) for m in _shown_metrics(results) if not metric_look(m).higher_is_better]
+    note += " COMET is shown times 100." if any(m.startswith("comet") for m in shown_metrics(results)) else ""
+    lower = [metric_label(m) for m in shown_metrics(results) if not metric_look(m).higher_is_better]
     return note + (f" Of {_and(lower)}, lower is better." if lower else "")
 
 
@@ -166,68 +152,55 @@ def _score_tables(results: Mapping[str, Any], metrics: Sequence[str]) -> Iterato
 def _score_table(results: Mapping[str, Any], metrics: Sequence[str]) -> Table:
     pairs = [(column, metric) for column in columns_of(results) for metric in metrics]
     columns = tuple(Column(metric_label(metric), column) for column, metric in pairs)
-    rows = (_row(results, name, [score_entry(results, name, *pair) for pair in pairs]) for name in results["systems"])
-    return Table(("system",), columns, tuple(rows), title=results["task"])
-
-
-def _row(results: Mapping[str, Any], name: str, entries: Sequence[Entry], *names: str) -> Row:
-    roles = [role for role in ("baseline", "teacher") if name == results[role]]
-    return Row((name, *names), tuple(entries), " ".join(roles))
-
-
-def score_entry(results: Mapping[str, Any], name: str, column: str, metric: str) -> Entry:
-    """Return a score with its interval, its difference to the baseline and the mark of the test.
-
-    The teacher takes no part in the best of a column, for it nearly always wins.
-    """
-    look = metric_look(metric)
-    everyone = {system: entry["scores"][column][metric] for system, entry in results["systems"].items()}
-    value, baseline = everyone[name], results["baseline"]
-    if value is None:
-        return NOTHING
-    rivals = [score for system, score in everyone.items() if score is not None and system != results["teacher"]]
-    best = len(rivals) > 1 and name != results["teacher"] and value == best_of(metric, rivals)
-    test = results["significance"].get(name, {}).get(column, {}).get(metric, {})
-    spread = number(test["ci"] * look.scale, look.digits) if test.get("ci") is not None else ""
-    shown = number(value * look.scale, look.digits)
-    if baseline is None or name == baseline or everyone[baseline] is None:
-        return Entry(shown, spread, best=best)
-    difference = value - everyone[baseline]
-    significant = is_significant(test.get("p_holm"), test.get("low"), test.get("high"))
-    return Entry(
-        shown,
-        spread,
-        mark=significance_mark(metric, difference, significant, look.digits),
-        small=number(difference * look.scale, look.digits, sign=True),
-        best=best,
-        hint=_hint(test, look),
+    rows = (
+        row_of(results, name, [score_entry(results, name, *pair) for pair in pairs]) for name in results["systems"]
     )
-
-
-def _hint(test: Mapping[str, Any], look: MetricLook) -> str:
-    if test.get("p") is None:
-        return ""
-    low, high = (number(test[end] * look.scale, 2) for end in ("low", "high"))
-    return f"95 % interval of the difference {low} to {high}, p = {test['p']:.4f}, corrected {test['p_holm']:.4f}"
+    return Table(("system",), columns, tuple(rows), title=results["task"])
 
 
 def _significance(results: Mapping[str, Any]) -> Section | None:
     """List p of every test: hovering over a score does not print."""
     if len(results["significance"]) < 2:
         return None
-    pairs = [(column, metric) for column in columns_of(results) for metric in _shown_metrics(results)]
+    pairs = [(column, metric) for column in columns_of(results) for metric in shown_metrics(results)]
     rows = tuple(
-        _row(results, name, [_p_entry(results, name, *pair) for pair in pairs])
+        row_of(results, name, [_p_entry(results, name, *pair) for pair in pairs])
         for name in results["significance"]
         if name != results["baseline"]
     )
     columns = tuple(Column(f"p, {metric_label(metric)}", column) for column, metric in pairs)
+    table = Table(("system",), columns, rows)
     trials = f"{SAMPLES:,} resamples" if results["test"] == "paired_bs" else f"{TRIALS:,} trials"
     note = (
         f"p of the paired tests against the baseline {results['baseline']} ({trials}), corrected for the number of "
         "systems by Holm; below it, p of the test alone."
     )
-    return Section("Significance", note, tables=(Table(("system",), columns, rows),))
+    if not any(results["noticed"].values()):
+        return Section("Significance", note, tables=(table,))
+    note += (
+        " “Noticed by people” is of a hundred pairs of systems with the same difference the number that people put in "
+        "the same order (Kocmi et al., 2024, over 94 languages); 50 % is a coin toss. It says nothing of this test "
+        "set's sentences, as p does; of BLEU and chrF2 it holds where systems are related, as students of one kind."
+    )
+    return Section("Significance", note, tables=(table, _noticed_table(results)))
+
+
+def _noticed_table(results: Mapping[str, Any]) -> Table:
+    first = next(iter(results["noticed"].values()))
+    metrics = [metric for metric in shown_metrics(results) if metric in first[columns_of(results)[-1]]]
+    pairs = [(column, metric) for column in columns_of(results) for metric in metrics]
+    rows = tuple(
+        row_of(results, name, [_noticed_entry(found[column].get(metric)) for column, metric in pairs])
+        for name, found in results["noticed"].items()
+    )
+    columns = tuple(Column(metric_label(metric), column) for column, metric in pairs)
+    return Table(("system",), columns, rows, "Noticed by people")
+
+
+def _noticed_entry(share: float | None) -> Entry:
+    if share is None:
+        return NOTHING
+    return Entry(f"{100 * share:.0f} %" if share > 0.5 else "≤ 50 %")
 
 
 def _p_entry(results: Mapping[str, Any], name: str, column: str, metric: str) -> Entry:
@@ -240,94 +213,13 @@ def _p_entry(results: Mapping[str, Any], name: str, column: str, metric: str) ->
     return Entry(p_text(test["p_holm"]), small=p_text(test["p"]) if several else "")
 
 
-def _domains(results: Mapping[str, Any]) -> Section | None:
-    """Show the scores of each domain, where the test set knows them."""
-    tables = []
-    for direction, domains in results["by_domain"].items():
-        for place, metric in enumerate(_shown_metrics(results)):
-            columns = tuple(Column(f"{name or 'no domain'} ({one['sentences']:,})") for name, one in domains.items())
-            rows = tuple(
-                _row(results, name, [_plain_entry(one["scores"][name][metric], metric) for one in domains.values()])
-                for name in results["systems"]
-            )
-            title = f"{metric_label(metric)}, {direction}"
-            tables.append(Table(("system",), columns, rows, title, folded=place > 0))
-    if not tables:
-        return None
-    return Section("By domain", "In brackets: how many sentences a domain has.", tables=tuple(tables))
-
-
-def _plain_entry(value: float, metric: str) -> Entry:
-    look = metric_look(metric)
-    return Entry(number(value * look.scale, look.digits))
-
-
-def _costs(results: Mapping[str, Any]) -> Section | None:
-    """Show what each model takes, and its quality against its size."""
-    found = {name: entry["cost"] for name, entry in results["systems"].items() if entry["cost"]}
-    if not found:
-        return None
-    column = columns_of(results)[-1]
-    metrics = _shown_metrics(results)[-1:]  # the last one is a model's, where there is one
-    rows = tuple(
-        _row(
-            results,
-            name,
-            [
-                *(score_entry(results, name, column, metric) for metric in metrics),
-                _amount(cost["parameters"], 1e6),
-                _amount(cost["disk_bytes"], 1e9),
-                _amount(cost["sentences_per_second"], 1),
-                _amount(cost["peak_memory"], 1e9),
-            ],
-        )
-        for name, cost in found.items()
-    )
-    names = ("parameters (M)", "on disk (GB)", "sentences/s", "GPU memory (GB)")
-    columns = (*(Column(f"{metric_label(metric)}, {column}") for metric in metrics), *map(Column, names))
-    plots = tuple(plot for metric in metrics if (plot := _cost_plot(results, found, metric, column)) is not None)
-    note = (
-        "Parameters and bytes are those of the model's files, adapters included; speed is over all directions and "
-        "processes, and memory the most that one GPU had to hold, as this run measured them."
-    )
-    return Section("Quality and cost", note, tables=(Table(("system",), columns, rows),), plots=plots)
-
-
-def _amount(value: float | None, unit: float) -> Entry:
-    return (
-        NOTHING if value is None else Entry(f"{value / unit:,.3g}" if value / unit < 1000 else f"{value / unit:,.0f}")
-    )
-
-
-def _cost_plot(
-    results: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]], metric: str, column: str
-) -> Plot | None:
-    """Draw a metric against the parameters; None where fewer than two systems have both."""
-    look = metric_look(metric)
-    points = {
-        name: (cost["parameters"] / 1e6, results["systems"][name]["scores"][column][metric] * look.scale)
-        for name, cost in found.items()
-        if cost["parameters"] and results["systems"][name]["scores"][column][metric] is not None
-    }
-    if len(points) < 2:
-        return None
-    with canvas(height=3.4) as (figure, (axes,)):
-        for (name, (size, score)), how in zip(points.items(), itertools.cycle(distinct_looks()), strict=False):
-            axes.plot([size], [score], how.marker, color=how.color, markersize=8)
-            axes.annotate(name, (size, score), (8, 4), textcoords="offset points", color=INK, fontsize=9.5)
-        axes.set_xscale("log")
-        axes.margins(x=0.25, y=0.2)
-        axes.set(xlabel="parameters (millions)", ylabel=f"{metric_label(metric)}, {column}", title="Quality and size")
-        return finish(figure, "cost", f"{metric_label(metric)} ({column}) against the number of parameters.")
-
-
 def _similarity(results: Mapping[str, Any]) -> Section | None:
     found = {name: entry["similarity"] for name, entry in results["systems"].items() if entry["similarity"]}
     if not found:
         return None
     columns = columns_of(results)
     rows = tuple(
-        _row(results, name, [_similarity_entry(values[column]) for column in columns])
+        row_of(results, name, [_similarity_entry(values[column]) for column in columns])
         for name, values in found.items()
     )
     note = f"BLEU with the translations of {results['teacher']} as references: how closely a student follows it."
@@ -346,7 +238,7 @@ def _guards(results: Mapping[str, Any]) -> Section:
     shown = [guard for guard in GUARD_LABELS if any(found[guard] is not None for _, _, found in everyone)]
     shown = [guard for guard in shown if guard != "thoughts" or any(found[guard] for _, _, found in everyone)]
     rows = tuple(
-        _row(results, name, [_guard(guard, found[guard]) for guard in shown], direction)
+        row_of(results, name, [_guard(guard, found[guard]) for guard in shown], direction)
         for direction, name, found in everyone
     )
     note = (

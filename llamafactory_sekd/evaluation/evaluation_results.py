@@ -17,7 +17,9 @@ from llamafactory_sekd.evaluation.costs import Cost
 from llamafactory_sekd.evaluation.evaluation_settings import Settings
 from llamafactory_sekd.evaluation.guards import inspect
 from llamafactory_sekd.evaluation.interference import interfering
-from llamafactory_sekd.evaluation.scores import SURFACE_METRICS, mean, score_corpus, surface_metric, tokenizer_note
+from llamafactory_sekd.evaluation.noticed import noticed
+from llamafactory_sekd.evaluation.parts import by_part
+from llamafactory_sekd.evaluation.scores import mean, score_corpus, surface_metric, tokenizer_note
 from llamafactory_sekd.evaluation.segment_scores import SegmentScorer, Texts, segment_file
 from llamafactory_sekd.evaluation.significance import (
     Paired,
@@ -66,7 +68,8 @@ def build_results(data: Evaluated) -> dict[str, Any]:
     segments = _segments(data)
     signatures: dict[str, dict[str, str]] = {str(direction): {} for direction in data.test_sets}
     systems = {name: _system(data, name, segments, signatures) for name in data.hypotheses}
-    significance = _significance(data, segments, signatures)
+    statistics = _statistics(data, segments)
+    significance = _significance(data, segments, statistics, signatures)
     return {
         "schema_version": SCHEMA_VERSION,
         "task": data.settings.task,
@@ -91,7 +94,8 @@ def build_results(data: Evaluated) -> dict[str, Any]:
         },
         "systems": systems,
         "significance": significance,
-        "by_domain": _by_domain(data, segments),
+        "noticed": noticed(systems, data.settings),
+        **by_part(data.test_sets, statistics),
         "signatures": signatures,
         "fingerprints": {
             name: {str(direction): done.fingerprint for direction, done in by_direction.items()}
@@ -237,8 +241,27 @@ def _similarity(data: Evaluated, name: str, signatures: dict[str, dict[str, str]
     return {**result, AVERAGE: mean(list(result.values()))}
 
 
+def _statistics(data: Evaluated, segments: _Segments) -> dict[str, dict[str, list[Statistics]]]:
+    """Return ``{metric: {system: the statistics of each direction}}``."""
+
+    def of(name: str, direction: Direction, metric: str) -> Statistics:
+        if metric in data.scorers:
+            return segment_statistics(segments[metric, name, direction])
+        references = data.test_sets[direction].reference_sets
+        lines = data.hypotheses[name][direction].lines
+        return corpus_statistics(_surface(data, metric, direction), lines, *references)
+
+    return {
+        metric: {name: [of(name, direction, metric) for direction in data.test_sets] for name in data.hypotheses}
+        for metric in data.metrics
+    }
+
+
 def _significance(
-    data: Evaluated, segments: _Segments, signatures: dict[str, dict[str, str]]
+    data: Evaluated,
+    segments: _Segments,
+    statistics: Mapping[str, Mapping[str, list[Statistics]]],
+    signatures: dict[str, dict[str, str]],
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Return ``{system: {direction or average: {metric: …}}}`` against the baseline, which has mean and interval."""
     baseline, directions = data.settings.baseline, tuple(data.test_sets)
@@ -249,11 +272,7 @@ def _significance(
     for metric in data.metrics:
         others = ", ".join(name for name in data.hypotheses if name != baseline)
         logger.info("Significance of %s: %s against %s", metric, others, baseline)
-        statistics = {
-            name: [_statistics(data, name, direction, metric, segments) for direction in directions]
-            for name in data.hypotheses
-        }
-        tests = PairedTests(data.settings.significance, baseline, statistics)
+        tests = PairedTests(data.settings.significance, baseline, statistics[metric])
         for index, direction in enumerate(directions):
             if metric in data.scorers:
                 found = _segment_tests(data, metric, direction, segments, tests.direction(index))
@@ -267,13 +286,6 @@ def _significance(
             for name, paired in tests.average().items():
                 result[name][AVERAGE][metric] = asdict(paired)
     return result
-
-
-def _statistics(data: Evaluated, name: str, direction: Direction, metric: str, segments: _Segments) -> Statistics:
-    if metric in data.scorers:
-        return segment_statistics(segments[metric, name, direction])
-    references = data.test_sets[direction].reference_sets
-    return corpus_statistics(_surface(data, metric, direction), data.hypotheses[name][direction].lines, *references)
 
 
 def _scored(data: Evaluated, metric: str, direction: Direction) -> Any:
@@ -301,32 +313,6 @@ def _segment_tests(
     }
     tests = {name: {**test, "p_holm": corrected[name], **kept[name]} for name, test in found.items()}
     return {baseline: kept[baseline], **tests}
-
-
-def _by_domain(data: Evaluated, segments: _Segments) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-    """Return ``{direction: {domain: {"sentences": …, "scores": {system: {metric: …}}}}}``, where domains are known."""
-    result: dict[str, dict[str, Any]] = {}
-    for direction, test_set in data.test_sets.items():
-        for domain in dict.fromkeys(test_set.domains):
-            places = [index for index, name in enumerate(test_set.domains) if name == domain]
-            scores = {
-                name: {metric: _part(data, name, direction, metric, places, segments) for metric in data.metrics}
-                for name in data.hypotheses
-            }
-            result.setdefault(str(direction), {})[domain] = {"sentences": len(places), "scores": scores}
-    return result
-
-
-def _part(
-    data: Evaluated, name: str, direction: Direction, metric: str, places: list[int], segments: _Segments
-) -> float:
-    """Return the score of some sentences."""
-    if metric not in SURFACE_METRICS:
-        values = segments[metric, name, direction]
-        return sum(values[index] for index in places) / len(places)
-    lines = data.hypotheses[name][direction].lines
-    references = [[texts[index] for index in places] for texts in data.test_sets[direction].reference_sets]
-    return score_corpus(_surface(data, metric, direction), [lines[index] for index in places], *references).value
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:

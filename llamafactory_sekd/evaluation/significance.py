@@ -77,7 +77,8 @@ def corpus_statistics(metric: Metric, hypotheses: Sequence[str], *references: Se
 
 def segment_statistics(scores: Sequence[float]) -> Statistics:
     """Return the statistics of a metric that is the mean of its segment scores."""
-    return Statistics(np.asarray(scores, dtype="float64")[:, None], lambda sums: float(sums[0]) / len(scores))
+    rows = np.stack([np.asarray(scores, dtype="float64"), np.ones(len(scores))], axis=1)
+    return Statistics(rows, lambda sums: float(sums[0] / sums[1]))
 
 
 def bootstrap_weights(sentences: int, samples: int = SAMPLES) -> np.ndarray:
