@@ -14,7 +14,6 @@ It is written last, so its presence says that a run was finished. Its keys:
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,7 +24,8 @@ import llamafactory_sekd
 from llamafactory_sekd.data.checks import Findings
 from llamafactory_sekd.data.resumable import Written
 from llamafactory_sekd.errors import DataError, one_line
-from llamafactory_sekd.files import sha256_of, write_atomic
+from llamafactory_sekd.files import write_atomic
+from llamafactory_sekd.fingerprints import sha256, sha256_of
 
 
 FORMAT = 1
@@ -137,7 +137,7 @@ def _holds(file: Path, data: bytes | Written) -> bool:
 def _measures(data: bytes | Written) -> tuple[int, str]:
     if isinstance(data, Written):
         return data.size, data.sha256
-    return len(data), hashlib.sha256(data).hexdigest()
+    return len(data), sha256(data)
 
 
 def _manifest(request: dict[str, Any], product: Product) -> dict[str, Any]:

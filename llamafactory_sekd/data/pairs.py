@@ -19,7 +19,8 @@ from llamafactory_sekd.data.prompts import PARROT, PLAIN, Prompt
 from llamafactory_sekd.data.readers import Meter, json_pairs, text_pairs, tsv_pairs
 from llamafactory_sekd.data.resumable import ResumableFile, Written
 from llamafactory_sekd.errors import ArgumentError, DataError
-from llamafactory_sekd.files import locked, sha256_of
+from llamafactory_sekd.files import locked
+from llamafactory_sekd.fingerprints import sha256_of
 
 
 # What is done, bytes read, bytes in all, pairs read.

@@ -12,7 +12,7 @@ from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.layout import alma_files, alma_root, alma_stem, read_alma
 from llamafactory_sekd.data.readers import pair_from_record
 from llamafactory_sekd.errors import DataError
-from llamafactory_sekd.files import sha256_of
+from llamafactory_sekd.fingerprints import sha256_of
 
 
 LICENSE = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from llamafactory_sekd.data.layout import (
 )
 from llamafactory_sekd.data.readers import read_json_records, read_lines, read_text_pairs
 from llamafactory_sekd.errors import DataError, EvaluationError, one_line
+from llamafactory_sekd.fingerprints import sha256
 
 
 @dataclass(frozen=True)
@@ -226,13 +226,13 @@ def _read_sacrebleu(task: str, direction: Direction) -> _Found:
 def _test_set(task: str, direction: Direction, pairs: list[Pair], found: _Found) -> TestSet:
     sources = tuple(pair.source for pair in pairs)
     references = tuple(pair.target for pair in pairs) if found.has_references else ()
-    content = json.dumps([sources, references, *found.more_references], ensure_ascii=False).encode("utf-8")
+    content = json.dumps([sources, references, *found.more_references], ensure_ascii=False)
     return TestSet(
         task,
         direction,
         sources,
         references,
-        hashlib.sha256(content).hexdigest(),
+        sha256(content),
         found.more_references,
         found.documents,
         found.domains,

@@ -29,7 +29,8 @@ from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.noise import Pair, spoil
 from llamafactory_sekd.data.prompts import record
 from llamafactory_sekd.errors import DataError, one_line
-from llamafactory_sekd.files import sha256_of, write_atomic
+from llamafactory_sekd.files import write_atomic
+from llamafactory_sekd.fingerprints import sha256_of
 
 
 REQUIREMENT = "homeassistant==2026.11.0"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from llamafactory_sekd.demo import data, demo_report, models
 from llamafactory_sekd.demo.steps import Step
 from llamafactory_sekd.demo.surroundings import environment, moved
 from llamafactory_sekd.examples import shipped_root
-from llamafactory_sekd.files import sha256_of
+from llamafactory_sekd.fingerprints import sha256, sha256_of
 from llamafactory_sekd.study.spec import Spec, parse_spec
 from llamafactory_sekd.study.study_results import JSON
 
@@ -165,7 +164,7 @@ def reporting(work: Path, spec: Spec) -> list[Step]:
         demo_report.write_page(places.report, contents(places), spec, places.yamls)
 
     made_of = [sha256_of(results) if results.is_file() else "", _code(demo_report), _code(data)]
-    fingerprint = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+    fingerprint = sha256(json.dumps(made_of))
     return [Step("report", "Report", REPORT_SECONDS, write_page, (places.report,), fingerprint)]
 
 

@@ -7,7 +7,6 @@ nothing; one that was interrupted goes on from what it left.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 from llamafactory_sekd.demo.step_progress import Progress
 from llamafactory_sekd.files import write_atomic
+from llamafactory_sekd.fingerprints import sha256
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def fingerprint_all(steps: Sequence[Step]) -> dict[str, str]:
     fingerprints: dict[str, str] = {}
     for step in steps:
         content = [step.name, step.ingredients, *(fingerprints[name] for name in step.needs)]
-        fingerprints[step.name] = hashlib.sha256(json.dumps(content).encode("utf-8")).hexdigest()
+        fingerprints[step.name] = sha256(json.dumps(content))
     return fingerprints
 
 

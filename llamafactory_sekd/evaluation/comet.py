@@ -14,8 +14,8 @@ from typing import Any
 
 from llamafactory_sekd.config import read_config
 from llamafactory_sekd.errors import EvaluationError, SekdError, one_line
-from llamafactory_sekd.evaluation.fingerprint import Digests
 from llamafactory_sekd.evaluation.segment_scores import Predict, SegmentScorer, Texts
+from llamafactory_sekd.fingerprints import Digests
 
 
 BATCH_SIZE = 16

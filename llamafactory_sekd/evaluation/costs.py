@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamafactory_sekd.evaluation.fingerprint import locate
+from llamafactory_sekd.evaluation.system_fingerprint import locate
 from llamafactory_sekd.evaluation.translator import ModelSource
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from llamafactory_sekd import __version__
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.prompts import PARROT
 from llamafactory_sekd.data.testsets import TestSet
@@ -33,6 +31,7 @@ from llamafactory_sekd.evaluation.significance import (
 )
 from llamafactory_sekd.evaluation.similarity import similarity
 from llamafactory_sekd.evaluation.translation_store import Hypotheses
+from llamafactory_sekd.fingerprints import versions
 from llamafactory_sekd.reporting.metric_labels import AVERAGE
 
 
@@ -102,7 +101,7 @@ def build_results(data: Evaluated) -> dict[str, Any]:
             for name, by_direction in data.hypotheses.items()
         },
         "interference": interfering(data.settings.systems, data.metrics),
-        "versions": _versions(),
+        "versions": versions(_PACKAGES),
     }
 
 
@@ -318,13 +317,3 @@ def _segment_tests(
 def _finite(values: dict[str, float]) -> dict[str, float | None]:
     """JSON has no NaN: a test between equal scores has no p."""
     return {key: value if math.isfinite(value) else None for key, value in values.items()}
-
-
-def _versions() -> dict[str, str]:
-    versions = {"llamafactory_sekd": __version__}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

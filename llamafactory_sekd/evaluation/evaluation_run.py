@@ -17,13 +17,14 @@ from llamafactory_sekd.evaluation.costs import model_cost
 from llamafactory_sekd.evaluation.evaluation_report import write_report
 from llamafactory_sekd.evaluation.evaluation_results import Evaluated, build_results
 from llamafactory_sekd.evaluation.evaluation_settings import OPTIONAL, Settings, System
-from llamafactory_sekd.evaluation.fingerprint import Digests, locate
 from llamafactory_sekd.evaluation.metricx import prepare_metricx
 from llamafactory_sekd.evaluation.scores import SURFACE_METRICS, surface_metric
 from llamafactory_sekd.evaluation.segment_scores import SegmentScorer
+from llamafactory_sekd.evaluation.system_fingerprint import locate
 from llamafactory_sekd.evaluation.translate import collect_hypotheses, given_hypotheses
 from llamafactory_sekd.evaluation.translator import Host
 from llamafactory_sekd.evaluation.workspace import check_workspace, open_workspace
+from llamafactory_sekd.fingerprints import Digests
 from llamafactory_sekd.ranks import join_ranks
 from llamafactory_sekd.reporting.metric_labels import metric_label
 

@@ -16,9 +16,10 @@ from typing import Any
 from tqdm import tqdm
 
 from llamafactory_sekd.errors import EvaluationError, one_line
-from llamafactory_sekd.evaluation.fingerprint import Digests, locate
 from llamafactory_sekd.evaluation.segment_scores import Predict, SegmentScorer, Texts, model_name
+from llamafactory_sekd.evaluation.system_fingerprint import locate, source_digests
 from llamafactory_sekd.evaluation.translator import ModelSource
+from llamafactory_sekd.fingerprints import Digests
 
 
 BATCH_SIZE = 8
@@ -54,7 +55,7 @@ def prepare_metricx(name: str, digests: Digests, has_references: bool, metric: s
     if config.model_type != "mt5" or config.vocab_size <= SCORE_TOKEN:
         raise EvaluationError(f"`metricx`: {name} is no MetricX model: it is of type {config.model_type}.")
     _tokenizer(name)
-    weights = digests.of_source(source, metric)
+    weights = source_digests(source, metric, digests)
     parts = {
         "model": name,
         "generation": generation,

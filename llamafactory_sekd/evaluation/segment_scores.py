@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from pathlib import Path
 
 from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.files import read_json, write_json
+from llamafactory_sekd.fingerprints import sha256_of_json
 
 
 logger = logging.getLogger(__name__)
@@ -66,8 +65,7 @@ class SegmentScorer:
 
     def _key(self, texts: Texts) -> str:
         parts = [self.signature, list(texts.sources), list(texts.hypotheses), list(texts.references or [])]
-        content = json.dumps(parts, ensure_ascii=False)
-        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+        return sha256_of_json(parts)
 
 
 def segment_file(direction: object, metric: str) -> str:

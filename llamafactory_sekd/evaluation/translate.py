@@ -12,12 +12,13 @@ from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.testsets import TestSet
 from llamafactory_sekd.evaluation.asking import documents_of, requests_of
 from llamafactory_sekd.evaluation.evaluation_settings import Settings, System
-from llamafactory_sekd.evaluation.fingerprint import Digests, lines_fingerprint, system_fingerprint
 from llamafactory_sekd.evaluation.generation import Asked, translate_pending
 from llamafactory_sekd.evaluation.hypotheses import read_hypotheses, split_thought
+from llamafactory_sekd.evaluation.system_fingerprint import lines_fingerprint, system_fingerprint
 from llamafactory_sekd.evaluation.translation_store import Hypotheses, Store
 from llamafactory_sekd.evaluation.translator import Host
 from llamafactory_sekd.files import write_lines
+from llamafactory_sekd.fingerprints import Digests
 from llamafactory_sekd.ranks import Ranks
 
 

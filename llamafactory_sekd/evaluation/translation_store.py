@@ -7,7 +7,6 @@ its own; a killed run loses the batch it was in.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.evaluation.hypotheses import read_hypotheses, split_thought
 from llamafactory_sekd.evaluation.translator import Translation
 from llamafactory_sekd.files import read_json, write_atomic, write_json, write_lines
+from llamafactory_sekd.fingerprints import sha256_of
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Store:
         meta = read_json(self._meta_path)
         if not isinstance(meta, dict) or meta.get("fingerprint") != fingerprint or not self.text_path.is_file():
             return None
-        if hashlib.sha256(self.text_path.read_bytes()).hexdigest() != meta["text_sha256"]:
+        if sha256_of(self.text_path) != meta["text_sha256"]:
             return None
         hit, thought = set(meta["hit_limit"]), set(meta.get("thoughts", []))
         # Versions before 0.2 kept the thoughts in the file.
@@ -146,7 +146,7 @@ class Store:
     def _meta(self, done: Hypotheses, tokens: int) -> dict[str, Any]:
         return {
             "fingerprint": done.fingerprint,
-            "text_sha256": hashlib.sha256(self.text_path.read_bytes()).hexdigest(),
+            "text_sha256": sha256_of(self.text_path),
             "seconds": done.seconds,
             "ranks": done.ranks,
             "generated_tokens": tokens,

@@ -12,6 +12,7 @@ import torch
 
 from llamafactory_sekd.arguments import STAGE
 from llamafactory_sekd.errors import ArgumentError, TeacherError
+from llamafactory_sekd.fingerprints import xxh3_of_json, xxh3_of_model, xxh3_of_models
 from llamafactory_sekd.host.cut_text import counting_cut_text
 from llamafactory_sekd.host.teacher_loading import check_fit, teacher_identity, teacher_model_arguments
 from llamafactory_sekd.host.teacher_prompts import TeacherPrompts, configurations, templates_restored
@@ -25,9 +26,9 @@ from llamafactory_sekd.teacher.cache import (
     bytes_per_token,
     check_responses,
     fill,
-    fingerprints,
     make_plan,
 )
+from llamafactory_sekd.teacher.vocabulary import fingerprint_of_tokenizer
 
 
 # What a template makes of this tells two templates of one name apart.
@@ -50,9 +51,9 @@ def fingerprints_of(
     encoded = template.encode_multiturn(tokenizer, [dict(message) for message in _CONVERSATION], None, None)
     return Fingerprints(
         data={
-            "tokenizer": fingerprints.of_tokenizer(tokenizer),
+            "tokenizer": fingerprint_of_tokenizer(tokenizer),
             "template": data_args.template,
-            "template_text": fingerprints.of_ids(encoded),
+            "template_text": xxh3_of_json(encoded),
             "cutoff_len": data_args.cutoff_len + bool(data_args.packing),  # the host takes one off for packing
             "train_on_prompt": bool(data_args.train_on_prompt),
             "mask_history": bool(data_args.mask_history),
@@ -272,9 +273,7 @@ def teacher_fields(model: str, adapters: str | None, quantization_bit: int | Non
     """Return what decides a teacher's answers, as a cache's manifest records it."""
     return {
         "teacher_weights": _weights_of(model),
-        "teacher_adapters": fingerprints.of_folders(
-            [Path(name.strip()) for name in (adapters or "").split(",") if name]
-        ),
+        "teacher_adapters": xxh3_of_models([Path(name.strip()) for name in (adapters or "").split(",") if name]),
         "teacher_model_quantization_bit": quantization_bit,
         "compute_dtype": str(model_args.compute_dtype).removeprefix("torch."),
         PROMPTS: None,  # the student's
@@ -285,7 +284,7 @@ def teacher_fields(model: str, adapters: str | None, quantization_bit: int | Non
 def _weights_of(name: str) -> str:
     """Return the content of a local folder; of a hub id the commit, which identifies the content."""
     if Path(name).expanduser().is_dir():
-        return fingerprints.of_folder(Path(name).expanduser())
+        return xxh3_of_model(Path(name).expanduser())
 
     from transformers.utils.hub import cached_file, extract_commit_hash
 

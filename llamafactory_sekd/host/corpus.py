@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from llamafactory_sekd.data.prompts import PARROT, PLAIN
 from llamafactory_sekd.errors import ArgumentError, DataError
 from llamafactory_sekd.evaluation.guards import is_other_language
 from llamafactory_sekd.files import read_json, write_atomic, write_json
-from llamafactory_sekd.teacher.cache.records import digest
+from llamafactory_sekd.fingerprints import xxh3_of_json
 from llamafactory_sekd.teacher.cache.segments import Segment
 from llamafactory_sekd.teacher.doubts import Verdict, judge
 
@@ -110,7 +109,7 @@ def read_with(
         DataError: the file is of another teacher, template or corpus.
     """
     reader = _Reader.of(teacher, template, direction)
-    identity = {"teacher": teacher, "template": template, "corpus": digest(json.dumps(_texts(pairs)).encode())}
+    identity = {"teacher": teacher, "template": template, "corpus": xxh3_of_json(_texts(pairs))}
     known = _remembered(memory, identity)
     progress(len(known))
     while len(known) < len(pairs):

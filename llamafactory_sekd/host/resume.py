@@ -8,6 +8,7 @@ from typing import Any
 from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.checkpoints import STATE_NAME, DistillationState, defect_of, find_checkpoints, has_optimizer
 from llamafactory_sekd.errors import ArgumentError, TeacherError
+from llamafactory_sekd.fingerprints import xxh3_of_model
 from llamafactory_sekd.host.teacher_loading import each_teacher, teacher_identity
 
 
@@ -122,11 +123,9 @@ def check_same_teacher(training_args: Any, finetuning_args: DistillationArgument
 
 
 def _fingerprint(model: str, adapters: str | None, quantization_bit: int | None) -> str:
-    from llamafactory_sekd.teacher.cache import fingerprints
-
     parts = []
     for name in filter(None, (model, *(adapters or "").split(","))):
         folder = Path(name).expanduser()
-        parts.append(fingerprints.of_folder(folder) if folder.is_dir() else name)
+        parts.append(xxh3_of_model(folder) if folder.is_dir() else name)
 
     return " ".join([*parts, *([f"{quantization_bit} bit"] if quantization_bit else [])])

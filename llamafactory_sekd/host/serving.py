@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llamafactory_sekd.errors import ArgumentError, TeacherError, one_line
+from llamafactory_sekd.fingerprints import computing_software
 from llamafactory_sekd.host.cache import teacher_fields
 from llamafactory_sekd.teacher import Teacher, check_teacher_files
-from llamafactory_sekd.teacher.cache import DTYPES, fingerprints
+from llamafactory_sekd.teacher.cache import DTYPES
 from llamafactory_sekd.teacher.cache.formats import TOPK_RANGE, written_transform
 from llamafactory_sekd.teacher.served.protocol import ServerInfo, answer_of
 from llamafactory_sekd.teacher.served.served_tokenizer import describe
@@ -94,7 +95,7 @@ def make_service(
         max_length=min(batch_tokens, getattr(text_config, "max_position_embeddings", None) or batch_tokens),
         max_k=min(TOPK_RANGE[1], rows - 1),
         teacher=teacher_fields(model, adapters, quantization_bit, model_args),
-        software=fingerprints.of_software(),
+        software=computing_software(),
         head={"bytes": len(head), "xxh3": checksum} if is_exact else None,
         transform=None if transform is None else written_transform(transform),
     )

@@ -21,11 +21,12 @@ from llamafactory_sekd.errors import ArgumentError, EvaluationError
 from llamafactory_sekd.evaluation.candidates import hf_candidates
 from llamafactory_sekd.evaluation.comet import prepare_comet
 from llamafactory_sekd.evaluation.evaluation_settings import Settings, System
-from llamafactory_sekd.evaluation.fingerprint import Digests, system_fingerprint
 from llamafactory_sekd.evaluation.hypotheses import split_thought
 from llamafactory_sekd.evaluation.segment_scores import SegmentScorer
+from llamafactory_sekd.evaluation.system_fingerprint import source_digests, system_fingerprint
 from llamafactory_sekd.evaluation.translator import BatchLimits, Description, Host, Request
 from llamafactory_sekd.files import write_json
+from llamafactory_sekd.fingerprints import Digests
 from llamafactory_sekd.host.evaluate import (
     build_host,
     decoder,
@@ -224,7 +225,7 @@ def _identify(
     digests = Digests(work / ".digests.json")
     identity = system_fingerprint(system, description, settings.decoding, [], digests, host.versions)
     weights = [
-        {"location": source.location, "files": digests.of_source(source, system.name)}
+        {"location": source.location, "files": source_digests(source, system.name, digests)}
         for source in description.sources
     ]
     return texts, identity, {"model": weights, "template": settings.template}

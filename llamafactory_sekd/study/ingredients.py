@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd import __version__
 from llamafactory_sekd.arguments import cache_folders
 from llamafactory_sekd.data.testsets import TestSet
-from llamafactory_sekd.evaluation.fingerprint import Digests
-from llamafactory_sekd.evaluation.translator import ModelSource
+from llamafactory_sekd.fingerprints import Digests, versions
 from llamafactory_sekd.study.spec import TeacherCache
 
 
@@ -42,7 +39,7 @@ def of_training(source: Mapping[str, Any], cache: TeacherCache | None, digests: 
         "teacher_cache": dict(cache.options) if cache is not None else None,
         "models": {name: _model(name, digests) for key in _MODELS for name in _names(source.get(key))},
         "data": dict(_data(source, digests)),
-        "versions": _versions(_TRAINING_PACKAGES),
+        "versions": versions(_TRAINING_PACKAGES),
         **({"caches": caches} if caches else {}),
     }
 
@@ -57,7 +54,7 @@ def of_evaluation(
         "model": {key: value for key, value in model.items() if key not in _MODELS},
         "models": {name: _model(name, digests) for name in names if digests is not None},
         "test_sets": {direction: test_set.fingerprint for direction, test_set in test_sets.items()},
-        "versions": _versions(_EVALUATION_PACKAGES),
+        "versions": versions(_EVALUATION_PACKAGES),
     }
 
 
@@ -75,7 +72,7 @@ def _model(name: str, digests: Digests) -> dict[str, str] | str:
     config = "config.json" if (folder / "config.json").is_file() else "adapter_config.json"
     if not (folder / config).is_file():
         return _UNKNOWN
-    return digests.of_source(ModelSource(str(folder), config=config), name)
+    return digests.of_model(folder)
 
 
 def _caches(source: Mapping[str, Any], digests: Digests) -> Iterator[tuple[str, str]]:
@@ -111,16 +108,6 @@ def _entries(info: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _versions(packages: tuple[str, ...]) -> dict[str, str]:
-    versions = {"llamafactory_sekd": __version__}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def difference(before: Any, now: Any, place: str = "") -> str | None:

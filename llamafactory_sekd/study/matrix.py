@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from llamafactory_sekd.argument_checks import check_distillation_arguments
 from llamafactory_sekd.arguments import KEYS, STAGE, DistillationArguments, keys_read_by
 from llamafactory_sekd.config import read_config
 from llamafactory_sekd.errors import ArgumentError, StudyError, suggestion
+from llamafactory_sekd.fingerprints import sha256
 from llamafactory_sekd.study.spec import Spec
 from llamafactory_sekd.study.teacher_text import TeacherText, of_system
 
@@ -170,7 +170,7 @@ def cell_id(system: str, axes: Mapping[str, Any], seed: int) -> str:
     name = "-".join(parts)
     if len(name.encode()) <= _LONGEST_ID:
         return name
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    digest = sha256(name)[:8]
     kept = name.encode()[: _LONGEST_ID - 20 - len(digest)].decode(errors="ignore")
     return f"{kept}-{digest}-seed={seed}"
 

@@ -14,8 +14,8 @@ from typing import Any
 from llamafactory_sekd.children import run_child, tool
 from llamafactory_sekd.config import write_yaml
 from llamafactory_sekd.errors import StudyError, one_line
-from llamafactory_sekd.evaluation.fingerprint import Digests
 from llamafactory_sekd.files import read_json, write_json
+from llamafactory_sekd.fingerprints import Digests
 from llamafactory_sekd.study import ingredients
 from llamafactory_sekd.study.device_shares import count
 from llamafactory_sekd.study.matrix import Cell

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +13,8 @@ from typing import Any
 from llamafactory_sekd.children import run_child, tool
 from llamafactory_sekd.data.alma import DATASET_INFO
 from llamafactory_sekd.errors import StudyError, suggestion
-from llamafactory_sekd.evaluation.fingerprint import Digests
 from llamafactory_sekd.files import read_json, write_json
+from llamafactory_sekd.fingerprints import Digests, sha256
 from llamafactory_sekd.study import ingredients
 from llamafactory_sekd.study.spec import Spec
 
@@ -57,7 +56,7 @@ class TeacherText:
     def name(self) -> str:
         """Return the name of the data set, another one for other options."""
         content = json.dumps([dict(self.options), self.dataset, str(self.dataset_dir)], sort_keys=True)
-        return f"teacher_{self.options['method']}_{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+        return f"teacher_{self.options['method']}_{sha256(content)[:8]}"
 
 
 def of_system(spec: Spec, system: str, config: Mapping[str, Any]) -> tuple[TeacherText | None, dict[str, Any]]:

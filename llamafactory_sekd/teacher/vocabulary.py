@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from llamafactory_sekd.errors import TeacherError
+from llamafactory_sekd.fingerprints import xxh3_of_json
 
 
 # Text in the scripts that machine translation meets: merges and normalization differ where vocabularies agree.
@@ -61,6 +62,17 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
         ours, theirs = getattr(student, name, None), getattr(teacher, name, None)
         if ours is not None and theirs is not None and ours != theirs and name != "pad_token":
             raise _mismatch(f"the student's {name} is {ours!r} and the teacher's is {theirs!r}")
+
+
+def fingerprint_of_tokenizer(tokenizer: Any) -> str:
+    """Return the digest of the vocabulary, the special and the added tokens, and what becomes of `SAMPLES`."""
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    added = [
+        [number, token.content, token.lstrip, token.rstrip, token.single_word, token.normalized, token.special]
+        for number, token in sorted(tokenizer.added_tokens_decoder.items())
+    ]
+    encoded = [tokenizer.encode(text, add_special_tokens=False) for text in SAMPLES]
+    return xxh3_of_json([sorted(tokenizer.get_vocab().items()), special, added, encoded])
 
 
 def _show(tokenizer: Any, ids: list[int], others: list[int]) -> str:

@@ -21,6 +21,7 @@ from llamafactory_sekd.evaluation.candidates import Candidates, Drawing, Request
 from llamafactory_sekd.evaluation.translation_store import Record, Store
 from llamafactory_sekd.evaluation.translator import BatchLimits
 from llamafactory_sekd.files import locked
+from llamafactory_sekd.fingerprints import sha256
 from llamafactory_sekd.ranks import Ranks
 
 
@@ -68,7 +69,7 @@ class Generation:
         """Return the SHA-256 of all that decides the translations."""
         drawing = asdict(self.drawing) | {"seed": self.seed} if self.drawing else None
         content = json.dumps([self.identity, list(self.messages), self.count, drawing], ensure_ascii=False)
-        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+        return sha256(content)
 
     def seed_of(self, place: int, number: int) -> int:
         """Return the seed of sample ``number`` of a sentence: the same in any shard."""

@@ -17,7 +17,8 @@ from llamafactory_sekd.data.layout import alma_files, alma_root, read_alma
 from llamafactory_sekd.data.prompts import AlpacaRecord, Prompt, prompt_in_manifest
 from llamafactory_sekd.data.readers import read_json_records, read_lines
 from llamafactory_sekd.errors import DataError, one_line
-from llamafactory_sekd.files import read_json, sha256_of
+from llamafactory_sekd.files import read_json
+from llamafactory_sekd.fingerprints import sha256_of
 
 
 STDIN = Path("/dev/stdin")

@@ -19,9 +19,9 @@ from helpers.sentences import ENGLISH, GERMAN, write_lines
 
 from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.evaluation.comet import prepare_comet
-from llamafactory_sekd.evaluation.fingerprint import Digests
 from llamafactory_sekd.evaluation.segment_scores import Texts
 from llamafactory_sekd.evaluation.significance import comet_paired
+from llamafactory_sekd.fingerprints import Digests
 
 
 WORSE = [line[: len(line) // 2] for line in GERMAN]
@@ -164,7 +164,7 @@ OFFLINE = """
 import sys, time
 from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.evaluation.comet import prepare_comet
-from llamafactory_sekd.evaluation.fingerprint import Digests
+from llamafactory_sekd.fingerprints import Digests
 start = time.perf_counter()
 try:
     print(prepare_comet(sys.argv[1], Digests()).signature)

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from llamafactory_sekd.errors import TeacherError
-from llamafactory_sekd.teacher.cache import fingerprints
+from llamafactory_sekd.fingerprints import computing_software
 from llamafactory_sekd.teacher.cache.cache_manifest import MANIFEST, Manifest
 from llamafactory_sekd.teacher.cache.formats import DTYPES, HiddenFormat, TopKFormat
 from llamafactory_sekd.teacher.cache.record_store import damaged_shards, drop_shards, listed_shards
@@ -80,7 +80,7 @@ class Fingerprints:
 
     data: dict[str, Any]
     teacher: Callable[[], dict[str, Any]] | None = None
-    software: dict[str, Any] = field(default_factory=fingerprints.of_software)
+    software: dict[str, Any] = field(default_factory=computing_software)
 
 
 def open_for_reading(directory: Path, run: Fingerprints, *, verify: bool) -> Manifest:

@@ -7,36 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors.torch import save
 
 from llamafactory_sekd.errors import DataError, TeacherError
 from llamafactory_sekd.files import write_atomic
-
-
-_BLOCK = 8 * 2**20
-
-
-def digest(data: bytes) -> str:
-    """Return the checksum of some bytes."""
-    return xxhash.xxh3_128_hexdigest(data)
-
-
-def digest_file(path: Path) -> str:
-    """Return the checksum of a file; reads it in blocks."""
-    state = xxhash.xxh3_128()
-    with open(path, "rb") as stream:
-        while block := stream.read(_BLOCK):
-            state.update(block)
-
-    return state.hexdigest()
+from llamafactory_sekd.fingerprints import xxh3, xxh3_of, xxh3_of_json
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Write a safetensors file and return its entry for an index: name, size and checksum."""
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     _write(path, data)
-    return {"file": path.name, "bytes": len(data), "xxh3": digest(data)}
+    return {"file": path.name, "bytes": len(data), "xxh3": xxh3(data)}
 
 
 def damage(directory: Path, entry: dict[str, Any]) -> str | None:
@@ -49,12 +31,12 @@ def damage(directory: Path, entry: dict[str, Any]) -> str | None:
     if size != entry["bytes"]:
         return f"{path} has {size:,} bytes instead of {entry['bytes']:,}"
 
-    return None if digest_file(path) == entry["xxh3"] else f"{path} does not match its checksum"
+    return None if xxh3_of(path) == entry["xxh3"] else f"{path} does not match its checksum"
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON together with its checksum."""
-    text = json.dumps({"xxh3": digest(_canonical(content)), "content": content}, indent=1, ensure_ascii=False)
+    text = json.dumps({"xxh3": xxh3_of_json(content), "content": content}, indent=1, ensure_ascii=False)
     _write(path, text.encode())
 
 
@@ -67,7 +49,7 @@ def read_json(path: Path) -> Any:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         content = document["content"]
-        intact = document["xxh3"] == digest(_canonical(content))
+        intact = document["xxh3"] == xxh3_of_json(content)
     except (OSError, ValueError, KeyError, TypeError):
         intact = False
 
@@ -75,10 +57,6 @@ def read_json(path: Path) -> Any:
         raise TeacherError(f"{path} is damaged: delete it and run `sekd cache` again.")
 
     return content
-
-
-def _canonical(content: Any) -> bytes:
-    return json.dumps(content, sort_keys=True).encode()
 
 
 def _write(path: Path, data: bytes) -> None:

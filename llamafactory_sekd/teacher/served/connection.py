@@ -15,9 +15,9 @@ import httpx
 import torch
 
 from llamafactory_sekd.errors import TeacherError, one_line
+from llamafactory_sekd.fingerprints import xxh3
 from llamafactory_sekd.teacher.cache import Format
 from llamafactory_sekd.teacher.cache.record_store import Record
-from llamafactory_sekd.teacher.cache.records import digest
 from llamafactory_sekd.teacher.cache.segments import Segment
 from llamafactory_sekd.teacher.served.protocol import (
     CHECKSUM,
@@ -218,7 +218,7 @@ class Connection(HttpConnection):
 
         def read(response: httpx.Response) -> dict[str, torch.Tensor]:
             wanted = self.info.head or {}
-            if len(response.content) != wanted.get("bytes") or digest(response.content) != wanted.get("xxh3"):
+            if len(response.content) != wanted.get("bytes") or xxh3(response.content) != wanted.get("xxh3"):
                 raise GarbageError(f"the head's {len(response.content):,} bytes do not match their checksum")
             try:
                 return load(response.content)

@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from llamafactory_sekd.errors import ArgumentError, TeacherError
+from llamafactory_sekd.fingerprints import xxh3, xxh3_of_json
 from llamafactory_sekd.teacher.cache import DTYPES, FORMATS, Format, HiddenFormat, TopKFormat
 from llamafactory_sekd.teacher.cache.record_store import Record
-from llamafactory_sekd.teacher.cache.records import digest
 from llamafactory_sekd.teacher.cache.segments import Segment
 
 
@@ -64,7 +64,7 @@ class ServerInfo:
     @property
     def fingerprint(self) -> str:
         """Return what is the same for the same weights, types and versions, and only for them."""
-        return digest(json.dumps([self.teacher, self.software, self.dtype, self.rows], sort_keys=True).encode())
+        return xxh3_of_json([self.teacher, self.software, self.dtype, self.rows])
 
     def to_json(self) -> dict[str, Any]:
         """Return its fields and its fingerprint."""
@@ -212,7 +212,7 @@ def runs_of(rows: np.ndarray) -> list[list[int]]:
 def answer_of(records: Record) -> tuple[bytes, str]:
     """Return the bytes of an answer and their checksum."""
     data = save({name: values.contiguous().cpu() for name, values in records.items()})
-    return data, digest(data)
+    return data, xxh3(data)
 
 
 class GarbageError(TeacherError):
@@ -230,7 +230,7 @@ def read_answer(data: bytes, checksum: str | None, kept: Format, tokens: int) ->
     Raises:
         GarbageError: the bytes are something else.
     """
-    if checksum != digest(data):
+    if checksum != xxh3(data):
         raise GarbageError(f"its {len(data):,} bytes do not match their checksum")
 
     try:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
+from llamafactory_sekd.children import ChildError, Stopped, run_child
 
 
 _BAR = re.compile(r"^(?P<label>[^\r\n]*?):\s+\d+%\|[^|]*\|\s*(?P<done>\d+)/(?P<total>\d+)")
@@ -31,19 +31,25 @@ class EvaluationProcess:
     """
 
     def __init__(self) -> None:
-        self._child: subprocess.Popen[bytes] | None = None
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._status: int | None = None
         self.save_dir: Path | None = None
-        self.stopped = False
 
     @property
     def running(self) -> bool:
         """Tell whether the evaluation is running."""
-        return self._child is not None and self._child.poll() is None
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def stopped(self) -> bool:
+        """Tell whether the user ended it."""
+        return self._stop.is_set()
 
     @property
     def return_code(self) -> int | None:
-        """Return the exit status, None before the end."""
-        return None if self._child is None else self._child.poll()
+        """Return the exit status; None before the end, and for an evaluation that was stopped."""
+        return None if self.running else self._status
 
     @staticmethod
     def config_path(save_dir: Path) -> Path:
@@ -52,28 +58,31 @@ class EvaluationProcess:
 
     def start(self, config_text: str, save_dir: Path) -> None:
         """Write the YAML file and start the child."""
-        config = self.config_path(save_dir)
+        config, log = self.config_path(save_dir), self._log_path(save_dir)
         config.parent.mkdir(parents=True, exist_ok=True)
         config.write_text(config_text, encoding="utf-8")
-        self.save_dir, self.stopped = save_dir, False
-        with open(self._log_path(save_dir), "wb") as log:
-            # Not through `llamafactory-cli`, which depends on torch's entry points being on.
-            self._child = subprocess.Popen(
-                [sys.executable, "-m", "llamafactory_sekd", "eval", str(config)], stdout=log, stderr=subprocess.STDOUT
-            )
+        log.unlink(missing_ok=True)  # what an earlier evaluation printed
+        self.save_dir, self._status, self._stop = save_dir, None, threading.Event()
+        # A thread of its own, as long as the child: the kernel ends the child with the thread that started it, and the
+        # page's threads come and go.
+        self._thread = threading.Thread(target=self._run, args=(config, log), daemon=True)
+        self._thread.start()
+
+    def _run(self, config: Path, log: Path) -> None:
+        # Not through `llamafactory-cli`, which depends on torch's entry points being on.
+        command = [sys.executable, "-m", "llamafactory_sekd", "eval", str(config)]
+        try:
+            run_child(command, log, lambda: 0.0, lambda _: None, environment={}, stop=self._stop)
+            self._status = 0
+        except ChildError as error:
+            self._status = error.status
+        except Stopped:
+            pass
 
     def stop(self) -> None:
         """End the child and what it started; finished sentences are kept and the next start goes on from there."""
-        if self._child is None or not self.running:
-            return
-
-        self.stopped = True
-        try:
-            family = [*psutil.Process(self._child.pid).children(recursive=True), psutil.Process(self._child.pid)]
-            for process in family:
-                process.terminate()
-        except psutil.NoSuchProcess:
-            pass
+        if self.running:
+            self._stop.set()
 
     def output(self) -> list[str]:
         """Return the lines printed so far, each as a terminal would show it after its last carriage return."""

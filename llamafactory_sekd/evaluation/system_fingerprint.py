@@ -1,74 +1,27 @@
 """What decides a system's translations, condensed to one SHA-256.
 
-Files count by content, not by name or date, so a model may be moved or copied; the digests of unchanged files are
-remembered, since hashing tens of gigabytes takes a while.
+Files count by content, not by name or date, so a model may be moved or copied.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.evaluation.evaluation_settings import Decoding, System
 from llamafactory_sekd.evaluation.translator import Description, ModelSource, Request
-from llamafactory_sekd.files import read_json, write_json
+from llamafactory_sekd.fingerprints import Digests, sha256_of_json
 
 
-# The files that loading reads. Optimizer states, logs and model cards are next to them and change nothing.
-_MODEL_FILES = (
-    "*.safetensors",
-    "*.index.json",
-    "pytorch_model*.bin",
-    "adapter_model.bin",
-    "*.gguf",
-    "*.py",
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "quantize_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-)
 _LOCATION_KEYS = ("model_name_or_path", "adapter_name_or_path")
 
 
-class Digests:
-    """SHA-256 of files; with a ``path``, remembered there for as long as size and modification time stay the same."""
-
-    def __init__(self, path: Path | None = None) -> None:
-        self._path = path
-        known = read_json(path) if path is not None else None
-        self._known: dict[str, list[Any]] = known if isinstance(known, dict) else {}
-
-    def of_file(self, file: Path) -> str:
-        """Return the SHA-256 of a file; one that has the same size and time as before is not read again."""
-        status = file.stat()
-        key = str(file.resolve())
-        stamp = [status.st_size, status.st_mtime_ns]
-        if self._known.get(key, [])[:2] != stamp:
-            with open(file, "rb") as stream:
-                self._known[key] = [*stamp, hashlib.file_digest(stream, "sha256").hexdigest()]
-            if self._path is not None:
-                write_json(self._path, self._known)
-        return self._known[key][2]
-
-    def of_source(self, source: ModelSource, system: str) -> dict[str, str]:
-        """Return ``{file: SHA-256}`` of a directory's model files, or the commit of a hub repository."""
-        place = locate(source, system)
-        if isinstance(place, str):
-            return {"hub": place}
-        files = [path for path in sorted(place.iterdir()) if any(fnmatch(path.name, p) for p in _MODEL_FILES)]
-        return {path.name: self.of_file(path) for path in files}
+def source_digests(source: ModelSource, system: str, digests: Digests) -> dict[str, str]:
+    """Return ``{file: SHA-256}`` of a directory's model files, or the commit of a hub repository."""
+    place = locate(source, system)
+    return {"hub": place} if isinstance(place, str) else digests.of_model(place)
 
 
 def locate(source: ModelSource, system: str) -> Path | str:
@@ -111,9 +64,9 @@ def system_fingerprint(
 ) -> str:
     """Return the SHA-256 of all that decides how ``system`` answers ``requests`` (prompts before the template)."""
     arguments = {key: value for key, value in (system.model or {}).items() if key not in _LOCATION_KEYS}
-    return _hash(
+    return sha256_of_json(
         {
-            "sources": [digests.of_source(source, system.name) for source in description.sources],
+            "sources": [source_digests(source, system.name, digests) for source in description.sources],
             "arguments": arguments,
             "template": description.template,
             "decoding": asdict(decoding),
@@ -125,9 +78,4 @@ def system_fingerprint(
 
 def lines_fingerprint(lines: Sequence[str]) -> str:
     """Return the fingerprint of translations that came from elsewhere."""
-    return _hash({"lines": list(lines)})
-
-
-def _hash(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return sha256_of_json({"lines": list(lines)})
