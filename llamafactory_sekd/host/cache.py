@@ -14,6 +14,7 @@ from llamafactory_sekd.arguments import STAGE
 from llamafactory_sekd.errors import ArgumentError, TeacherError
 from llamafactory_sekd.fingerprints import xxh3_of_json, xxh3_of_model, xxh3_of_models
 from llamafactory_sekd.host.cut_text import counting_cut_text
+from llamafactory_sekd.host.run_arguments import HostArguments
 from llamafactory_sekd.host.teacher_loading import check_fit, teacher_identity, teacher_model_arguments
 from llamafactory_sekd.host.teacher_prompts import TeacherPrompts, configurations, templates_restored
 from llamafactory_sekd.teacher import Teacher, used_ids
@@ -44,10 +45,9 @@ PROMPTS = "prompts"  # in the fingerprint: what the teacher reads where it is no
 _HEADROOM = 1.05
 
 
-def fingerprints_of(
-    tokenizer: Any, template: Any, model_args: Any, data_args: Any, finetuning_args: Any
-) -> Fingerprints:
+def fingerprints_of(tokenizer: Any, template: Any, run: HostArguments) -> Fingerprints:
     """Return what decides the examples' ids and, where the run names a teacher, the teacher's answers."""
+    data_args = run.data
     encoded = template.encode_multiturn(tokenizer, [dict(message) for message in _CONVERSATION], None, None)
     return Fingerprints(
         data={
@@ -60,8 +60,8 @@ def fingerprints_of(
             # Examples that are packed apart are the same as unpacked ones.
             "packing": bool(data_args.packing) and not data_args.neat_packing,
         },
-        teacher=(lambda: teacher_fields(*teacher_identity(model_args, finetuning_args), model_args))
-        if finetuning_args.teacher_model
+        teacher=(lambda: teacher_fields(*teacher_identity(run.model, run.finetuning), run.model))
+        if run.finetuning.teacher_model
         else None,
     )
 
@@ -98,7 +98,7 @@ def build_cache(
     data = with_prompts(config, prompts, say, tokenized, _longest) if prompts else tokenized(config, say)
 
     def compute(plan: Plan, session: Session, data: Tokenized) -> None:
-        _compute(plan, session, data, batch_size or data.training_args.per_device_train_batch_size)
+        _compute(plan, session, data, batch_size or data.run.training.per_device_train_batch_size)
 
     run_session(data, out, settings, compute, lambda: _expected(settings, data), say)
 
@@ -149,9 +149,7 @@ class Tokenized:
     datasets: list[Any]
     tokenizer: Any
     fingerprints: Fingerprints
-    model_args: Any
-    training_args: Any
-    finetuning_args: Any
+    run: HostArguments
     informed: list[Any] | None = None
 
 
@@ -181,35 +179,32 @@ def tokenized(
     config: dict[str, Any],
     say: Callable[[str], None] = print,
     *,
-    check: Callable[[Any, Any, Any], None] = check_fit,
+    check: Callable[[HostArguments], None] = check_fit,
 ) -> Tokenized:
     """Read the data sets of a configuration that names a teacher; see :func:`build_cache` for what it raises.
 
-    `say` is called on the first rank with how much of them is cut, `check` with the arguments of the model, the data
-    and the stage before anything is read.
+    `say` is called on the first rank with how much of them is cut, `check` with the arguments before anything is read.
     """
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.extras.misc import infer_optim_dtype
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_config, load_tokenizer
 
-    model_args, data_args, training_args, finetuning_args, _ = get_train_args(_for_building(config))
-    check(model_args, data_args, finetuning_args)
-    if model_args.compute_dtype is None:  # in training the student, loaded first, decides
-        model_args.compute_dtype = infer_optim_dtype(getattr(load_config(model_args), "torch_dtype", None))
+    run = HostArguments(*get_train_args(_for_building(config)))
+    check(run)
+    if run.model.compute_dtype is None:  # in training the student, loaded first, decides
+        run.model.compute_dtype = infer_optim_dtype(getattr(load_config(run.model), "torch_dtype", None))
 
-    tokenizer_module = load_tokenizer(model_args)
+    tokenizer_module = load_tokenizer(run.model)
     tokenizer = tokenizer_module["tokenizer"]
-    template = get_template_and_fix_tokenizer(tokenizer, data_args)
-    with counting_cut_text(finetuning_args.kd_max_cut, say if training_args.process_index == 0 else None):
-        module = get_dataset(template, model_args, data_args, training_args, stage="sft", **tokenizer_module)
+    template = get_template_and_fix_tokenizer(tokenizer, run.data)
+    with counting_cut_text(run.finetuning.kd_max_cut, say if run.is_first_rank else None):
+        module = get_dataset(template, run.model, run.data, run.training, stage="sft", **tokenizer_module)
     return Tokenized(
-        datasets=_datasets(module, skip_evaluation=training_args.predict_with_generate),
+        datasets=_datasets(module, skip_evaluation=run.training.predict_with_generate),
         tokenizer=tokenizer,
-        fingerprints=fingerprints_of(tokenizer, template, model_args, data_args, finetuning_args),
-        model_args=model_args,
-        training_args=training_args,
-        finetuning_args=finetuning_args,
+        fingerprints=fingerprints_of(tokenizer, template, run),
+        run=run,
     )
 
 
@@ -219,10 +214,10 @@ def _compute(plan: Plan, session: Session, data: Tokenized, batch_size: int) -> 
     from llamafactory_sekd.host.teacher_loading import load_teacher, placement_of
 
     # The trainer's accelerator, so that the teacher is placed and sharded as it is in training.
-    accelerator = Trainer(model=torch.nn.Identity(), args=data.training_args).accelerator
-    model = load_teacher(data.model_args, data.training_args, data.finetuning_args)
-    teacher = Teacher(model, accelerator, placement_of(data.finetuning_args))
-    device = data.training_args.device
+    accelerator = Trainer(model=torch.nn.Identity(), args=data.run.training).accelerator
+    model = load_teacher(data.run)
+    teacher = Teacher(model, accelerator, placement_of(data.run.finetuning))
+    device = data.run.training.device
     probe = {"input_ids": torch.zeros(1, 8, dtype=torch.int64, device=device)}
     manifest = session.admit(teacher, used_ids(data.tokenizer), probe, autocast_type(accelerator))
     with bar(plan.tokens, "Teacher", "tok", session.rank) as shown:
@@ -318,7 +313,7 @@ def _announce(plan: Plan, session: Session, expected: Callable[[], Manifest], sa
 def _expected(settings: Settings, data: Tokenized) -> Manifest:
     """Return the manifest of a cache that is not there yet, from the teacher's configuration alone."""
     config = _teacher_config(data).get_text_config()
-    dtype = data.model_args.compute_dtype
+    dtype = data.run.model.compute_dtype
     head = config.vocab_size * config.hidden_size * dtype.itemsize if settings.format == "hidden" else 0
     return settings.manifest(
         vocab_size=used_ids(data.tokenizer),
@@ -332,7 +327,7 @@ def _expected(settings: Settings, data: Tokenized) -> Manifest:
 def _teacher_config(data: Tokenized) -> Any:
     from llamafactory.model import load_config
 
-    return load_config(teacher_model_arguments(data.model_args, data.finetuning_args))
+    return load_config(teacher_model_arguments(data.run.model, data.run.finetuning))
 
 
 def _longest(data: Tokenized) -> int | None:

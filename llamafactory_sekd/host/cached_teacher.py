@@ -16,6 +16,7 @@ from llamafactory_sekd.arguments import cache_folders
 from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.formula import Formula
 from llamafactory_sekd.host.cache import autocast_type, fingerprints_of
+from llamafactory_sekd.host.run_arguments import HostArguments
 from llamafactory_sekd.teacher import Teacher, readable_rows, used_ids
 from llamafactory_sekd.teacher.cache import (
     CacheCollator,
@@ -45,7 +46,7 @@ class CacheOfRun:
     and what it computes is kept.
 
     Args:
-        model_args, data_args, training_args, finetuning_args: the run's.
+        run: its arguments.
         trainer_arguments: what the host hands to its trainer: tokenizer, data sets, collator.
 
     Attributes:
@@ -55,27 +56,20 @@ class CacheOfRun:
         TeacherError: a cache is of something else, is damaged, or no cache or several hold an example.
     """
 
-    def __init__(
-        self,
-        model_args: Any,
-        data_args: Any,
-        training_args: Any,
-        finetuning_args: Any,
-        trainer_arguments: dict[str, Any],
-    ) -> None:
-        self.directories = [Path(name) for name in cache_folders(finetuning_args.teacher_cache)]
-        self.weights = mixing_weights(finetuning_args)
-        self.device = training_args.device
+    def __init__(self, run: HostArguments, trainer_arguments: dict[str, Any]) -> None:
+        self.directories = [Path(name) for name in cache_folders(run.finetuning.teacher_cache)]
+        self.weights = mixing_weights(run.finetuning)
+        self.device = run.training.device
         self.tokenizer = trainer_arguments["tokenizer"]
         template = trainer_arguments["data_collator"].template
-        run = fingerprints_of(self.tokenizer, template, model_args, data_args, finetuning_args)
-        datasets = _datasets(trainer_arguments, training_args)
+        fingerprints = fingerprints_of(self.tokenizer, template, run)
+        datasets = _datasets(trainer_arguments, run.training)
         self.session: Session | None = None
         self.caches: list[OpenCache] = []
-        if finetuning_args.teacher_model:
-            self._open_for_filling(run, datasets)
+        if run.finetuning.teacher_model:
+            self._open_for_filling(fingerprints, datasets)
         else:
-            self._open_for_reading(run, datasets, verify=training_args.process_index == 0)
+            self._open_for_reading(fingerprints, datasets, verify=run.is_first_rank)
 
     @property
     def needs_model(self) -> bool:
@@ -124,8 +118,8 @@ class CacheOfRun:
         if self.session is not None:
             self.session.close()
 
-    def _open_for_reading(self, run: Any, datasets: list[Any], *, verify: bool) -> None:
-        manifests = [open_for_reading(directory, run, verify=verify) for directory in self.directories]
+    def _open_for_reading(self, fingerprints: Any, datasets: list[Any], *, verify: bool) -> None:
+        manifests = [open_for_reading(directory, fingerprints, verify=verify) for directory in self.directories]
         self.caches = open_caches(self.directories, manifests)
         readers = [cache.reader for cache in self.caches]
         found = first_unanswered(datasets, readers, mixes=self.weights is not None)
@@ -133,8 +127,8 @@ class CacheOfRun:
             segment, holders = found
             raise TeacherError(unanswered(self.directories, holders, self._text(torch.from_numpy(segment.ids))))
 
-    def _open_for_filling(self, run: Any, datasets: list[Any]) -> None:
-        session = Session(self.directories[0], run)
+    def _open_for_filling(self, fingerprints: Any, datasets: list[Any]) -> None:
+        session = Session(self.directories[0], fingerprints)
         if session.manifest is not None:
             self.caches = open_caches(self.directories, [session.manifest])
 

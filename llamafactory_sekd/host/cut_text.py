@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from llamafactory_sekd.errors import DataError, one_line
+from llamafactory_sekd.host.run_arguments import HostArguments
 
 
 _COLUMN = "sekd_cut"  # in the host's data set between its tokenizer and ours; an example is a length and flags
@@ -138,7 +139,7 @@ def counting_cut_text(max_cut: float, say: Callable[[str], None] | None) -> Iter
         loader._get_preprocessed_dataset, loader.load_from_disk = preprocess, read
 
 
-def cut_text_of(parsed: Any) -> list[str]:
+def cut_text_of(run: HostArguments) -> list[str]:
     """Return the lines about the data sets of arguments that were parsed for planning.
 
     The host tokenizes as it does in training, and what `datasets` keeps of it is used by the training. Where the data
@@ -150,7 +151,7 @@ def cut_text_of(parsed: Any) -> list[str]:
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.model import load_tokenizer
 
-    if not parsed.data.dataset and not parsed.data.tokenized_path:
+    if not run.data.dataset and not run.data.tokenized_path:
         return ["not counted, the YAML names no `dataset`."]
 
     # What the host reads of its training arguments here, without the devices that they look for.
@@ -160,17 +161,17 @@ def cut_text_of(parsed: Any) -> list[str]:
         should_save=False,
         local_process_index=0,
         **{
-            key: getattr(parsed.training, key)
+            key: getattr(run.training, key)
             for key in ("predict_with_generate", "seed", "dataloader_num_workers", "do_predict")
         },
     )
     lines: list[str] = []
-    max_cut = parsed.finetuning.kd_max_cut if parsed.finetuning.use_sekd else 1.0
+    max_cut = run.finetuning.kd_max_cut if run.finetuning.use_sekd else 1.0
     try:
-        tokenizer_module = load_tokenizer(parsed.model)
-        template = get_template_and_fix_tokenizer(tokenizer_module["tokenizer"], parsed.data)
+        tokenizer_module = load_tokenizer(run.model)
+        template = get_template_and_fix_tokenizer(tokenizer_module["tokenizer"], run.data)
         with counting_cut_text(max_cut, lines.append):
-            get_dataset(template, parsed.model, parsed.data, training, stage="sft", **tokenizer_module)
+            get_dataset(template, run.model, run.data, training, stage="sft", **tokenizer_module)
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, DataError) and lines:  # it has been counted
             raise

@@ -14,7 +14,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llamafactory_sekd.host.memory_plan import Parsed
+    from llamafactory_sekd.host.run_arguments import HostArguments
     from llamafactory_sekd.planner import Run
 
 app = typer.Typer(add_completion=False)
@@ -69,7 +69,7 @@ def doctor(
     accelerator = given is not None and not parsed.training.use_cpu
     count = devices or machine.devices_of_the_environment()
 
-    def describe(arguments: Parsed) -> Run:
+    def describe(arguments: HostArguments) -> Run:
         return run_of(arguments, count, accelerator=accelerator, length=length, responses=responses)
 
     run = describe(parsed)
@@ -109,14 +109,14 @@ def _look(console: Console, keys: dict[str, Any], count: int) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _count_cut_text(console: Console, parsed: Parsed) -> None:
+def _count_cut_text(console: Console, parsed: HostArguments) -> None:
     from llamafactory_sekd.host.cut_text import cut_text_of
 
     for line in cut_text_of(parsed):
         console.print(f"Data: {line}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _check_teacher(console: Console, parsed: Parsed) -> None:
+def _check_teacher(console: Console, parsed: HostArguments) -> None:
     if not parsed.finetuning.use_sekd or not parsed.finetuning.teacher_model:
         return
 
@@ -128,6 +128,6 @@ def _check_teacher(console: Console, parsed: Parsed) -> None:
         console.print(f"Teacher: not checked, {missing}.", highlight=False, markup=False, soft_wrap=True)
         return
 
-    check_fit(parsed.model, parsed.data, parsed.finetuning)
+    check_fit(parsed)
     line = vocabulary_line(parsed) or "its tokenizer is the student's, and so is the size of its head."
     console.print(f"Teacher: {line}", highlight=False, markup=False, soft_wrap=True)

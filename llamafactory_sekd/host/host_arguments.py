@@ -19,6 +19,7 @@ from llamafactory_sekd.host.ledger import check_in_effect
 from llamafactory_sekd.host.own_samples import check_own_samples, set_sampling_defaults
 from llamafactory_sekd.host.patches import STAGE_LABEL
 from llamafactory_sekd.host.resume import choose_checkpoint
+from llamafactory_sekd.host.run_arguments import HostArguments
 from llamafactory_sekd.host.teacher_choice import check_teacher_choice
 from llamafactory_sekd.host.teacher_placement import check_devices, check_placement
 
@@ -121,21 +122,21 @@ def check_together(host_parse: Callable[..., tuple[Any, ...]]) -> Callable[..., 
     def parse(args: Any = None) -> tuple[Any, ...]:
         with _unknown_keys_explained():
             parsed = host_parse(args)
-        model_args, data_args, training_args, finetuning_args, generating_args = parsed
-        if finetuning_args.use_sekd:
+        run = HostArguments(*parsed)
+        if run.finetuning.use_sekd:
             check_in_effect()
-            _try_own_divergences(finetuning_args)
-            if finetuning_args.kd_on_policy:
-                set_sampling_defaults(args, generating_args)
-                check_own_samples(data_args, training_args, generating_args)
+            _try_own_divergences(run.finetuning)
+            if run.finetuning.kd_on_policy:
+                set_sampling_defaults(args, run.generating)
+                check_own_samples(run.data, run.generating)
 
-            check_teacher_choice(data_args, finetuning_args)
-            _check_model_arguments(model_args)
-            _check_training_arguments(training_args)
-            check_placement(model_args, training_args, finetuning_args)
-            _check_quantization(finetuning_args)
-            check_devices(finetuning_args)
-            choose_checkpoint(training_args)
+            check_teacher_choice(run.data, run.finetuning)
+            _check_model_arguments(run.model)
+            _check_training_arguments(run.training)
+            check_placement(run)
+            _check_quantization(run.finetuning)
+            check_devices(run.finetuning)
+            choose_checkpoint(run.training)
             end_rank_with_launcher()
 
         return parsed
@@ -170,7 +171,7 @@ def check_run(args: Any, *, machine: bool = True) -> None:
     _check_other_finetuning_arguments(args)
     _check_model_arguments(args)
     _check_training_arguments(args)
-    check_placement(args, args, args)
+    check_placement(HostArguments(args, args, args, args, args))
     if machine:
         _check_quantization(args)
         check_devices(args)

@@ -70,16 +70,16 @@ def look(config: dict[str, Any], count: int, progress: Callable[[int], None] = l
         data = tokenized({**config, "packing": False, "neat_packing": False}, lambda _: None)
     found = list(islice(_examples(data.datasets), count))
     accelerator = Accelerator()
-    teacher = Teacher(load_teacher(data.model_args, data.training_args, data.finetuning_args), accelerator)
+    teacher = Teacher(load_teacher(data.run), accelerator)
     student = Teacher(
-        load_model(data.tokenizer, data.model_args, FinetuningArguments(), is_trainable=False), accelerator
+        load_model(data.tokenizer, data.run.model, FinetuningArguments(), is_trainable=False), accelerator
     )
-    distillation = data.finetuning_args
+    distillation = data.run.finetuning
     verdicts = judge(
         found,
         teacher,
         student,
-        batch_size=data.training_args.per_device_train_batch_size,
+        batch_size=data.run.training.per_device_train_batch_size,
         device=accelerator.device,
         kd_lambda=distillation.kd_lambda,
         progress=progress,

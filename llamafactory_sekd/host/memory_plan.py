@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +14,7 @@ from torch import nn
 from llamafactory_sekd.arguments import AUTO, SELF, STAGE
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.host.host_arguments import check_run
+from llamafactory_sekd.host.run_arguments import HostArguments
 from llamafactory_sekd.host.teacher_choice import check_teacher_choice
 from llamafactory_sekd.host.teacher_loading import copy_model_arguments, each_teacher, teacher_model_arguments
 from llamafactory_sekd.host.teacher_placement import read_deepspeed_file
@@ -23,17 +23,7 @@ from llamafactory_sekd.planner.sharding import read_deepspeed
 from llamafactory_sekd.teacher import common_vocabulary, engine_config
 
 
-@dataclass(frozen=True)
-class Parsed:
-    """The host's argument objects of one run."""
-
-    model: Any
-    data: Any
-    training: Any
-    finetuning: Any
-
-
-def parse(config: Mapping[str, Any]) -> Parsed:
+def parse(config: Mapping[str, Any]) -> HostArguments:
     """Parse a training YAML's keys with the host's classes, without asking for the hardware that it names.
 
     Raises:
@@ -54,35 +44,34 @@ def parse(config: Mapping[str, Any]) -> Parsed:
         parser.GeneratingArguments,
     ]
     try:
-        model, data, training, finetuning, _ = HfArgumentParser(classes).parse_dict(dict(config))
-        parser._verify_model_args(model, data, finetuning)
+        run = HostArguments(*HfArgumentParser(classes).parse_dict(dict(config)))
+        parser._verify_model_args(run.model, run.data, run.finetuning)
     except (TypeError, ValueError) as error:
         if isinstance(error, ArgumentError):
             raise
 
         raise ArgumentError(f"the host refuses the configuration: {' '.join(str(error).split())}") from error
 
-    if not finetuning.use_sekd and finetuning.stage != "sft":
-        raise ArgumentError(f"`stage: {finetuning.stage}` cannot be planned: `sekd doctor` knows {STAGE} and sft.")
+    if not run.finetuning.use_sekd and run.finetuning.stage != "sft":
+        raise ArgumentError(f"`stage: {run.finetuning.stage}` cannot be planned: `sekd doctor` knows {STAGE} and sft.")
 
-    if finetuning.use_sekd:
+    if run.finetuning.use_sekd:
         check_run(SimpleNamespace(**config), machine=False)
+        check_teacher_choice(run.data, run.finetuning)
 
-    if finetuning.use_sekd:
-        check_teacher_choice(data, finetuning)
-    if training.fsdp:
-        raise ArgumentError(f"`fsdp: {training.fsdp}` cannot be planned: `sekd doctor` knows DDP and DeepSpeed.")
+    if run.training.fsdp:
+        raise ArgumentError(f"`fsdp: {run.training.fsdp}` cannot be planned: `sekd doctor` knows DDP and DeepSpeed.")
 
-    return Parsed(model, data, training, finetuning)
+    return run
 
 
 def run_of(
-    parsed: Parsed, devices: int, *, accelerator: bool, length: int | None = None, responses: float = 0.5
+    run: HostArguments, devices: int, *, accelerator: bool, length: int | None = None, responses: float = 0.5
 ) -> Run:
     """Describe a run.
 
     Args:
-        parsed: its arguments.
+        run: its arguments.
         devices: how many take part.
         accelerator: whether the devices are accelerators.
         length: tokens of the longest example, None for `cutoff_len`.
@@ -91,7 +80,7 @@ def run_of(
     Raises:
         ArgumentError: a model's or DeepSpeed's configuration cannot be read.
     """
-    model, training, finetuning = parsed.model, parsed.training, parsed.finetuning
+    model, training, finetuning = run.model, run.training, run.finetuning
     student_config = _load_config(model, "model_name_or_path")
     half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
     deepspeed = None if training.deepspeed is None else read_deepspeed_file("deepspeed", training.deepspeed)
@@ -102,11 +91,11 @@ def run_of(
         engine_dtype = _engine_dtype(deepspeed, half)
 
     has_teacher = finetuning.use_sekd and finetuning.teacher_model
-    teachers = _teacher_blueprints(parsed) if has_teacher else []
-    tokens = length or parsed.data.cutoff_len
+    teachers = [_blueprint_of(arguments) for arguments in _teachers_of(run)] if has_teacher else []
+    tokens = length or run.data.cutoff_len
     return Run(
         student=Blueprint(
-            lambda: _build_student(parsed, student_config), model.quantization_bit, model.double_quantization
+            lambda: _build_student(run, student_config), model.quantization_bit, model.double_quantization
         ),
         teacher=teachers[0] if teachers else None,
         other_teachers=tuple(teachers[1:]),
@@ -117,7 +106,7 @@ def run_of(
         accumulation=training.gradient_accumulation_steps,
         autocast=half if deepspeed is None and not finetuning.pure_bf16 else None,
         engine_dtype=engine_dtype,
-        optimizer=_optimizer(parsed),
+        optimizer=_optimizer(run),
         devices=devices,
         sharding=sharding,
         accelerator=accelerator,
@@ -147,14 +136,14 @@ def _teacher_place(
     return TeacherPlace(kind, streamed=offload, sharding=sharding)
 
 
-def _optimizer(parsed: Parsed) -> str:
+def _optimizer(run: HostArguments) -> str:
     own = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")  # the host's, instead of `optim`
-    chosen = next((key.removeprefix("use_") for key in own if getattr(parsed.finetuning, key, False)), None)
-    return chosen or str(getattr(parsed.training.optim, "value", parsed.training.optim))
+    chosen = next((key.removeprefix("use_") for key in own if getattr(run.finetuning, key, False)), None)
+    return chosen or str(getattr(run.training.optim, "value", run.training.optim))
 
 
-def _teacher_blueprints(parsed: Parsed) -> list[Blueprint]:
-    return [_blueprint_of(teacher_model_arguments(parsed.model, one)) for one in each_teacher(parsed.finetuning)]
+def _teachers_of(run: HostArguments) -> list[Any]:
+    return [teacher_model_arguments(one.model, one.finetuning) for one in each_teacher(run)]
 
 
 def _blueprint_of(arguments: Any) -> Blueprint:
@@ -166,14 +155,14 @@ def _blueprint_of(arguments: Any) -> Blueprint:
     )
 
 
-def _build_student(parsed: Parsed, config: Any) -> nn.Module:
+def _build_student(run: HostArguments, config: Any) -> nn.Module:
     from llamafactory.model.adapter import init_adapter
 
-    model = _build(config, parsed.model, is_trainable=True)
-    finetuning = copy(parsed.finetuning)
+    model = _build(config, run.model, is_trainable=True)
+    finetuning = copy(run.finetuning)
     finetuning.pissa_init = False  # it would decompose weights; its adapters are of the same size
-    arguments = _weightless(parsed.model)
-    arguments.resize_vocab = parsed.model.resize_vocab  # then LoRA trains the embeddings, too
+    arguments = _weightless(run.model)
+    arguments.resize_vocab = run.model.resize_vocab  # then LoRA trains the embeddings, too
     return init_adapter(config, model, arguments, finetuning, is_trainable=True)
 
 
@@ -231,12 +220,11 @@ def _engine_dtype(deepspeed: dict[str, Any], half: torch.dtype | None) -> torch.
     return None
 
 
-def missing_tokenizer(parsed: Parsed) -> str:
+def missing_tokenizer(run: HostArguments) -> str:
     """Say which model's tokenizer cannot be read; empty where both can."""
     from llamafactory.model import load_tokenizer
 
-    teachers = [teacher_model_arguments(parsed.model, one) for one in each_teacher(parsed.finetuning)]
-    for who, arguments in (("student", parsed.model), *(("teacher", teacher) for teacher in teachers)):
+    for who, arguments in (("student", run.model), *(("teacher", teacher) for teacher in _teachers_of(run))):
         try:
             load_tokenizer(arguments)
         except (OSError, ValueError):
@@ -245,7 +233,7 @@ def missing_tokenizer(parsed: Parsed) -> str:
     return ""
 
 
-def vocabulary_line(parsed: Parsed) -> str:
+def vocabulary_line(run: HostArguments) -> str:
     """Return what the objective reads of two heads of different sizes; empty where they are the same.
 
     Raises:
@@ -253,12 +241,11 @@ def vocabulary_line(parsed: Parsed) -> str:
     """
     from llamafactory.model import load_tokenizer
 
-    teachers = [teacher_model_arguments(parsed.model, one) for one in each_teacher(parsed.finetuning)]
     rows = [
         _load_config(arguments, key).get_text_config().vocab_size
         for arguments, key in (
-            (parsed.model, "model_name_or_path"),
-            *((teacher, "teacher_model") for teacher in teachers),
+            (run.model, "model_name_or_path"),
+            *((teacher, "teacher_model") for teacher in _teachers_of(run)),
         )
     ]
-    return common_vocabulary(load_tokenizer(parsed.model)["tokenizer"], *rows)[1]
+    return common_vocabulary(load_tokenizer(run.model)["tokenizer"], *rows)[1]

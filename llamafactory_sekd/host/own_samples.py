@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llamafactory_sekd.arguments import STAGE
 from llamafactory_sekd.errors import ArgumentError
+from llamafactory_sekd.host.run_arguments import HostArguments
 
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def set_sampling_defaults(args: Any, generating_args: Any) -> None:
             setattr(generating_args, key, value)
 
 
-def check_own_samples(data_args: Any, training_args: Any, generating_args: Any) -> None:
+def check_own_samples(data_args: Any, generating_args: Any) -> None:
     """Check what ``kd_on_policy`` cannot go with.
 
     Raises:
@@ -68,16 +69,9 @@ def check_own_samples(data_args: Any, training_args: Any, generating_args: Any) 
         )
 
 
-def own_samples_of(
-    data_args: Any,
-    training_args: Any,
-    finetuning_args: Any,
-    generating_args: Any,
-    template: Any,
-    tokenizer: Any,
-) -> Callable[[Any], OwnSamples] | None:
+def own_samples_of(run: HostArguments, template: Any, tokenizer: Any) -> Callable[[Any], OwnSamples] | None:
     """Return what makes the own samples of a run from the trainer's accelerator, or None where there are none."""
-    if not finetuning_args.kd_on_policy:
+    if not run.finetuning.kd_on_policy:
         return None
 
     from llamafactory_sekd.evaluation.guards import differs_in_language, has_loop
@@ -89,23 +83,23 @@ def own_samples_of(
         return Look(has_loop(text), differs_in_language(text, expected))
 
     sampling = Sampling(
-        do_sample=generating_args.do_sample,
-        temperature=generating_args.temperature,
-        top_p=generating_args.top_p,
-        top_k=generating_args.top_k,
-        max_new_tokens=generating_args.max_new_tokens,
+        do_sample=run.generating.do_sample,
+        temperature=run.generating.temperature,
+        top_p=run.generating.top_p,
+        top_k=run.generating.top_k,
+        max_new_tokens=run.generating.max_new_tokens,
         stop_ids=tuple(template.get_stop_token_ids(tokenizer)),
         pad_id=tokenizer.pad_token_id,
     )
     return lambda accelerator: OwnSamples(
-        share=finetuning_args.kd_on_policy,
-        drop_truncated=finetuning_args.kd_on_policy_truncated == "drop",
+        share=run.finetuning.kd_on_policy,
+        drop_truncated=run.finetuning.kd_on_policy_truncated == "drop",
         sampling=sampling,
-        cutoff_len=data_args.cutoff_len,
-        seed=training_args.seed,
+        cutoff_len=run.data.cutoff_len,
+        seed=run.training.seed,
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
         accelerator=accelerator,
-        output_dir=training_args.output_dir,
+        output_dir=run.training.output_dir,
         look=look,
         search=_search(sampling),
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.checkpoints import STATE_NAME, DistillationState, defect_of, find_checkpoints, has_optimizer
 from llamafactory_sekd.errors import ArgumentError, TeacherError
 from llamafactory_sekd.fingerprints import xxh3_of_model
+from llamafactory_sekd.host.run_arguments import HostArguments
 from llamafactory_sekd.host.teacher_loading import each_teacher, teacher_identity
 
 
@@ -85,17 +85,18 @@ def _tell(training_args: Any, text: str) -> None:
         print(f"llamafactory_sekd: {text}.")
 
 
-def teacher_fingerprint(model_args: Any, training_args: Any, finetuning_args: DistillationArguments) -> str | None:
+def teacher_fingerprint(run: HostArguments) -> str | None:
     """Return what a checkpoint records of the teacher: a digest or its Hub id; None where nothing is saved.
 
     Reads every byte of the teacher's files, on the process that writes checkpoints only.
     """
-    saves = training_args.do_train and str(getattr(training_args.save_strategy, "value", "no")) != "no"
-    if training_args.process_index != 0 or not finetuning_args.teacher_model or not saves:
+    training = run.training
+    saves = training.do_train and str(getattr(training.save_strategy, "value", "no")) != "no"
+    if not run.is_first_rank or not run.finetuning.teacher_model or not saves:
         return None
 
-    models = finetuning_args.teacher_model
-    digests = [_fingerprint(*teacher_identity(model_args, one)) for one in each_teacher(finetuning_args)]
+    models = run.finetuning.teacher_model
+    digests = [_fingerprint(*teacher_identity(one.model, one.finetuning)) for one in each_teacher(run)]
     if not isinstance(models, dict):
         return digests[0]
 
@@ -103,20 +104,20 @@ def teacher_fingerprint(model_args: Any, training_args: Any, finetuning_args: Di
     return " ".join(f"{name}={of_model[model]}" for name, model in sorted(models.items()))
 
 
-def check_same_teacher(training_args: Any, finetuning_args: DistillationArguments, fingerprint: str | None) -> None:
+def check_same_teacher(run: HostArguments, fingerprint: str | None) -> None:
     """Check that a resumed run goes on with the teacher that its checkpoint was trained with.
 
     Raises:
         TeacherError: it does not.
     """
-    checkpoint = training_args.resume_from_checkpoint
+    checkpoint = run.training.resume_from_checkpoint
     if not isinstance(checkpoint, str) or not Path(checkpoint).is_dir():
         return
 
     recorded = DistillationState.load(checkpoint).teacher
     if None not in (recorded, fingerprint) and recorded != fingerprint:
         raise TeacherError(
-            f"`teacher_model: {finetuning_args.teacher_model}` is not the teacher that {checkpoint} was trained with: "
+            f"`teacher_model: {run.finetuning.teacher_model}` is not the teacher that {checkpoint} was trained with: "
             "its files, its adapters or its quantization have changed. Use the old teacher, start again with "
             f"another `output_dir`, or delete {STATE_NAME} there to continue with the new one."
         )

@@ -13,6 +13,7 @@ import torch
 from llamafactory_sekd.arguments import KEYS, DistillationArguments
 from llamafactory_sekd.errors import ArgumentError, TeacherError
 from llamafactory_sekd.host.cache import Tokenized, bar, run_session, tokenized, used_ids, with_prompts
+from llamafactory_sekd.host.run_arguments import HostArguments
 from llamafactory_sekd.host.teacher_prompts import TeacherPrompts
 from llamafactory_sekd.teacher.cache import DTYPES, Format, HiddenFormat, Plan, Session, Settings, TopKFormat
 from llamafactory_sekd.teacher.served import (
@@ -34,7 +35,7 @@ _OF_A_LOADED_TEACHER = frozenset(key for key in KEYS if key.startswith("teacher_
 }
 
 
-def connect(model_args: Any, data_args: Any, finetuning_args: DistillationArguments) -> Answering:
+def connect(run: HostArguments) -> Answering:
     """Reach the server of a run and check its tokenizer, before any weight is read.
 
     Raises:
@@ -43,9 +44,9 @@ def connect(model_args: Any, data_args: Any, finetuning_args: DistillationArgume
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.model import load_tokenizer
 
-    url, patience = str(finetuning_args.teacher_server), finetuning_args.teacher_server_patience
-    tokenizer = load_tokenizer(model_args)["tokenizer"]
-    get_template_and_fix_tokenizer(tokenizer, data_args)
+    url, patience = str(run.finetuning.teacher_server), run.finetuning.teacher_server_patience
+    tokenizer = load_tokenizer(run.model)["tokenizer"]
+    get_template_and_fix_tokenizer(tokenizer, run.data)
     if not speaks_our_protocol(url, patience):
         vllm = VllmConnection(url, patience, used_ids(tokenizer))
         vllm.check_tokenizer(tokenizer)
@@ -66,7 +67,7 @@ class ServerOfRun:
 
     Args:
         server: from :func:`connect`.
-        training_args, finetuning_args: the run's.
+        run: its arguments.
 
     Attributes:
         fingerprint: what a checkpoint records of the teacher.
@@ -75,8 +76,8 @@ class ServerOfRun:
         ArgumentError: a key cannot go with it.
     """
 
-    def __init__(self, server: Answering, training_args: Any, finetuning_args: DistillationArguments) -> None:
-        workers = training_args.dataloader_num_workers
+    def __init__(self, server: Answering, run: HostArguments) -> None:
+        workers = run.training.dataloader_num_workers
         if workers:
             raise ArgumentError(
                 f"`dataloader_num_workers: {workers}` cannot be used with `teacher_server`, whose answers are fetched "
@@ -84,7 +85,7 @@ class ServerOfRun:
             )
 
         self.server = server
-        self.finetuning_args = finetuning_args
+        self.keys: DistillationArguments = run.finetuning
         self.fingerprint = f"server {server.info.fingerprint}"
         self.teacher: ServedTeacher | None = None
 
@@ -96,7 +97,7 @@ class ServerOfRun:
 
     def vocab_size(self, tokenizer: Any) -> int:
         """Return how many ids the answers are over."""
-        asks_for_topk = self.finetuning_args.teacher_server_topk is not None
+        asks_for_topk = self.keys.teacher_server_topk is not None
         return used_ids(tokenizer) if asks_for_topk else self.server.info.rows
 
     def attach(self, trainer: Any) -> None:
@@ -104,7 +105,7 @@ class ServerOfRun:
 
         Own samples are not known then: the trainer announces them when they are.
         """
-        if self.teacher is not None and not self.finetuning_args.kd_on_policy:
+        if self.teacher is not None and not self.keys.kd_on_policy:
             trainer.data_collator = TicketCollator(trainer.data_collator, self.teacher)
 
     def __enter__(self) -> ServerOfRun:
@@ -116,7 +117,7 @@ class ServerOfRun:
         self.server.close()
 
     def _kept(self, vocab_size: int) -> Format:
-        info, k = self.server.info, self.finetuning_args.teacher_server_topk
+        info, k = self.server.info, self.keys.teacher_server_topk
         if k is not None:
             return TopKFormat(min(k, info.max_k), torch.float32, vocab_size)
 
@@ -154,9 +155,9 @@ def build_from_server(
     config = {key: value for key, value in config.items() if key not in _OF_A_LOADED_TEACHER}
     servers: list[Answering] = []
 
-    def check(model_args: Any, data_args: Any, finetuning_args: Any) -> None:
+    def check(run: HostArguments) -> None:
         if not servers:  # the data sets of the teacher's own prompts are read after the student's
-            servers.append(connect(model_args, data_args, finetuning_args))
+            servers.append(connect(run))
 
     def read(keys: dict[str, Any], tell: Callable[[str], None]) -> Tokenized:
         data = tokenized(keys, tell, check=check)
@@ -189,7 +190,7 @@ def build_from_server(
                     server=server,
                     kept=manifest.kept(),
                     writer=session.writer(),
-                    batch_size=batch_size or data.training_args.per_device_train_batch_size,
+                    batch_size=batch_size or data.run.training.per_device_train_batch_size,
                     in_flight=in_flight,
                     rank=session.rank,
                     ranks=session.ranks,

@@ -9,13 +9,14 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.arguments import STAGE, DistillationArguments
+from llamafactory_sekd.arguments import STAGE
 from llamafactory_sekd.data.training_text import record_training_text
 from llamafactory_sekd.errors import DataError, HostError
 from llamafactory_sekd.evaluation.model_card import write_training
 from llamafactory_sekd.host.cut_text import counting_cut_text
 from llamafactory_sekd.host.own_samples import own_samples_of
 from llamafactory_sekd.host.resume import check_same_teacher, teacher_fingerprint
+from llamafactory_sekd.host.run_arguments import HostArguments
 from llamafactory_sekd.host.served_teacher import ServerOfRun, connect
 from llamafactory_sekd.host.start_block import print_opening
 from llamafactory_sekd.host.teacher_choice import numbered_examples
@@ -34,11 +35,13 @@ def dispatch(host_run_sft: Callable[..., None]) -> Callable[..., None]:
         generating_args: Any,
         callbacks: Any = None,
     ) -> None:
-        arguments = (model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
+        def host_run() -> None:
+            host_run_sft(model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
+
         if getattr(finetuning_args, "use_sekd", False):
-            _run_sekd(host_run_sft, *arguments)
+            _run_sekd(HostArguments(model_args, data_args, training_args, finetuning_args, generating_args), host_run)
         else:
-            host_run_sft(*arguments)
+            host_run()
 
     return run_sft
 
@@ -67,63 +70,48 @@ def refuse_our_stage(host_trainer: type) -> type:
     return CustomSeq2SeqTrainer
 
 
-def _run_sekd(
-    host_run_sft: Callable[..., None],
-    model_args: Any,
-    data_args: Any,
-    training_args: Any,
-    finetuning_args: Any,
-    generating_args: Any,
-    callbacks: Any,
-) -> None:
-    needs_teacher = training_args.do_train or training_args.do_eval
-    if not needs_teacher:  # prediction alone is the host's
-        host_run_sft(model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
+def _run_sekd(run: HostArguments, host_run: Callable[[], None]) -> None:
+    training, finetuning = run.training, run.finetuning
+    if not training.do_train and not training.do_eval:  # prediction alone is the host's
+        host_run()
         return
 
-    if finetuning_args.teacher_model:
-        check_fit(model_args, data_args, finetuning_args)
+    if finetuning.teacher_model:
+        check_fit(run)
 
-    server = connect(model_args, data_args, finetuning_args) if finetuning_args.teacher_server else None
-    of_run = None if server is None else ServerOfRun(server, training_args, finetuning_args)
-    fingerprint = of_run.fingerprint if of_run else teacher_fingerprint(model_args, training_args, finetuning_args)
-    check_same_teacher(training_args, finetuning_args, fingerprint)
-    arguments = (model_args, data_args, training_args, finetuning_args)
-    say = print if training_args.process_index == 0 else None
+    of_server = ServerOfRun(connect(run), run) if finetuning.teacher_server else None
+    fingerprint = of_server.fingerprint if of_server else teacher_fingerprint(run)
+    check_same_teacher(run, fingerprint)
     with (
-        numbered_examples(finetuning_args),
-        counting_cut_text(finetuning_args.kd_max_cut, say),
-        of_run or nullcontext(),
-        _our_trainer(*arguments, generating_args, fingerprint, of_run) as opening,
-        _empty_dataset_explained(data_args),
+        numbered_examples(finetuning),
+        counting_cut_text(finetuning.kd_max_cut, print if run.is_first_rank else None),
+        of_server or nullcontext(),
+        _our_trainer(run, fingerprint, of_server) as opening,
+        _empty_dataset_explained(run.data),
     ):
-        host_run_sft(model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
+        host_run()
 
-    if training_args.do_train and training_args.should_save and isinstance(data_args.dataset_dir, str):
-        record_training_text(
-            Path(training_args.output_dir), Path(data_args.dataset_dir), list(data_args.dataset or [])
-        )
-    if training_args.do_train and training_args.should_save and opening:
-        # The host has just written the card; it names neither teacher nor objective.
-        write_training(Path(training_args.output_dir) / "README.md", opening, data_args.dataset or [])
-    if training_args.do_train and training_args.should_save and finetuning_args.plot_loss:
+    if training.do_train and training.should_save:
+        _record_training(run, opening)
+
+
+def _record_training(run: HostArguments, opening: list[str]) -> None:
+    """Write next to the trained model what it was trained on, on which objective, and how that went."""
+    output, data = Path(run.training.output_dir), run.data
+    if isinstance(data.dataset_dir, str):
+        record_training_text(output, Path(data.dataset_dir), list(data.dataset or []))
+    if opening:  # the host has just written the card; it names neither teacher nor objective
+        write_training(output / "README.md", opening, data.dataset or [])
+    if run.finetuning.plot_loss:
         from llamafactory_sekd.trainer import plot_distillation
 
-        figure = plot_distillation(training_args.output_dir)
+        figure = plot_distillation(run.training.output_dir)
         if figure is not None:
             print("Figure saved at:", figure)
 
 
 @contextmanager
-def _our_trainer(
-    model_args: Any,
-    data_args: Any,
-    training_args: Any,
-    finetuning_args: DistillationArguments,
-    generating_args: Any,
-    fingerprint: str | None,
-    of_server: ServerOfRun | None,
-) -> Iterator[list[str]]:
+def _our_trainer(run: HostArguments, fingerprint: str | None, of_server: ServerOfRun | None) -> Iterator[list[str]]:
     """For the duration, the host's SFT workflow builds our trainer where it names its own.
 
     Gives the lines of the run's opening, once the trainer is built.
@@ -143,10 +131,8 @@ def _our_trainer(
 
     def build(**kwargs: Any) -> Any:
         cache = None
-        if finetuning_args.teacher_cache:
-            cache = open_things.enter_context(
-                CacheOfRun(model_args, data_args, training_args, finetuning_args, kwargs)
-            )
+        if run.finetuning.teacher_cache:
+            cache = open_things.enter_context(CacheOfRun(run, kwargs))
 
         student_rows = head_rows(kwargs["model"])
         make_online: Any = None
@@ -154,9 +140,7 @@ def _our_trainer(
         if of_server is not None:
             rows = [of_server.vocab_size(kwargs["tokenizer"])]
         elif cache is None or cache.needs_model:
-            make_online, rows = online_teacher(
-                model_args, training_args, finetuning_args, kwargs["model"], used_ids(kwargs["tokenizer"])
-            )
+            make_online, rows = online_teacher(run, kwargs["model"], used_ids(kwargs["tokenizer"]))
 
         teachers_rows = (cache.vocab_sizes if cache is not None else None) or rows
         vocab_size, explanation = common_vocabulary(kwargs["tokenizer"], student_rows, *teachers_rows)
@@ -168,13 +152,10 @@ def _our_trainer(
                 return of_server.make_teacher(accelerator, kwargs["tokenizer"])
             return cache.make_teacher(make_online, accelerator) if cache is not None else make_online(accelerator)
 
-        template = kwargs["data_collator"].template
         trainer = SekdTrainer(
             make_teacher=make_teacher,
-            make_own_samples=own_samples_of(
-                data_args, training_args, finetuning_args, generating_args, template, kwargs["tokenizer"]
-            ),
-            distillation=finetuning_args,
+            make_own_samples=own_samples_of(run, kwargs["data_collator"].template, kwargs["tokenizer"]),
+            distillation=run.finetuning,
             vocab_size=vocab_size,
             teacher_fingerprint=fingerprint,
             **kwargs,
@@ -186,7 +167,7 @@ def _our_trainer(
         if isinstance(trainer.teacher, SeveralTeachers):
             trainer.data_collator = NumberCollator(trainer.data_collator)
 
-        opening.extend(print_opening(model_args, finetuning_args, trainer))
+        opening.extend(print_opening(run, trainer))
         return trainer
 
     workflow.CustomSeq2SeqTrainer = build

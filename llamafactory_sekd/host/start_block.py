@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llamafactory_sekd.arguments import SELF, STAGE, DistillationArguments, keys_read_by
+from llamafactory_sekd.host.run_arguments import HostArguments
 from llamafactory_sekd.host.teacher_loading import teacher_identity
 from llamafactory_sekd.presets import PRESETS, preset_of
 
@@ -12,36 +13,36 @@ from llamafactory_sekd.presets import PRESETS, preset_of
 _SIGNS = {"kd_lambda": "λ", "kd_beta": "β", "kd_gamma": "Γ", "kd_topk": "hard share", "kd_hard_scale": "hard scale"}
 
 
-def print_opening(model_args: Any, finetuning_args: DistillationArguments, trainer: Any) -> list[str]:
+def print_opening(run: HostArguments, trainer: Any) -> list[str]:
     """Print the block on the first rank, whatever the log level: a run that does something else is seen at once.
 
     Returns its lines, which the model card has as well.
     """
-    lines = opening_lines(model_args, finetuning_args, trainer)
+    lines = opening_lines(run, trainer)
     if trainer.args.process_index == 0:
         print("\n".join(lines), flush=True)
     return lines
 
 
-def opening_lines(model_args: Any, finetuning_args: DistillationArguments, trainer: Any) -> list[str]:
+def opening_lines(run: HostArguments, trainer: Any) -> list[str]:
     """Return the lines: objective, its equation and its formula, its keys, teacher, student, chunk size.
 
     Args:
-        model_args: the host's model arguments, which name the student.
-        finetuning_args: the keys of the stage.
+        run: its arguments.
         trainer: the distillation trainer, with both models placed.
     """
+    keys: DistillationArguments = run.finetuning
     student = trainer.accelerator.unwrap_model(trainer.model)
     trained, everything = _sizes(student)
     with trainer.autocast_smart_context_manager():  # the type of the products decides how many tokens fit
         size = trainer.chunk_size()
     rows = {
-        "objective": _objective(finetuning_args.kd_loss),
-        "formula": f"kd_loss: {finetuning_args.formula()}",
-        "keys": _keys(finetuning_args),
-        "teacher": _teacher(model_args, finetuning_args, trainer.teacher),
+        "objective": _objective(keys.kd_loss),
+        "formula": f"kd_loss: {keys.formula()}",
+        "keys": _keys(keys),
+        "teacher": _teacher(run, trainer.teacher),
         "student": (
-            f"{model_args.model_name_or_path}, trains {trained:,} of {everything:,} parameters "
+            f"{run.model.model_name_or_path}, trains {trained:,} of {everything:,} parameters "
             f"({trained / max(everything, 1):.2%})"
         ),
         "chunks": f"{size:,} response tokens at a time in the LM head, where the head allows it (`kd_chunk_size`)",
@@ -66,16 +67,16 @@ def _keys(keys: DistillationArguments) -> str:
     return ", ".join(f"{sign} {value}" for sign, value in {**shown, "T": keys.kd_temperature}.items())
 
 
-def _teacher(model_args: Any, keys: DistillationArguments, source: Any) -> str:
+def _teacher(run: HostArguments, source: Any) -> str:
     from llamafactory_sekd.teacher import SeveralTeachers
 
-    parts = []
+    keys, parts = run.finetuning, []
     if keys.teacher_cache:
         parts.append(f"answers of {keys.teacher_cache}")
     if isinstance(keys.teacher_model, dict):
         parts += [f"{model} for {name}" for name, model in keys.teacher_model.items()]
     elif keys.teacher_model:
-        name, adapters, bits = teacher_identity(model_args, keys)
+        name, adapters, bits = teacher_identity(run.model, keys)
         parts.append(name + (f" with {adapters}" if adapters else "") + (f" in {bits} bits" if bits else ""))
 
     if keys.teacher_server:

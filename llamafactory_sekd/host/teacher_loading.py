@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 
 from llamafactory_sekd.arguments import SELF, DistillationArguments
 from llamafactory_sekd.errors import TeacherError
+from llamafactory_sekd.host.run_arguments import HostArguments
 from llamafactory_sekd.host.teacher_placement import own_device, read_deepspeed_file
 
 
@@ -59,16 +60,16 @@ def teacher_identity(model_args: Any, finetuning_args: DistillationArguments) ->
     return home, adapters, finetuning_args.teacher_model_quantization_bit
 
 
-def each_teacher(finetuning_args: DistillationArguments) -> list[DistillationArguments]:
-    """Return the arguments of each model that a run has as a teacher; one where all data sets have the same."""
-    models = finetuning_args.teacher_model
+def each_teacher(run: HostArguments) -> list[HostArguments]:
+    """Return the run with each of the models that it has as teachers; itself where all data sets have the same."""
+    models = run.finetuning.teacher_model
     if not isinstance(models, dict):
-        return [finetuning_args]
+        return [run]
 
     found = []
     for model in dict.fromkeys(models.values()):
-        found.append(copy(finetuning_args))
-        found[-1].teacher_model = model
+        found.append(replace(run, finetuning=copy(run.finetuning)))
+        found[-1].finetuning.teacher_model = model
     return found
 
 
@@ -107,28 +108,28 @@ def copy_model_arguments(source: Any, **changes: Any) -> Any:
     return ModelArguments.copyfrom(source, **{**texts, **changes})
 
 
-def check_fit(model_args: Any, data_args: Any, finetuning_args: DistillationArguments) -> None:
+def check_fit(run: HostArguments) -> None:
     """Check, before any weight is read, that each teacher exists, is a causal LM and has the student's tokenizer.
 
     Raises:
         TeacherError: one does not fit.
     """
-    for one in each_teacher(finetuning_args):
-        _check_fit(model_args, data_args, one)
+    for one in each_teacher(run):
+        _check_fit(one)
 
 
-def _check_fit(model_args: Any, data_args: Any, finetuning_args: DistillationArguments) -> None:
+def _check_fit(run: HostArguments) -> None:
     from llamafactory.model import load_config, load_tokenizer
 
     from llamafactory_sekd.teacher.teacher_files import check_adapter_files, check_is_causal, check_teacher_files
     from llamafactory_sekd.teacher.vocabulary import check_tokenizers
 
-    name, adapters, _ = teacher_identity(model_args, finetuning_args)
+    name, adapters, _ = teacher_identity(run.model, run.finetuning)
     check_teacher_files(name)
     if adapters:
         check_adapter_files(adapters)
 
-    teacher_args = teacher_model_arguments(model_args, finetuning_args)
+    teacher_args = teacher_model_arguments(run.model, run.finetuning)
     try:
         config = load_config(teacher_args)
         teacher_tokenizer = load_tokenizer(teacher_args)["tokenizer"]
@@ -139,8 +140,8 @@ def _check_fit(model_args: Any, data_args: Any, finetuning_args: DistillationArg
         ) from error
 
     check_is_causal(name, config)
-    student_tokenizer = load_tokenizer(model_args)["tokenizer"]
-    _apply_template(student_tokenizer, teacher_tokenizer, data_args)
+    student_tokenizer = load_tokenizer(run.model)["tokenizer"]
+    _apply_template(student_tokenizer, teacher_tokenizer, run.data)
     check_tokenizers(student_tokenizer, teacher_tokenizer)
 
 
@@ -173,16 +174,16 @@ def _apply_template(student: Any, teacher: Any, data_args: Any) -> None:
         )
 
 
-def load_teacher(model_args: Any, training_args: Any, finetuning_args: DistillationArguments) -> Any:
+def load_teacher(run: HostArguments) -> Any:
     """Load the teacher as the host loads a reference model: adapters merged, quantized, frozen, in eval mode."""
     from llamafactory.hparams import FinetuningArguments
     from llamafactory.model import load_model, load_tokenizer
     from safetensors import SafetensorError
 
-    teacher_args = teacher_model_arguments(model_args, finetuning_args)
+    teacher_args = teacher_model_arguments(run.model, run.finetuning)
     tokenizer = load_tokenizer(teacher_args)["tokenizer"]
     try:
-        with _whole_weights_on_every_rank(), _teachers_deepspeed(training_args, finetuning_args):
+        with _whole_weights_on_every_rank(), _teachers_deepspeed(run):
             return load_model(tokenizer, teacher_args, FinetuningArguments(), is_trainable=False)
     except (OSError, SafetensorError) as error:
         raise TeacherError(
@@ -191,17 +192,15 @@ def load_teacher(model_args: Any, training_args: Any, finetuning_args: Distillat
         ) from error
 
 
-def online_teacher(
-    model_args: Any, training_args: Any, finetuning_args: DistillationArguments, student: Any, used: int
-) -> tuple[Callable[[Any], TeacherSource], list[int]]:
+def online_teacher(run: HostArguments, student: Any, used: int) -> tuple[Callable[[Any], TeacherSource], list[int]]:
     """Load the teachers that compute; return what makes the run's from the trainer's accelerator, and rows to read.
 
     `used` are the ids that the tokenizer uses.
     """
     from llamafactory_sekd.teacher import SeveralTeachers
 
-    models = finetuning_args.teacher_model
-    loaded = [_loaded(model_args, training_args, one, student, used) for one in each_teacher(finetuning_args)]
+    models = run.finetuning.teacher_model
+    loaded = [_loaded(one, student, used) for one in each_teacher(run)]
     makers, rows = [make for make, _ in loaded], [count for _, count in loaded]
     if not isinstance(models, dict):
         return makers[0], rows
@@ -211,24 +210,22 @@ def online_teacher(
     return lambda accelerator: SeveralTeachers([make(accelerator) for make in makers], list(models), numbers), rows
 
 
-def _loaded(
-    model_args: Any, training_args: Any, finetuning_args: DistillationArguments, student: Any, used: int
-) -> tuple[Callable[[Any], Teacher], int]:
+def _loaded(run: HostArguments, student: Any, used: int) -> tuple[Callable[[Any], Teacher], int]:
     from llamafactory_sekd.teacher import SharedTeacher, Teacher, add_teacher_adapters, readable_rows
 
-    if finetuning_args.teacher_model == SELF:
-        adapters = finetuning_args.teacher_model_adapters
+    if run.finetuning.teacher_model == SELF:
+        adapters = run.finetuning.teacher_model_adapters
         hub = {
-            "cache_dir": model_args.cache_dir,
-            "revision": model_args.model_revision,
-            "token": model_args.hf_hub_token,
+            "cache_dir": run.model.cache_dir,
+            "revision": run.model.model_revision,
+            "token": run.model.hf_hub_token,
         }
         rows = head_rows(student)
         names = add_teacher_adapters(student, adapters.split(",") if adapters else [], **hub)
         return lambda _: SharedTeacher(student, names), rows
 
-    model = load_teacher(model_args, training_args, finetuning_args)
-    placement = placement_of(finetuning_args)
+    model = load_teacher(run)
+    placement = placement_of(run.finetuning)
     head = model.get_output_embeddings()
     # Sharded weights (ZeRO-3) are empty here, and a matrix that bitsandbytes has packed has other rows.
     padding = [part.detach()[used:] for part in (head.weight, getattr(head, "bias", None)) if part is not None]
@@ -252,9 +249,9 @@ def placement_of(finetuning_args: DistillationArguments) -> Placement:
 
 
 @contextmanager
-def _teachers_deepspeed(training_args: Any, finetuning_args: DistillationArguments) -> Iterator[None]:
+def _teachers_deepspeed(run: HostArguments) -> Iterator[None]:
     """For the duration, transformers loads weights as the teacher's engine shards them, not the student's."""
-    plugin = getattr(training_args, "deepspeed_plugin", None)
+    plugin = getattr(run.training, "deepspeed_plugin", None)
     if plugin is None:
         yield
         return
@@ -263,7 +260,7 @@ def _teachers_deepspeed(training_args: Any, finetuning_args: DistillationArgumen
 
     from llamafactory_sekd.teacher import engine_config
 
-    placement, students = placement_of(finetuning_args), deepspeed._hf_deepspeed_config_weak_ref
+    placement, students = placement_of(run.finetuning), deepspeed._hf_deepspeed_config_weak_ref
     # It is the current one from here on, as long as it exists.
     teachers = HfDeepSpeedConfig(engine_config(plugin.deepspeed_config, placement.engine, placement.offload))
     try:

@@ -12,6 +12,7 @@ import torch
 
 from llamafactory_sekd.arguments import AUTO, SELF, DistillationArguments
 from llamafactory_sekd.errors import ArgumentError, one_line
+from llamafactory_sekd.host.run_arguments import HostArguments
 
 
 def own_device(finetuning_args: DistillationArguments) -> torch.device | None:
@@ -20,17 +21,17 @@ def own_device(finetuning_args: DistillationArguments) -> torch.device | None:
     return None if name == AUTO else torch.device(name)
 
 
-def check_placement(model_args: Any, training_args: Any, finetuning_args: Any) -> None:
-    """Check where the teacher shall stand against how the student is trained.
+def check_placement(run: HostArguments) -> None:
+    """Check where the teacher shall be placed against how the student is trained.
 
-    Each argument may be an object that holds the keys of a YAML file and no others.
+    Each of the run's objects may be one that holds the keys of a YAML file and no others.
 
     Raises:
         ArgumentError: the two cannot be combined.
     """
-    stage, fsdp = _zero_stage(training_args), _uses_fsdp(training_args)
+    stage, fsdp, finetuning_args = _zero_stage(run.training), _uses_fsdp(run.training), run.finetuning
     if getattr(finetuning_args, "teacher_model", None) == SELF:
-        _check_shared(model_args, finetuning_args, fsdp)
+        _check_shared(run.model, finetuning_args, fsdp)
 
     device = getattr(finetuning_args, "teacher_model_device", AUTO)
     if device != AUTO and (stage == 3 or fsdp):

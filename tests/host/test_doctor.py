@@ -201,7 +201,7 @@ def test_a_teacher_of_another_tokenizer_is_refused_and_a_missing_one_only_noted(
     parsed = parse(base_config(weightless, teacher_model=str(other)))
     assert missing_tokenizer(parsed) == ""
     with pytest.raises(TeacherError):
-        check_fit(parsed.model, parsed.data, parsed.finetuning)
+        check_fit(parsed)
     for path in other.glob("*token*"):
         path.unlink()
     assert f"the teacher's tokenizer cannot be read from {other}" in missing_tokenizer(parsed)
