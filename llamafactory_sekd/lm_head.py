@@ -17,18 +17,25 @@ from torch import nn
 from llamafactory_sekd.objectives import LogitTransform
 
 
+# From hidden states ``[batch, length, width]`` to those of the response tokens, ``[tokens, width]``.
+Select = Callable[[torch.Tensor], torch.Tensor]
 # Both signs, and sizes at which a cap does little, something, and everything.
 _PROBES = (-40.0, -3.0, 0.0, 1.0, 7.0, 100.0, 1.0e9)
 
 
+def rows_of(rows: torch.Tensor) -> Select:
+    """Return the function that takes ``hidden[rows]``, wherever the hidden states are."""
+    return lambda hidden: hidden[rows.to(hidden.device)]
+
+
 @contextmanager
-def selected_rows(head: nn.Module, rows: torch.Tensor) -> Iterator[None]:
-    """For the duration, the head reads only ``hidden[rows]`` and so returns ``[1, tokens, vocab]``."""
+def selected_rows(head: nn.Module, select: Select) -> Iterator[None]:
+    """For the duration, the head reads only what ``select`` takes, and so returns ``[1, tokens, vocab]``."""
 
-    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][rows.to(args[0].device)].unsqueeze(0), *args[1:])
+    def reduced(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (select(args[0]).unsqueeze(0), *args[1:])
 
-    handle = head.register_forward_pre_hook(select)
+    handle = head.register_forward_pre_hook(reduced)
     try:
         yield
     finally:
@@ -47,6 +54,19 @@ def replaced_forward(head: nn.Module, forward: Callable[[torch.Tensor], torch.Te
         yield
     finally:
         del head.forward
+
+
+def hidden_states_of(head: nn.Module, forward: Callable[[], Any], select: Select) -> torch.Tensor:
+    """Return what ``select`` takes of the hidden states that ``head`` is called with in a forward pass."""
+    caught: list[torch.Tensor] = []
+
+    def catch(hidden: torch.Tensor) -> torch.Tensor:
+        caught.append(select(hidden))
+        return hidden.new_zeros(1, 1, 1)
+
+    with replaced_forward(head, catch):
+        forward()
+    return caught[0]
 
 
 def is_plain_product(head: nn.Module) -> bool:

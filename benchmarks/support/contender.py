@@ -107,7 +107,7 @@ def _replace_steps(report: Callable[[list[float]], None]) -> None:
     import torch
     from transformers import Trainer
 
-    from llamafactory_sekd.lm_head import selected_rows
+    from llamafactory_sekd.lm_head import rows_of, selected_rows
     from llamafactory_sekd.objectives import response_positions
 
     def forward(self: Trainer, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
@@ -118,7 +118,7 @@ def _replace_steps(report: Callable[[list[float]], None]) -> None:
         with torch.no_grad():
             model(**inputs, use_cache=False)
             times.append(time.perf_counter())
-            with selected_rows(model.get_output_embeddings(), rows):
+            with selected_rows(model.get_output_embeddings(), rows_of(rows)):
                 model(**inputs, use_cache=False)
             times.append(time.perf_counter())
         report([times[1] - times[0], times[2] - times[1]])

@@ -7,7 +7,8 @@ training, whatever the architecture, the adapters or the gradient checkpointing.
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +18,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llamafactory_sekd.arguments import DistillationArguments
-from llamafactory_sekd.lm_head import is_plain_product, replaced_forward
+from llamafactory_sekd.lm_head import hidden_states_of, is_plain_product, replaced_forward, selected_rows
 from llamafactory_sekd.objectives import (
     IDENTITY,
+    LogitsSource,
     LogitTransform,
     default_chunk_size,
-    distillation_loss,
-    fused_linear_distillation,
     product_type,
 )
 from llamafactory_sekd.objectives.blocks import ACCELERATOR_BUFFER, BUFFERS, CPU_BUFFER
@@ -32,6 +32,8 @@ from llamafactory_sekd.planner.contentless import AnswerQuestions, build_without
 from llamafactory_sekd.planner.live_memory import LiveMemory
 from llamafactory_sekd.planner.planned_run import Run
 from llamafactory_sekd.planner.sizes import ModelSize, size_of, total_size
+from llamafactory_sekd.teacher.source import product
+from llamafactory_sekd.trainer.training_step import TrainingStep
 
 
 @dataclass(frozen=True)
@@ -175,32 +177,32 @@ class _Stage:
 
     def _fused_loss(self, keys: DistillationArguments) -> torch.Tensor:
         head: Any = self.student.get_output_embeddings()  # type: ignore[operator]
-        vocab_size = self._common_vocabulary()
         chunk_size = keys.kd_chunk_size or self._default_chunk_size(head)
         teacher_hidden, teacher_weight = self._teacher_hidden(head)
+        step = self._training_step(head, keys)
 
-        def objective(hidden: torch.Tensor) -> torch.Tensor:
-            rows = self._responses(hidden)
+        @contextmanager
+        def answers(vocab_size: int | None) -> Iterator[LogitsSource]:
             with self.live.labeled("objective"):
-                beyond = torch.empty(self._buffers_beyond_a_cpus(vocab_size, chunk_size))
-                output = fused_linear_distillation(
-                    rows,
-                    head.weight,
-                    teacher_hidden,
-                    teacher_weight,
-                    self.targets,
-                    student_bias=head.bias,
-                    student_transform=self.transform,
-                    vocab_size=vocab_size,
-                    num_items=self.tokens,
-                    chunk_size=chunk_size,
-                    **keys.objective_keywords(),
-                )
+                beyond = torch.empty(self._buffers_beyond_a_cpus(self._common_vocabulary(), chunk_size))
+                yield product(teacher_hidden, teacher_weight, None, vocab_size)
                 del beyond
-            return output.loss.reshape(1, 1, 1)
 
-        with replaced_forward(head, objective), as_on_an_accelerator() if self.run.accelerator else nullcontext():
-            return self._forward(self.student).logits.reshape(())
+        with as_on_an_accelerator() if self.run.accelerator else nullcontext():
+            _, loss, _ = step.loss_in_head(
+                lambda: self._forward(self.student),
+                self._responses,
+                answers,
+                transform=self.transform,
+                chunk_size=chunk_size,
+            )
+        return loss
+
+    def _training_step(self, head: Any, keys: DistillationArguments) -> TrainingStep:
+        """Return the trainer's own step; own samples and schedules take no other room."""
+        return TrainingStep(
+            head, self.targets, self.tokens, lambda _: keys.objective_keywords(), self._common_vocabulary()
+        )
 
     def _teacher_hidden(self, student_head: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the teacher's hidden states of all tokens, and its head (the student's size where cached)."""
@@ -209,41 +211,23 @@ class _Stage:
                 weight = student_head.weight.detach()
                 return torch.empty(self.tokens, weight.shape[1], dtype=weight.dtype), weight
 
-            caught: list[torch.Tensor] = []
-
-            def catch(hidden: torch.Tensor) -> torch.Tensor:
-                caught.append(self._responses(hidden))
-                return hidden.new_zeros(1, 1, 1)
-
-            head: Any = self.teacher.get_output_embeddings()  # type: ignore[operator]
-            with torch.no_grad(), replaced_forward(head, catch):
-                self._forward(self.teacher)
-
-            return caught[0], head.weight
+            teacher, head = self.teacher, self.teacher.get_output_embeddings()  # type: ignore[operator]
+            with torch.no_grad():
+                return hidden_states_of(head, lambda: self._forward(teacher), self._responses), head.weight
 
     def _plain_loss(self, keys: DistillationArguments) -> torch.Tensor:
-        vocab_size = self._common_vocabulary()
-        student_logits = self._row_logits(self.student)[:, :vocab_size]
+        step = self._training_step(self.student.get_output_embeddings(), keys)  # type: ignore[operator]
+        student_logits = self._row_logits(self.student)
         with torch.no_grad(), self.live.labeled("teacher"):
             teacher = student_logits.detach() if self.teacher is None else self._row_logits(self.teacher)
 
         with self.live.labeled("objective"):
-            output = distillation_loss(
-                student_logits, teacher[:, :vocab_size], self.targets, **keys.objective_keywords()
-            )
-            return output.loss.sum() / self.tokens
+            return step.loss_of_logits(student_logits, teacher)[0]
 
     def _row_logits(self, model: nn.Module) -> torch.Tensor:
         """Logits of all tokens as response tokens, `[tokens, vocab]`."""
-
-        def select(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (self._responses(arguments[0]).unsqueeze(0),)
-
-        handle = model.get_output_embeddings().register_forward_pre_hook(select)  # type: ignore[operator]
-        try:
+        with selected_rows(model.get_output_embeddings(), self._responses):  # type: ignore[operator]
             return self._forward(model).logits[0]
-        finally:
-            handle.remove()
 
     def _responses(self, hidden: torch.Tensor) -> torch.Tensor:
         """As many tokens as responses have, `[tokens, width]`, copied as the selection copies them."""

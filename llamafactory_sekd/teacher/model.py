@@ -11,9 +11,10 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from llamafactory_sekd.lm_head import (
+    hidden_states_of,
     is_plain_product,
     logit_transform,
-    replaced_forward,
+    rows_of,
     selected_rows,
     whole_parameters,
 )
@@ -65,22 +66,17 @@ class Teacher:
             inputs: the batch as the student sees it (ids, attention mask, position ids), without labels.
             rows: ``[batch, length]`` bool, from :func:`llamafactory_sekd.objectives.response_positions`.
         """
-        with self._speaking(), selected_rows(self.head, rows):
+        with self._speaking(), selected_rows(self.head, rows_of(rows)):
             return self.model(**self._there(inputs), use_cache=False).logits[0].to(rows.device)
 
     @torch.no_grad()
     def hidden_states(self, inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
         """Teacher hidden states ``[tokens, width]`` at the response positions, as its head would read them."""
-        caught: list[torch.Tensor] = []
-
-        def catch(hidden: torch.Tensor) -> torch.Tensor:
-            caught.append(hidden[rows.to(hidden.device)])
-            return hidden.new_zeros(1, 1, 1)
-
-        with self._speaking(), replaced_forward(self.head, catch):
-            self.model(**self._there(inputs), use_cache=False)
-
-        return caught[0].to(rows.device)
+        with self._speaking():
+            found = hidden_states_of(
+                self.head, lambda: self.model(**self._there(inputs), use_cache=False), rows_of(rows)
+            )
+        return found.to(rows.device)
 
     def can_answer_in_chunks(self, inputs: dict[str, Any]) -> bool:
         """Where its logits are a product that can be formed anywhere, scaled or capped."""

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from llamafactory_sekd.errors import ArgumentError, DataError
 from llamafactory_sekd.files import write_atomic
-from llamafactory_sekd.objectives import IGNORE_INDEX, TokenStatistics
+from llamafactory_sekd.objectives import IGNORE_INDEX
 from llamafactory_sekd.teacher.several_teachers import TEACHER_NUMBER
 from llamafactory_sekd.trainer.sampling import InverseTransform, RowDraws, Sampling, as_generator, uniforms_of
 
@@ -383,32 +383,3 @@ class OwnSamples:
                     f"{count / seen:.0%} of the student's own samples {what}: the teacher judges text that is no "
                     "translation. Fine-tune the student on references first, or lower `kd_on_policy`."
                 )
-
-
-@dataclass(frozen=True)
-class TokenGroup:
-    """Response tokens with an objective of their own: their numbers (None: all) and what differs in its keywords."""
-
-    numbers: torch.Tensor | None
-    keywords: dict[str, float]
-
-
-def groups_of_tokens(own: torch.Tensor | None, rows: torch.Tensor) -> list[TokenGroup]:
-    """Part the response tokens into references and own samples, which are no ground truth: λ is 1 there."""
-    if own is None or not bool((own >= 0).any()):
-        return [TokenGroup(None, {})]
-
-    is_own = (own >= 0).unsqueeze(-1).expand_as(rows)[rows]
-    if bool(is_own.all()):
-        return [TokenGroup(None, {"kd_lambda": 1.0})]
-    return [
-        TokenGroup((~is_own).nonzero().squeeze(-1), {}),
-        TokenGroup(is_own.nonzero().squeeze(-1), {"kd_lambda": 1.0}),
-    ]
-
-
-def joined_statistics(parts: list[TokenStatistics], groups: list[TokenGroup]) -> TokenStatistics:
-    """Put the statistics of the groups back into the order of the tokens."""
-    if len(parts) == 1:
-        return parts[0]
-    return TokenStatistics.joined(parts, [group.numbers for group in groups if group.numbers is not None])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +20,14 @@ from llamafactory_sekd.formula import Formula
 from llamafactory_sekd.lm_head import (
     is_plain_product,
     logit_transform,
-    replaced_forward,
+    rows_of,
     selected_rows,
 )
 from llamafactory_sekd.objectives import (
     IDENTITY,
     IGNORE_INDEX,
     LogitTransform,
-    SomeTokens,
-    TokenStatistics,
     default_chunk_size,
-    distillation_loss,
-    fused_distillation,
     product_type,
     response_positions,
 )
@@ -42,10 +36,11 @@ from llamafactory_sekd.teacher import TeacherSource
 from llamafactory_sekd.trainer.adaptive import AdaptiveKeys, EndOfStep
 from llamafactory_sekd.trainer.health import Finished, StopWhenFinished, WarnOfIdleRun
 from llamafactory_sekd.trainer.metrics import METRICS, NONFINITE, TokenMeans
-from llamafactory_sekd.trainer.on_policy import OWN, OwnSamples, TokenGroup, groups_of_tokens, joined_statistics
+from llamafactory_sekd.trainer.on_policy import OWN, OwnSamples
 from llamafactory_sekd.trainer.order import hold_epoch
 from llamafactory_sekd.trainer.router import RouterLoss
 from llamafactory_sekd.trainer.token_difficulty import TokenSums, WriteTokenTable, save_sums
+from llamafactory_sekd.trainer.training_step import TokenGroup, TrainingStep, groups_of_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -124,26 +119,30 @@ class DistillationTrainer(Seq2SeqTrainer):
         rows, targets = response_positions(inputs["labels"])
         numbers = inputs.get(OWN)
         batch = {name: value for name, value in inputs.items() if name not in ("labels", OWN)}
-        groups = groups_of_tokens(numbers, rows)
         inputs = self._without_the_teachers(batch)
         num_items = targets.numel() if num_items_in_batch is None else num_items_in_batch
         num_items = torch.as_tensor(num_items, device=targets.device).clamp(min=1)
+        groups = tuple(groups_of_tokens(numbers, rows))
+        step = TrainingStep(self.student_head, targets, num_items, self._objective_keywords, self.vocab_size, groups)
 
         outputs: dict[str, torch.Tensor] = {}
         if return_outputs and self.compute_metrics is not None:
             answer = model(**inputs)  # the host's accuracy reads logits of every position
             outputs["logits"] = answer.logits
-            loss, statistics = self._loss_of_logits(
-                answer.logits[rows], self.teacher.logits(batch, rows), targets, num_items, groups
-            )
+            loss, statistics = step.loss_of_logits(answer.logits[rows], self.teacher.logits(batch, rows))
         elif self._use_fused_path(model, inputs):
-            answer, loss, statistics = self._fused_loss(model, batch, rows, targets, num_items, groups)
-        else:
-            with selected_rows(self.student_head, rows):
-                answer = model(**inputs, use_cache=False)
-            loss, statistics = self._loss_of_logits(
-                answer.logits[0], self.teacher.logits(batch, rows), targets, num_items, groups
+            answer, loss, statistics = step.loss_in_head(
+                lambda: model(**inputs, use_cache=False),
+                rows_of(rows),
+                self.teacher.answers(batch, rows),
+                transform=self._student_transform or IDENTITY,
+                chunk_size=self.chunk_size(),
+                compile=bool(self.distillation.kd_compile),
             )
+        else:
+            with selected_rows(self.student_head, rows_of(rows)):
+                answer = model(**inputs, use_cache=False)
+            loss, statistics = step.loss_of_logits(answer.logits[0], self.teacher.logits(batch, rows))
 
         # As in the host's SFT: once per micro-batch, whatever their number.
         loss = loss + self.router_loss.of(answer, trains=model.training)
@@ -180,81 +179,6 @@ class DistillationTrainer(Seq2SeqTrainer):
                 )
 
         return self._fused
-
-    def _fused_loss(
-        self,
-        model: nn.Module,
-        batch: dict[str, Any],
-        rows: torch.Tensor,
-        targets: torch.Tensor,
-        num_items: torch.Tensor,
-        groups: list[TokenGroup],
-    ) -> tuple[Any, torch.Tensor, TokenStatistics]:
-        """Compute the objective inside of the student's head, where every wrapper has its weight gathered."""
-        answers = self.teacher.answers(batch, rows)
-        transform = self._student_transform or IDENTITY
-        # The model scales or caps whatever its head returns, the loss as well. What is this small passes a cap
-        # unchanged (tanh x = x to the last digit), with a derivative of one, and a power of two costs no digit.
-        unit = 1.0 if transform == IDENTITY else 2.0**-30
-        caught: list[TokenStatistics] = []
-
-        def objective(hidden: torch.Tensor) -> torch.Tensor:
-            weight, bias = self.student_head.weight, self.student_head.bias
-            hidden = hidden[rows.to(hidden.device)]
-            with answers(self.vocab_size) as teacher:
-                outputs = [
-                    fused_distillation(
-                        hidden if group.numbers is None else hidden[group.numbers],
-                        weight,
-                        teacher if group.numbers is None else SomeTokens(teacher, group.numbers),
-                        targets if group.numbers is None else targets[group.numbers],
-                        student_bias=bias,
-                        student_transform=transform,
-                        num_items=num_items,
-                        chunk_size=self.chunk_size(),
-                        compile=bool(self.distillation.kd_compile),
-                        **self._objective_keywords(group),
-                    )
-                    for group in groups
-                ]
-            caught.append(joined_statistics([output.statistics for output in outputs], groups))
-            return (sum(output.loss for output in outputs) * unit).reshape(1, 1, 1)  # type: ignore[union-attr]
-
-        with replaced_forward(self.student_head, objective):
-            answer = model(**self._without_the_teachers(batch), use_cache=False)
-
-        return answer, answer.logits.reshape(()) / (unit * transform.scale), caught[0]
-
-    def _loss_of_logits(
-        self,
-        student_logits: torch.Tensor,
-        teacher_logits: torch.Tensor,
-        targets: torch.Tensor,
-        num_items: torch.Tensor,
-        groups: list[TokenGroup],
-    ) -> tuple[torch.Tensor, TokenStatistics]:
-        """Compute the same on logits ``[tokens, vocab]``; tokens with a broken teacher are left out as well."""
-        student_logits = student_logits[:, : self.vocab_size]
-        teacher_logits = teacher_logits[:, : self.vocab_size].to(student_logits.device)
-        # The largest is NaN where any is, +inf where any is, and -inf (an impossible id) only where all are.
-        broken = ~teacher_logits.amax(-1).isfinite()
-        teacher_logits = teacher_logits.masked_fill(broken.unsqueeze(-1), 0.0)
-        outputs = [
-            distillation_loss(
-                student_logits if group.numbers is None else student_logits[group.numbers],
-                teacher_logits if group.numbers is None else teacher_logits[group.numbers],
-                targets if group.numbers is None else targets[group.numbers],
-                **self._objective_keywords(group),
-            )
-            for group in groups
-        ]
-        joined = joined_statistics([output.statistics for output in outputs], groups)
-        statistics = replace(joined, teacher_ce=joined.teacher_ce.masked_fill(broken, math.nan))
-        losses = [
-            output.loss.masked_fill(broken if group.numbers is None else broken[group.numbers], 0.0).sum()
-            for output, group in zip(outputs, groups, strict=True)
-        ]
-        return torch.stack(losses).sum() / num_items, statistics
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as the host does, and say which metrics there are not."""
