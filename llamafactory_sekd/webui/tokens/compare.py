@@ -10,12 +10,12 @@ import torch
 
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.prompts import PARROT, Prompt
+from llamafactory_sekd.evaluation.decoding import hf_translate
+from llamafactory_sekd.evaluation.evaluation_settings import Decoding
+from llamafactory_sekd.evaluation.translator import BatchLimits
 from llamafactory_sekd.objectives import distillation_loss
 from llamafactory_sekd.teacher import check_tokenizers, common_vocabulary
 from llamafactory_sekd.webui.page import LoadedModel
-
-
-MAX_NEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -134,20 +134,17 @@ def _response_logits(model: LoadedModel, prompt: list[int], response: list[int])
     return logits[0, len(prompt) - 1 : -1].float().cpu()
 
 
-@torch.no_grad()
 def _translate(model: LoadedModel, prompt: list[int]) -> str:
-    from transformers import GenerationConfig
-
-    input_ids = torch.tensor([prompt], device=model.model.device)
-    # A checkpoint's own configuration may sample.
-    model.model.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=MAX_NEW_TOKENS,
-        eos_token_id=list(model.stop_ids),
-        pad_token_id=model.tokenizer.pad_token_id,
+    """Return what the evaluation of this model finds: greedy decoding."""
+    translate = hf_translate(
+        model.model,
+        decode=lambda rows: model.tokenizer.batch_decode(rows, skip_special_tokens=True),
+        stop_ids=model.stop_ids,
+        pad_id=model.tokenizer.pad_token_id,
+        decoding=Decoding(),
     )
-    output = model.model.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
-    return model.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip()
+    ((_, translation),) = next(translate([prompt], BatchLimits(tokens=0)))
+    return translation.text
 
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
