@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeGuard
 
@@ -24,6 +24,23 @@ from llamafactory_sekd.presets import PRESETS, preset_of
 
 
 _PLACING = ("teacher_model_device", "teacher_offload", "teacher_deepspeed")
+
+
+def refuse_keys(arguments: Any, reasons: Mapping[str, str], message: str) -> None:
+    """Refuse the first of some keys that is set.
+
+    Args:
+        arguments: what has the keys as attributes; those that it lacks count as not set.
+        reasons: from the key to why it is refused.
+        message: with ``{key}``, ``{value}`` and ``{reason}``.
+
+    Raises:
+        ArgumentError: one of them is set.
+    """
+    for key, reason in reasons.items():
+        value = getattr(arguments, key, None)
+        if value:
+            raise ArgumentError(message.format(key=key, value=value, reason=reason))
 
 
 def check_distillation_arguments(args: DistillationArguments) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 
 from llamafactory_sekd.errors import ArgumentError, one_line
 from llamafactory_sekd.formula import FIRST_MEANS, MEAN, Formula
-from llamafactory_sekd.presets import PRESETS, expand, preset_of
+from llamafactory_sekd.presets import DEFAULT_LOSS, DEFAULTS, PRESETS, expand, preset_of
 
 
 STAGE = "sekd"
 AUTO = "auto"
 SELF = "self"  # as `teacher_model`
-GAMMA = FIRST_MEANS["difficulty"]  # the paper's
+GAMMA: float = DEFAULTS["kd_gamma"]
 TOKEN_TABLE = "token_difficulty.csv"  # written into `output_dir`
 HARD_SCALES: tuple[str, ...] = ("none", "balanced")
 
@@ -130,7 +130,7 @@ class DistillationArguments:
     )
     # With `str` in the middle the host's parser takes text from the command line, whatever else a YAML may hold.
     kd_loss: dict[str, Any] | str | None = field(
-        default="self_evolution",
+        default=DEFAULT_LOSS,
         metadata={
             "help": (
                 "The distillation objective, a name or a mapping of the formula (docs/objectives.md): "
@@ -140,11 +140,11 @@ class DistillationArguments:
         },
     )
     kd_lambda: float = field(
-        default=0.5,
+        default=DEFAULTS["kd_lambda"],
         metadata={"help": "λ, the teacher's share of the target y~ = (1-λ)y + λp (equation 4), from 0 to 1."},
     )
     kd_beta: float = field(
-        default=0.5,
+        default=DEFAULTS["kd_beta"],
         metadata={"help": "β, the student's share of the proxy q^ = βq + (1-β)y~ (equation 6), from 0 to 1."},
     )
     kd_beta_end: float | None = field(
@@ -181,7 +181,7 @@ class DistillationArguments:
         },
     )
     kd_temperature: float = field(
-        default=1.0,
+        default=DEFAULTS["kd_temperature"],
         metadata={
             "help": (
                 "T, above 0: p and q of every KL term are taken at temperature T and the term is multiplied by T². "

@@ -8,7 +8,7 @@ from typing import Any
 
 from llamafactory_sekd import formula
 from llamafactory_sekd.errors import ArgumentError
-from llamafactory_sekd.formula import Formula
+from llamafactory_sekd.formula import FIRST_MEANS, Formula
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,16 @@ class Preset:
     source: str
     expansion: Mapping[str, Any]
 
+
+# What an objective reads where its keys are not given: the paper's settings.
+DEFAULT_LOSS = "self_evolution"
+DEFAULTS: dict[str, Any] = {
+    "kd_lambda": 0.5,
+    "kd_beta": 0.5,
+    "kd_gamma": FIRST_MEANS["difficulty"],
+    "kd_topk": None,
+    "kd_temperature": 1.0,
+}
 
 _PAPER = "Song et al., COLING 2025 (arXiv 2412.15303)"
 _LAMBDA = frozenset({"kd_lambda"})

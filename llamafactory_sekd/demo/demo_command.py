@@ -46,13 +46,14 @@ def demo(
     from llamafactory_sekd.files import locked
     from llamafactory_sekd.study.engine import find_inputs, open_study, report, run_study
     from llamafactory_sekd.study.jobs import is_done
+    from llamafactory_sekd.study.study_command import end_with, interruptible
 
     logging.disable(logging.WARNING)  # the libraries' chatter would break the progress bars
     console = Console()
     progress = Progress(console)
     places = Places(work)
     failed: list[str] = []
-    try:
+    with interruptible(console):
         busy = f"Another demo is at work in {work}: wait for it, or choose another folder (--work)."
         with locked(work / ".lock", busy):
             spec = write_yamls(work)
@@ -72,13 +73,8 @@ def demo(
                 if not failed:
                     run_steps(reporting(work, spec), work / ".steps", progress)
                     print_scores(console, contents(places))
-    except KeyboardInterrupt:
-        console.print("Interrupted. The same command continues from here.")
-        raise typer.Exit(130) from None
 
-    if failed:
-        console.print(f"{len(failed)} failed: {', '.join(failed)}. The same command tries them again.")
-        raise typer.Exit(2)
+    end_with(failed, console)
     console.print()
     for what, where in places.results(everything=not prepare):
         console.print(f"{what:<9} {where}", highlight=False, soft_wrap=True)

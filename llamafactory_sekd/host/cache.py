@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from llamafactory_sekd.host.teacher_prompts import TeacherPrompts, configuration
 from llamafactory_sekd.teacher import Teacher, used_ids
 from llamafactory_sekd.teacher.cache import (
     Fingerprints,
+    Format,
     Manifest,
     Plan,
     Session,
@@ -208,6 +210,22 @@ def tokenized(
     )
 
 
+@contextmanager
+def filling(plan: Plan, session: Session, data: Tokenized, kept: Format) -> Iterator[dict[str, Any]]:
+    """Show how far the teacher is; gives what every way to fill a cache is called with."""
+    with bar(plan.tokens, "Teacher", "tok", session.rank) as shown:
+        yield {
+            "plan": plan,
+            "datasets": data.datasets,
+            "kept": kept,
+            "writer": session.writer(),
+            "rank": session.rank,
+            "ranks": session.ranks,
+            "progress": lambda count: shown.update(count) and None,
+            "informed": data.informed,
+        }
+
+
 def _compute(plan: Plan, session: Session, data: Tokenized, batch_size: int) -> None:
     from transformers import Trainer
 
@@ -220,21 +238,8 @@ def _compute(plan: Plan, session: Session, data: Tokenized, batch_size: int) -> 
     device = data.run.training.device
     probe = {"input_ids": torch.zeros(1, 8, dtype=torch.int64, device=device)}
     manifest = session.admit(teacher, used_ids(data.tokenizer), probe, autocast_type(accelerator))
-    with bar(plan.tokens, "Teacher", "tok", session.rank) as shown:
-        fill(
-            plan,
-            data.datasets,
-            teacher=teacher,
-            kept=manifest.kept(),
-            writer=session.writer(),
-            batch_size=batch_size,
-            pad_id=data.tokenizer.pad_token_id,
-            device=device,
-            rank=session.rank,
-            ranks=session.ranks,
-            progress=lambda count: shown.update(count) and None,
-            informed=data.informed,
-        )
+    with filling(plan, session, data, manifest.kept()) as common:
+        fill(**common, teacher=teacher, batch_size=batch_size, pad_id=data.tokenizer.pad_token_id, device=device)
     accelerator.wait_for_everyone()
 
 

@@ -11,7 +11,11 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from llamafactory_sekd.argument_checks import check_distillation_arguments, check_no_distillation_arguments
+from llamafactory_sekd.argument_checks import (
+    check_distillation_arguments,
+    check_no_distillation_arguments,
+    refuse_keys,
+)
 from llamafactory_sekd.arguments import KEYS, STAGE, DistillationArguments
 from llamafactory_sekd.children import end_rank_with_launcher
 from llamafactory_sekd.errors import ArgumentError, suggestion
@@ -97,14 +101,10 @@ def _try_own_divergences(finetuning_args: Any) -> None:
 
 
 def _check_other_finetuning_arguments(args: Any) -> None:
-    for key in ("use_dft_loss", "use_eaft_loss", "use_asft_loss"):
-        if getattr(args, key, False):
-            raise ArgumentError(
-                f"`{key}: true` replaces the loss that `stage: {STAGE}` computes: remove one of the two."
-            )
-
-    if getattr(args, "use_hyper_parallel", False):
-        raise ArgumentError(f"`use_hyper_parallel: true` has a trainer of its own: remove it for `stage: {STAGE}`.")
+    loss = f"replaces the loss that `stage: {STAGE}` computes: remove one of the two"
+    reasons = dict.fromkeys(("use_dft_loss", "use_eaft_loss", "use_asft_loss"), loss)
+    reasons["use_hyper_parallel"] = f"has a trainer of its own: remove it for `stage: {STAGE}`"
+    refuse_keys(args, reasons, "`{key}: true` {reason}.")
 
     if os.getenv("USE_MCA", "0").lower() in ("true", "y", "1"):
         raise ArgumentError(
@@ -178,16 +178,14 @@ def check_run(args: Any, *, machine: bool = True) -> None:
 
 
 def _check_model_arguments(model_args: Any) -> None:
-    remedies = {
+    reasons = {
         "use_kt": "KTransformers has no second model in training",
         "use_unsloth": "unsloth's fused loss swallows the logits that the teacher is compared with",
         "mixture_of_depths": "its models route tokens differently from the teacher",
     }
-    for key, reason in remedies.items():
-        if getattr(model_args, key, None):
-            raise ArgumentError(
-                f"`{key}: {getattr(model_args, key)}` cannot be used with `stage: {STAGE}` ({reason}): remove it."
-            )
+    refuse_keys(
+        model_args, reasons, f"`{{key}}: {{value}}` cannot be used with `stage: {STAGE}` ({{reason}}): remove it."
+    )
 
 
 def _check_training_arguments(training_args: Any) -> None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llamafactory_sekd.argument_checks import refuse_keys
 from llamafactory_sekd.arguments import STAGE
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.host.run_arguments import HostArguments
@@ -48,11 +49,11 @@ def check_own_samples(data_args: Any, generating_args: Any) -> None:
         "neat_packing": "own samples have lengths of their own, and packed texts have no prompt each",
         "train_on_prompt": "a sample continues a prompt, so the prompt has no label",
     }
-    for key, reason in reasons.items():
-        if getattr(data_args, key, False):
-            raise ArgumentError(
-                f"`{key}: true` cannot be used with `kd_on_policy` ({reason}): set it to false, or `kd_on_policy: 0`."
-            )
+    refuse_keys(
+        data_args,
+        reasons,
+        "`{key}: true` cannot be used with `kd_on_policy` ({reason}): set it to false, or `kd_on_policy: 0`.",
+    )
     if generating_args.num_beams != 1:
         raise ArgumentError(
             f"`num_beams: {generating_args.num_beams}` cannot be used with `kd_on_policy`, which samples: remove it."

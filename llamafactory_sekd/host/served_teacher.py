@@ -12,7 +12,7 @@ import torch
 
 from llamafactory_sekd.arguments import KEYS, DistillationArguments
 from llamafactory_sekd.errors import ArgumentError, TeacherError
-from llamafactory_sekd.host.cache import Tokenized, bar, run_session, tokenized, used_ids, with_prompts
+from llamafactory_sekd.host.cache import Tokenized, filling, run_session, tokenized, used_ids, with_prompts
 from llamafactory_sekd.host.run_arguments import HostArguments
 from llamafactory_sekd.host.teacher_prompts import TeacherPrompts
 from llamafactory_sekd.teacher.cache import DTYPES, Format, HiddenFormat, Plan, Session, Settings, TopKFormat
@@ -183,20 +183,9 @@ def build_from_server(
             vocab_size = used_ids(data.tokenizer)
             asked = ServedTeacher(server, HiddenFormat(info.width, DTYPES[info.dtype]), torch.device("cpu"))
             manifest = session.admit(asked, vocab_size, {}, DTYPES[info.dtype])
-            with bar(plan.tokens, "Teacher", "tok", session.rank) as shown:
-                fill_from_server(
-                    plan,
-                    data.datasets,
-                    server=server,
-                    kept=manifest.kept(),
-                    writer=session.writer(),
-                    batch_size=batch_size or data.run.training.per_device_train_batch_size,
-                    in_flight=in_flight,
-                    rank=session.rank,
-                    ranks=session.ranks,
-                    progress=lambda count: shown.update(count) and None,
-                    informed=data.informed,
-                )
+            examples = batch_size or data.run.training.per_device_train_batch_size
+            with filling(plan, session, data, manifest.kept()) as common:
+                fill_from_server(**common, server=server, batch_size=examples, in_flight=in_flight)
 
         def expected() -> Any:
             return settings.manifest(

@@ -7,19 +7,22 @@ head. The backward pass only multiplies them with the incoming gradient.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from llamafactory_sekd.errors import ArgumentError
-from llamafactory_sekd.formula import Formula
 from llamafactory_sekd.objectives.chunking import default_chunk_size
 from llamafactory_sekd.objectives.linear_head import IDENTITY, Head, HeadGradients, LogitsSource, LogitTransform
 from llamafactory_sekd.objectives.losses import closed_form_of, settings_of
-from llamafactory_sekd.objectives.objective_settings import Settings, check_same_vocabulary, check_tokens
+from llamafactory_sekd.objectives.objective_settings import (
+    ObjectiveKeys,
+    Settings,
+    check_same_vocabulary,
+    check_tokens,
+)
 from llamafactory_sekd.objectives.products import product_type
 from llamafactory_sekd.objectives.statistics import TokenStatistics
 from llamafactory_sekd.objectives.sweep import Sweep
@@ -65,13 +68,7 @@ def fused_linear_distillation(
     teacher_transform: LogitTransform = IDENTITY,
     vocab_size: int | None = None,
     compile: bool = False,
-    kd_loss: str | Mapping[str, Any] | Formula = "self_evolution",
-    kd_lambda: float = 0.5,
-    kd_beta: float = 0.5,
-    kd_gamma: float | torch.Tensor = 0.4,
-    kd_topk: float | None = None,
-    kd_temperature: float = 1.0,
-    kd_hard_scale: float | torch.Tensor | None = None,
+    **keys: Unpack[ObjectiveKeys],
 ) -> FusedOutput:
     """`distillation_loss` of the heads' logits, summed over the tokens and divided by `num_items`.
 
@@ -98,7 +95,7 @@ def fused_linear_distillation(
             zero. Default: all.
         compile: let torch.compile take what is between the logits and their gradient; where it cannot, a line in
             the log says so.
-        kd_loss, kd_lambda, kd_beta, kd_gamma, kd_topk, kd_temperature, kd_hard_scale: see `distillation_loss`.
+        keys: see `ObjectiveKeys`.
 
     Raises:
         ArgumentError: shapes that do not fit, different vocabularies, an unknown `kd_loss` or a mapping that cannot
@@ -116,13 +113,7 @@ def fused_linear_distillation(
         student_bias=student_bias,
         student_transform=student_transform,
         compile=compile,
-        kd_loss=kd_loss,
-        kd_lambda=kd_lambda,
-        kd_beta=kd_beta,
-        kd_gamma=kd_gamma,
-        kd_topk=kd_topk,
-        kd_temperature=kd_temperature,
-        kd_hard_scale=kd_hard_scale,
+        **keys,
     )
 
 
@@ -137,7 +128,7 @@ def fused_distillation(
     student_bias: torch.Tensor | None = None,
     student_transform: LogitTransform = IDENTITY,
     compile: bool = False,
-    **settings: Any,
+    **keys: Unpack[ObjectiveKeys],
 ) -> FusedOutput:
     """Compute the same for any teacher that can write the logits of a few tokens.
 
@@ -146,13 +137,13 @@ def fused_distillation(
             `fused_linear_distillation`.
         student_transform: what the student does to the products of its head.
         teacher: of the same tokens, over the first `teacher.vocab_size` entries of the student's head.
-        settings: the `kd_*` arguments of `distillation_loss`.
+        keys: see `ObjectiveKeys`.
 
     Raises:
         ArgumentError: shapes that do not fit, an unknown `kd_loss` or a mapping that cannot work, a missing
             `kd_topk`, a `kd_hard_scale` for another objective.
     """
-    chosen = settings_of(**settings)
+    chosen = settings_of(**keys)
     check_tokens(student_hidden, student_hidden, labels, ("student_hidden", "student_hidden"))
     if len(teacher) != len(labels) or teacher.vocab_size > len(student_head):
         raise ArgumentError(

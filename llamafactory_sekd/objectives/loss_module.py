@@ -12,10 +12,9 @@ from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.formula import MEAN, Formula
 from llamafactory_sekd.objectives.fused import FusedOutput, fused_linear_distillation
 from llamafactory_sekd.objectives.losses import is_formula, settings_of
-from llamafactory_sekd.objectives.objective_settings import DEFAULTS
 from llamafactory_sekd.objectives.plain import distillation_loss
 from llamafactory_sekd.objectives.positions import response_positions
-from llamafactory_sekd.presets import expand
+from llamafactory_sekd.presets import DEFAULT_LOSS, DEFAULTS, expand
 
 
 class DistillationLoss(nn.Module):
@@ -40,7 +39,7 @@ class DistillationLoss(nn.Module):
 
     def __init__(
         self,
-        kd_loss: str | Mapping[str, Any] = "self_evolution",
+        kd_loss: str | Mapping[str, Any] = DEFAULT_LOSS,
         *,
         vocab_size: int | None = None,
         chunk_size: int | None = None,

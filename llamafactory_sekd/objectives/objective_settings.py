@@ -4,13 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.formula import MEAN, Formula, Gate
-from llamafactory_sekd.presets import expand
+from llamafactory_sekd.presets import DEFAULT_LOSS, DEFAULTS, expand
+
+
+class ObjectiveKeys(TypedDict, total=False):
+    """The `kd_*` arguments of an objective; what is not given has the default of `presets.DEFAULTS`.
+
+    Attributes:
+        kd_loss: the objective: a preset's name, a mapping of the formula, or a `Formula` (docs/objectives.md).
+        kd_lambda: λ of equations 3, 4 and 10, the teacher's share, in `[0, 1]`.
+        kd_beta: β of equations 6 and 10, the student's share of the proxy, in `[0, 1]`.
+        kd_gamma: Γ, the difficulty above which a token is hard; a number or a 0-dimensional tensor.
+        kd_topk: for `self_evolution_topk`, the share of hard tokens in this batch, in `(0, 1]`.
+        kd_temperature: T > 0. The KL terms take both distributions at T and are multiplied by T²; `-log q_y` and the
+            statistics stay at T = 1, except `difficulty`, which is at T and carries no factor.
+        kd_hard_scale: a factor of the hard tokens' loss, a number or a 0-dimensional tensor, for the two
+            Self-Evolution objectives. With one the statistics hold the gradient norms that it can be chosen from.
+    """
+
+    kd_loss: str | Mapping[str, Any] | Formula
+    kd_lambda: float
+    kd_beta: float
+    kd_gamma: float | torch.Tensor
+    kd_topk: float | None
+    kd_temperature: float
+    kd_hard_scale: float | torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +45,12 @@ class Settings:
     the gate's sign, is held against.
     """
 
-    kd_loss: str = "self_evolution"
-    kd_lambda: float = 0.5
-    kd_beta: float = 0.5
-    kd_gamma: float | torch.Tensor = 0.4
-    kd_topk: float | None = None
-    kd_temperature: float = 1.0
+    kd_loss: str = DEFAULT_LOSS
+    kd_lambda: float = DEFAULTS["kd_lambda"]
+    kd_beta: float = DEFAULTS["kd_beta"]
+    kd_gamma: float | torch.Tensor = DEFAULTS["kd_gamma"]
+    kd_topk: float | None = DEFAULTS["kd_topk"]
+    kd_temperature: float = DEFAULTS["kd_temperature"]
     kd_hard_scale: float | torch.Tensor | None = None
     formula: Formula | None = None
 
@@ -36,9 +60,6 @@ class Settings:
         if self.formula is None:
             return self.kd_topk if self.kd_loss == "self_evolution_topk" else None
         return None if self.formula.gate is None else self.formula.gate.share
-
-
-DEFAULTS = {"kd_lambda": 0.5, "kd_beta": 0.5, "kd_gamma": 0.4, "kd_temperature": 1.0}
 
 
 def formula_settings(kd_loss: str | Mapping[str, Any] | Formula, **keys: Any) -> Settings:

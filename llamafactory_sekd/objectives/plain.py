@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from llamafactory_sekd.formula import Formula
 from llamafactory_sekd.objectives.blocks import BlockProcessor
 from llamafactory_sekd.objectives.divergences import cross_entropy, kl_divergence
 from llamafactory_sekd.objectives.losses import OBJECTIVES, closed_form_of, settings_of
 from llamafactory_sekd.objectives.losses.equations import Terms, gradient_norms
-from llamafactory_sekd.objectives.objective_settings import Settings, check_same_vocabulary, check_tokens
+from llamafactory_sekd.objectives.objective_settings import (
+    ObjectiveKeys,
+    Settings,
+    check_same_vocabulary,
+    check_tokens,
+)
 from llamafactory_sekd.objectives.selection import select_hard
 from llamafactory_sekd.objectives.statistics import TokenStatistics, token_statistics
 from llamafactory_sekd.objectives.targets import log_target
@@ -46,14 +49,7 @@ def distillation_loss(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
     labels: torch.Tensor,
-    *,
-    kd_loss: str | Mapping[str, Any] | Formula = "self_evolution",
-    kd_lambda: float = 0.5,
-    kd_beta: float = 0.5,
-    kd_gamma: float | torch.Tensor = 0.4,
-    kd_topk: float | None = None,
-    kd_temperature: float = 1.0,
-    kd_hard_scale: float | torch.Tensor | None = None,
+    **keys: Unpack[ObjectiveKeys],
 ) -> DistillationOutput:
     """Return the distillation objective of every response token.
 
@@ -65,29 +61,13 @@ def distillation_loss(
         student_logits: `[tokens, vocab]`, floating.
         teacher_logits: `[tokens, vocab]`, floating; no gradient flows into them.
         labels: the ground truth's class ids `[tokens]`, integers in `[0, vocab)`: response tokens only, no padding.
-        kd_loss: the objective: a preset's name, a mapping of the formula, or a `Formula` (docs/objectives.md).
-        kd_lambda: λ of equations 3, 4 and 10, the teacher's share, in `[0, 1]`.
-        kd_beta: β of equations 6 and 10, the student's share of the proxy, in `[0, 1]`.
-        kd_gamma: Γ, the difficulty above which a token is hard; a number or a 0-dimensional tensor.
-        kd_topk: for `self_evolution_topk`, the share of hard tokens in this batch, in `(0, 1]`.
-        kd_temperature: T > 0. The KL terms take both distributions at T and are multiplied by T²; `-log q_y` and the
-            statistics stay at T = 1, except `difficulty`, which is at T and carries no factor.
-        kd_hard_scale: a factor of the hard tokens' loss, a number or a 0-dimensional tensor, for the two
-            Self-Evolution objectives. With one the statistics hold the gradient norms that it can be chosen from.
+        keys: see `ObjectiveKeys`.
 
     Raises:
-        ArgumentError: shapes that do not fit, different vocabularies, an unknown `kd_loss` or a mapping that cannot
-            work, a missing `kd_topk`, a `kd_hard_scale` for another objective.
+        ArgumentError: shapes that do not fit, different vocabularies, an unknown argument, an unknown `kd_loss` or a
+            mapping that cannot work, a missing `kd_topk`, a `kd_hard_scale` for another objective.
     """
-    settings = settings_of(
-        kd_loss=kd_loss,
-        kd_lambda=kd_lambda,
-        kd_beta=kd_beta,
-        kd_gamma=kd_gamma,
-        kd_topk=kd_topk,
-        kd_temperature=kd_temperature,
-        kd_hard_scale=kd_hard_scale,
-    )
+    settings = settings_of(**keys)
     check_tokens(student_logits, teacher_logits, labels, ("student_logits", "teacher_logits"))
     check_same_vocabulary(
         student_logits.shape[-1], teacher_logits.shape[-1], "cut both logits to the common vocabulary first."
@@ -103,7 +83,7 @@ def distillation_loss(
     terms = _terms(student_logits, teacher_logits, labels, settings)
     statistics = token_statistics(student_logits.detach(), teacher_logits, labels, terms.difficulty, terms.hard)
     loss = OBJECTIVES[settings.kd_loss].equation(terms)
-    if kd_hard_scale is not None and loss.requires_grad:
+    if settings.kd_hard_scale is not None and loss.requires_grad:
         easy_norm, hard_norm = gradient_norms(terms)
         statistics = replace(statistics, easy_norm=easy_norm, hard_norm=hard_norm)
     return DistillationOutput(loss=loss, hard=terms.hard, statistics=statistics)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 app = typer.Typer(help="Run a matrix of trainings and evaluations.", add_completion=False)
@@ -60,8 +66,8 @@ def study(
         console.print(f"{slurm} runs {count} tasks: sbatch {slurm}", highlight=False, soft_wrap=True)
         return
 
-    try:
-        failed: list[str] = []
+    failed: list[str] = []
+    with interruptible(console):
         if only is not None:
             failed = run_one(opened, only, devices=parse_devices(devices), console=console)
         elif report_only:
@@ -71,13 +77,25 @@ def study(
             write_study(opened, inputs)
         else:
             failed = run_study(opened, jobs=jobs, devices=parse_devices(devices), console=console)
-    except KeyboardInterrupt:
-        console.print("Interrupted. The same command continues from here.")
-        raise typer.Exit(130) from None
 
     if only is None:
         for path in report(opened, console):
             console.print(str(path), highlight=False, soft_wrap=True)
+    end_with(failed, console)
+
+
+@contextmanager
+def interruptible(console: Console) -> Iterator[None]:
+    """Say to a user who interrupts that nothing is lost, and end with the status of an interruption."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command continues from here.")
+        raise typer.Exit(130) from None
+
+
+def end_with(failed: Sequence[str], console: Console) -> None:
+    """End the command with status 2 where runs have failed, and name them."""
     if failed:
         console.print(f"{len(failed)} failed: {', '.join(failed)}. The same command tries them again.")
         raise typer.Exit(2)

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from llamafactory_sekd.errors import ArgumentError
+from llamafactory_sekd.errors import ArgumentError, suggestion
 from llamafactory_sekd.objectives.losses import closed_forms, equations, generic
-from llamafactory_sekd.objectives.objective_settings import Settings, formula_settings
+from llamafactory_sekd.objectives.objective_settings import ObjectiveKeys, Settings, formula_settings
+from llamafactory_sekd.presets import DEFAULT_LOSS
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +48,16 @@ def settings_of(**keys: Any) -> Settings:
     """Return the settings of an objective, from the `kd_*` arguments of `distillation_loss`.
 
     Raises:
-        ArgumentError: an unknown `kd_loss` or a mapping that cannot work, a missing `kd_topk`, or a `kd_hard_scale`
-            for an objective without hard tokens.
+        ArgumentError: an unknown argument, an unknown `kd_loss` or a mapping that cannot work, a missing `kd_topk`, or
+            a `kd_hard_scale` for an objective without hard tokens.
     """
-    kd_loss = keys.get("kd_loss", "self_evolution")
+    known = ObjectiveKeys.__annotations__
+    for key in keys:
+        if key not in known:
+            raise ArgumentError(f"`{key}` is no argument of an objective{suggestion(key, known)}")
+    kd_loss = keys.get("kd_loss", DEFAULT_LOSS)
     if is_formula(kd_loss):
-        return formula_settings(**keys)
+        return formula_settings(**{"kd_loss": kd_loss, **keys})
     if keys.get("kd_hard_scale") is not None and OBJECTIVES[kd_loss].equation is not equations.self_evolution:
         raise ArgumentError(f"`kd_loss: {kd_loss}` treats all tokens alike: leave `kd_hard_scale` out.")
     if kd_loss == "self_evolution_topk" and keys.get("kd_topk") is None:
