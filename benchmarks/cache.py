@@ -12,14 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,14 +25,12 @@ from unittest.mock import patch
 from rich.console import Console
 from rich.table import Table
 from support.contender import Contender
-from support.material import DATASET, Shape, save_llama, save_records, sentence_pairs, train_tokenizer
+from support.training import save_material, step_parser, surroundings, take_turns, training_config
 
 from llamafactory_sekd.cli import apply_plugin
 from llamafactory_sekd.files import write_atomic
 
 
-STUDENT, TEACHER = Shape(width=256, layers=4, inner=704), Shape(width=512, layers=8, inner=1408)
-SMALL_STUDENT, SMALL_TEACHER = Shape(width=32, layers=2, inner=64), Shape(width=64, layers=2, inner=128)
 # Models whose teacher a reader may want to keep: width and vocabulary.
 KNOWN = {
     "Llama 7B": (4096, 32000),
@@ -59,14 +55,9 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=7, help="timed steps of each run")
-    parser.add_argument("--warm-up", type=int, default=2, help="steps before them")
-    parser.add_argument("--batch-size", type=int, default=8, help="sentences per step")
+    parser = step_parser(__doc__, "cache.json")
     parser.add_argument("--sentences", type=int, default=256, help="sentences in the caches")
     parser.add_argument("--teacher", type=Path, help="a pretrained model, for what top-k keeps")
-    parser.add_argument("--smoke", action="store_true", help="tiny models, two steps: does it run?")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cache.json")
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.steps, arguments.warm_up, arguments.batch_size, arguments.sentences = 2, 1, 4, 16
@@ -76,55 +67,23 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Build, read and train, and return what the tables show."""
-    corpus, source = sentence_pairs(2000 if arguments.smoke else 60000)
-    vocab_size = 1024 if arguments.smoke else 32000
-    tokenizer = train_tokenizer(corpus, vocab_size)
-    save_records(folder / "data", corpus[: arguments.sentences])
-    shapes = (SMALL_STUDENT, SMALL_TEACHER) if arguments.smoke else (STUDENT, TEACHER)
-    sizes = {
-        name: save_llama(folder / name, shape, vocab_size, tokenizer, seed)
-        for seed, (name, shape) in enumerate(zip(("student", "teacher"), shapes, strict=True))
-    }
-    config = base_config(folder, arguments)
+    material = save_material(folder, arguments.sentences, arguments.smoke)
+    config = training_config(
+        folder, arguments, stage="sekd", teacher_model=str(folder / "teacher"), output_dir=str(folder / "out")
+    )
     building = {kind: build(config, folder / kind, kind) for kind in GOALS}
     halve(folder / "hidden")
     return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {os.environ.get('OMP_NUM_THREADS', 'all')} threads",
-        "versions": {name: version(name) for name in ("llamafactory", "torch", "transformers")},
-        "data": source,
-        "parameters": sizes,
+        **surroundings(),
+        "data": material.source,
+        "parameters": material.sizes,
         "sentences": arguments.sentences,
         "sentences per step": arguments.batch_size,
         "building": building,
         "reading": {kind: reading(config, folder / kind, arguments.batch_size) for kind in GOALS},
         "seconds": steps(folder, config, arguments),
         "largest deviation of a loss over 50 steps": agreement(folder, config, arguments.smoke),
-        "topk": None if arguments.teacher is None else topk_errors(arguments.teacher, corpus),
-    }
-
-
-def base_config(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "stage": "sekd",
-        "model_name_or_path": str(folder / "student"),
-        "teacher_model": str(folder / "teacher"),
-        "output_dir": str(folder / "out"),
-        "do_train": True,
-        "finetuning_type": "full",
-        "dataset": DATASET,
-        "dataset_dir": str(folder / "data"),
-        "template": "parrot",
-        "cutoff_len": 512,
-        "overwrite_output_dir": True,
-        "overwrite_cache": True,
-        "disable_shuffling": True,  # the sentences are shuffled already: so all runs see the same batches
-        "per_device_train_batch_size": arguments.batch_size,
-        "max_steps": arguments.warm_up + arguments.steps,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
+        "topk": None if arguments.teacher is None else topk_errors(arguments.teacher, material.corpus),
     }
 
 
@@ -210,12 +169,7 @@ def steps(folder: Path, config: dict[str, Any], arguments: argparse.Namespace) -
         Contender(name, {**run, "output_dir": str(folder / f"out_{name}")}, folder / f"{name}.log")
         for name, run in configs.items()
     ]
-    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for turn in range(arguments.warm_up + arguments.steps):
-        first = turn % len(contenders)  # nobody always follows the same neighbor
-        for contender in contenders[first:] + contenders[:first]:
-            seconds[contender.name].append(contender.step())
-
+    seconds = take_turns(contenders, arguments.warm_up + arguments.steps)
     for contender in contenders:
         contender.finish()
 
