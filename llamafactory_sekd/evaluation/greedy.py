@@ -147,6 +147,7 @@ def greedy_search(
     stop token; what follows it is without meaning. ``pick`` chooses each token in place of the most likely
     one.
     """
+    # The longest first: memory that does not suffice shows at once. Equal prompts are neighbors and share one pass.
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), prompts[index], index))
     batch = _Batch(model, prompts, _common_prefix(prompts), stop_ids, pad_id, max_new_tokens, pick)
     waiting = 0
@@ -205,6 +206,7 @@ class _Batch:
         # Several samples of a sentence stand next to each other, and its prompt goes through the model once.
         different = list(dict.fromkeys(tuple(self._prompts[place]) for place in places))
         tokens, mask = self._pad_rest([list(prompt) for prompt in different])
+        # A forward pass appends to its cache in place, and later sentences begin alike.
         cache = deepcopy(self._prefix_cache)
         if self._prefix:
             cache.batch_repeat_interleave(len(different))
@@ -230,6 +232,8 @@ class _Batch:
             self._last = self._choose(logits, self.places, [len(row) + step for row in self.made])
             new.append(self._last)
             ended |= torch.isin(self._last, self._stops)
+            # Until then rows that have ended go along, and what follows their stop tokens is cut off: that costs less
+            # than taking them out one by one. This is the one wait for an accelerator in a step.
             if int(ended.sum()) >= enough:
                 break
         for row, tokens in zip(self.made, torch.stack(new, dim=1).tolist(), strict=True):
@@ -249,6 +253,7 @@ class _Batch:
         self.places = [self.places[number] for number in staying]
         self.made = [self.made[number] for number in staying]
         rows = torch.tensor(staying, dtype=torch.long, device=self._last.device)
+        # Padding and the tokens of rows that left: without this the cache would grow from batch to batch.
         columns = self._mask[rows].any(dim=0).nonzero().flatten()
         self._last, self._mask = self._last[rows], self._mask[rows][:, columns]
         for layer in self._cache.layers:

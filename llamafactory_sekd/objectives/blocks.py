@@ -119,6 +119,7 @@ class BlockProcessor:
         loss = loss.masked_fill(broken, 0.0)
         if self.wants_gradient:
             _clear(block.gradient, broken)
+            # The caller looks for the gradient in `z`; a formula and compiled code make a tensor of their own.
             if block.gradient is not z:
                 z.copy_(block.gradient)
         statistics = (
@@ -150,6 +151,7 @@ class BlockProcessor:
         agreement = (largest_sum == z_largest + w_largest).to(z.dtype)
         log_ratio = torch.sub(w, z, out=log_ratio)
         if self.may_be_infinite:
+            # -inf minus -inf is NaN: both models exclude the entry, and there is nothing to learn from it.
             log_ratio.nan_to_num_(nan=0.0, posinf=HUGE, neginf=-HUGE)
             if formula is not None:  # so that zero times a logarithm is zero
                 z.clamp_min_(-HUGE)
@@ -159,9 +161,11 @@ class BlockProcessor:
         ce = student_norm - _pick(z, labels)
         teacher_ce = teacher_norm - _pick(w, labels)
         if formula is not None and self.may_be_infinite:
+            # The logits were clamped to HUGE above; what comes out beyond INFINITE is an infinity again.
             ce, teacher_ce = (value.masked_fill(value > INFINITE, math.inf) for value in (ce, teacher_ce))
             teacher_ce = teacher_ce.masked_fill(w_largest == -math.inf, math.nan)  # a row of -inf is no distribution
         shift = student_norm - teacher_norm
+        # `w` is free for the products of the sum only where nothing reads the teacher's logits after this.
         keeps_teacher = temperature != 1.0 or formula is not None
         teacher_kl = self._kl(p, log_ratio, shift, spare=plain_q if keeps_teacher else w)
         tempered_ce, kl = ce, teacher_kl
@@ -173,6 +177,7 @@ class BlockProcessor:
         if temperature == 1.0:
             plain_q = q
         else:
+            # The buffers change names in place of a copy. Everything at T = 1 has been taken, so z and w may go.
             plain_q, q = q, plain_q
             student_norm = _softmax(z.div_(temperature), z_largest / temperature, q, exact)
             teacher_norm = _softmax(w.div_(temperature), w_largest / temperature, p, exact)

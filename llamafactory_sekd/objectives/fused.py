@@ -156,6 +156,7 @@ def fused_distillation(
         chunk_size=chunk_size
         or default_chunk_size(teacher.vocab_size, product_type(student_head), device=student_head.device),
         vocab_size=teacher.vocab_size,
+        # A bias may be -inf, which bans an id; a product of finite numbers cannot be.
         may_be_infinite=student_bias is not None or teacher.may_be_infinite,
         grad_enabled=torch.is_grad_enabled(),
         compile=compile,
@@ -176,8 +177,10 @@ class _FusedDistillation(torch.autograd.Function):
         labels: torch.Tensor,
         plan: _Plan,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        # Inside of a Function grad mode is always off, so the caller's comes along in the plan.
         wants = tuple(plan.grad_enabled and needed for needed in ctx.needs_input_grad[:3])
         student_type = product_type(student_weight)
+        # The type of the products is chosen; autocast would cast what is summed up in float32 as well.
         with torch.autocast(student_hidden.device.type, enabled=False):
             student = Head(
                 student_hidden,
@@ -189,6 +192,7 @@ class _FusedDistillation(torch.autograd.Function):
                 keeps_slope=any(wants),
             )
             chunks = -(-len(labels) // plan.chunk_size)
+            # Formed here, while a chunk's logits exist: in the backward pass they would have to be computed again.
             gradients = HeadGradients(student, student_weight, wants, plan.num_items, chunks)
             values = Sweep(
                 student,
@@ -203,12 +207,14 @@ class _FusedDistillation(torch.autograd.Function):
             ).run()
         ctx.gradients = gradients
         loss, statistics = values[-1].sum() / plan.num_items, values[:-1]
+        # They are what is logged; a loss made of them must not look as if it could be trained on.
         ctx.mark_non_differentiable(statistics)
         return loss, statistics
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # The buffers have become the `.grad` of the parameters, and the optimizer may have changed them.
         if ctx.gradients is None:
             raise RuntimeError(
                 "a second backward pass through the fused distillation loss: its gradients are formed in the forward "

@@ -61,6 +61,7 @@ class Sweep:
             tokens=self.chunk,
             precision=torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32),
             device=device,
+            # Beyond 65,504 float16 has only infinity.
             may_be_infinite=may_be_infinite or torch.float16 in (student.dtype, teacher.dtype),
             wants_gradient=gradients is not None,
             compile=compile,
@@ -70,6 +71,7 @@ class Sweep:
         """Return what `BlockProcessor.process` returns, of all tokens: `[7 to 9, tokens]`."""
         by_share = self.settings.share is not None and len(self.labels) > 0
         seen = self._sample() if by_share else None
+        # So that a batch without response tokens gives rows of length zero and not an error.
         results = [self.processor.nothing]
         for start in range(0, len(self.labels), max(self.chunk, 1)):
             if seen is not None:
@@ -77,9 +79,11 @@ class Sweep:
             tokens = slice(start, start + self.chunk)
             z, w = self._logits(tokens)
             results.append(self.processor.process(z, w, self.labels[tokens]))
+            # The pass has left the gradient in the place of the logits.
             if self.gradients is not None:
                 self.gradients.add(tokens, z)
             if seen is not None:
+                # With every chunk the guess rests on more tokens, and fewer have to be done again.
                 seen = torch.cat([self._scores(values) for values in results])
         values = torch.cat(results, dim=1)
         if by_share:
@@ -105,10 +109,12 @@ class Sweep:
         wrong = (hard != values[1].bool()).nonzero().squeeze(-1)
         if len(wrong) == 0:
             return
+        # Each of these tokens is there twice, as it was taken and as it should have been, so half as many fit.
         for rows in wrong.split(max(self.chunk // 2, 1)):
             z, w = self._logits(rows)
             again = slice(len(rows), 2 * len(rows))
             z_again, w_again = self.student_logits[again].copy_(z), self.teacher_logits[again].copy_(w)
+            # The wrong gradient once more, to the last bit, so that subtracting it leaves nothing behind.
             self.processor.process(z, w, self.labels[rows], ~hard[rows])
             values[:, rows] = self.processor.process(z_again, w_again, self.labels[rows], hard[rows])
             if self.gradients is not None:

@@ -57,6 +57,7 @@ class Inputs:
 def open_study(spec: Spec) -> Study:
     """Read the files that a study names; one line for what cannot work, as a :class:`SekdError`."""
     chosen_on = spec.select.evaluation if spec.select is not None else None
+    # Read at once, though its test sets are looked at later: a mistyped key should not show after hours of training.
     validation = read_evaluation(chosen_on) if chosen_on is not None else None
     return Study(spec, expand(spec), read_evaluation(spec.evaluation), validation)
 
@@ -97,7 +98,7 @@ def run_study(study: Study, *, jobs: int, devices: Sequence[str], console: Conso
             inputs = _prepare(study, devices, console, stop)
             return _run(study, inputs, environments(jobs, devices), console, stop)
         finally:
-            stop.set()
+            stop.set()  # threads and children look at it: none outlives a failure or an interruption
 
 
 def run_one(study: Study, chosen: str, *, devices: Sequence[str], console: Console) -> list[str]:
@@ -154,12 +155,14 @@ def report(study: Study, console: Console | None = None) -> list[Path]:
 
 def _prepare(study: Study, devices: Sequence[str], console: Console, stop: threading.Event) -> Inputs:
     environment = environments(1, devices)[0]
+    # Several machines may run one study: who comes second waits, and finds everything prepared.
     lock = locked(study.spec.output_dir / ".prepare.lock", error=StudyError, wait=True)
     with lock, View(console, 0, 0) as view, _in_one_line():
         prepare(study.spec, environment, view.preparing, stop)
         make_texts(study.spec, study.texts, study.evaluation, environment, view.preparing, stop)
         inputs = find_inputs(study)
         distilled = [job for job in inputs.jobs if job.cell is not None and job.cell.is_distillation]
+        # A cache takes the teacher's time and much disk: not for a study that only has to be evaluated again.
         if any(changed(job) is not None or not is_trained(job) for job in distilled):
             cache_teacher(study.spec, study.cells, devices, environment, view.preparing, stop)
     return inputs
@@ -183,6 +186,7 @@ def _run(
     done = len(inputs.jobs) - len(todo)
     if done:
         console.print(f"{done} of {len(inputs.jobs)} done before.", highlight=False)
+    # Written whatever happens: a study that was stopped, or of which a job failed, has results of all others.
     try:
         return _run_all(todo, inputs, workers, console, stop, done=done)
     finally:
@@ -203,12 +207,14 @@ def _run_all(
     *,
     done: int,
 ) -> list[str]:
+    # A queue and not an order: jobs differ in length, and a device should not wait for the turn of another one.
     free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
     for worker in workers:
         free.put(worker)
     failed: list[str] = []
 
     def work(job: Job) -> float:
+        # There are as many threads as workers, so this never waits for long.
         environment = free.get()
         start = time.monotonic()
         try:
@@ -229,6 +235,8 @@ def _run_all(
                     failed.append(futures[future].id)
                     view.fail(futures[future].id, why)
         except BaseException:
+            # KeyboardInterrupt too. Leaving the pool waits for its threads: those that run end their children at
+            # `stop`, and no further job starts.
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise

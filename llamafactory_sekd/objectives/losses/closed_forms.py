@@ -94,6 +94,7 @@ def difficulty(kl: torch.Tensor, ce: torch.Tensor, p_label: torch.Tensor, kd_lam
     `y~` differs from `λ p` in one entry, so with `t = (1-λ) + λ p_y` the target's probability of the ground truth
     `KL(y~ ‖ q) = λ KL(p ‖ q) + (1-λ) (-log q_y) + λ log λ (1 - p_y) - λ p_y log p_y + t log t`.
     """
+    # The ends have no logarithm of λ or 1-λ; their weights are zero, and zero times -inf is NaN.
     if kd_lambda <= 0.0:
         return ce
     if kd_lambda >= 1.0:
@@ -116,6 +117,7 @@ def skew(block: Block) -> torch.Tensor:
     """Equation 7."""
     temperature = block.settings.kd_temperature
     if block.settings.kd_beta >= 1.0:
+        # With β = 1 the proxy is the student itself (identity 2), and the easy form has no ratio q/t to form.
         return no_evolution(block)
     loss = _skewed(block, block.q, _mixed_target(block.p, block.labels, block.settings.kd_lambda), block.gradient)
     if block.wants_gradient:
@@ -130,6 +132,7 @@ def self_evolution(block: Block) -> torch.Tensor:
         return _self_evolution(block)
     if block.wants_gradient:
         _easy_gradient(block)
+        # Before the loss overwrites the buffer: what the easy loss would give to the hard tokens.
         block.easy_norm = _norm_of_hard(block)
     loss = _self_evolution(block)
     factor = torch.ones_like(loss).masked_fill_(block.hard, scale)
@@ -146,6 +149,8 @@ def _norm_of_hard(block: Block) -> torch.Tensor:
 def _self_evolution(block: Block) -> torch.Tensor:
     if block.settings.kd_beta >= 1.0:
         return no_evolution(block)
+    # To count the hard tokens the CPU would wait for the accelerator, in every block. There both losses
+    # are formed for all tokens; where a look is free, only the hard rows pay for the second one.
     if not may_look(block.hard.device):
         return _self_evolution_everywhere(block)
     rows = block.hard.nonzero().squeeze(-1)
@@ -161,6 +166,7 @@ def skew_teacher(block: Block) -> torch.Tensor:
     settings = block.settings
     if settings.kd_beta >= 1.0:
         return forward_kl(block)
+    # A teacher's zero is lifted like the mixed target's, for the same reason: see `_skewed`.
     divergence = _skewed(block, block.q, block.p.clamp_min_(torch.finfo(block.p.dtype).tiny), block.gradient)
     if block.wants_gradient:
         _scale(block.gradient, settings.kd_lambda * settings.kd_temperature)
@@ -183,6 +189,7 @@ def forward_kl(block: Block) -> torch.Tensor:
 def reverse_kl(block: Block) -> torch.Tensor:
     """`(1-λ) (-log q_y) + λ T² KL(q ‖ p)`."""
     settings = block.settings
+    # log p - log q in place; its mean under q is -KL(q ‖ p), so one sign at the end serves loss and gradient.
     log_ratio = block.log_ratio.add_(block.shift.unsqueeze(-1))
     divergence = -row_sums(torch.mul(block.q, log_ratio, out=block.spare))
     if block.wants_gradient:
@@ -200,6 +207,7 @@ def _self_evolution_on_rows(block: Block, rows: torch.Tensor) -> torch.Tensor:
     if block.wants_gradient:
         _easy_gradient(block)
     target = _mixed_target(hard_p, block.labels[rows], settings.kd_lambda)
+    # The hard rows were copied out, and with the easy gradient nobody reads q and p any more: no buffer is added.
     gradient = block.q[:number]
     loss = _skewed(block, hard_q, target, gradient, scratch=block.p[:number])
     if block.wants_gradient:
@@ -241,6 +249,7 @@ def _skewed(
     beta = block.settings.kd_beta
     g = block.log_ratio if scratch is None else scratch
     torch.addcdiv(target.new_full((), 1.0 - beta), q, target, value=beta, out=g)
+    # The gradient's buffer serves the logarithms first: the loss is summed up before the gradient is written.
     torch.log(g, out=gradient)
     loss = -row_sums(gradient.mul_(target))
     if block.wants_gradient:
@@ -278,6 +287,7 @@ def add_at_labels(matrix: torch.Tensor, labels: torch.Tensor, value: float) -> t
 def _with_cross_entropy(block: Block, divergence: torch.Tensor) -> torch.Tensor:
     settings = block.settings
     divergence = settings.kd_temperature**2 * divergence
+    # Not by a weight of zero: zero times an infinite divergence is NaN.
     if settings.kd_lambda >= 1.0:
         return divergence
     if settings.kd_lambda <= 0.0:

@@ -28,10 +28,12 @@ def formula(block: Block) -> torch.Tensor:
         loss, gradient = _side(_Tokens(block), easy)
     elif gate.width != 0.0:
         assert block.signal is not None
+        # A gate with a width has no easy and hard tokens to sort by: both sides, of all tokens.
         degree = torch.sigmoid((gate.sign * block.signal - settings.kd_gamma) / gate.width)
         loss, gradient = _blend(_side(_Tokens(block), easy), _side(_Tokens(block), hard), degree)
         block.hard = degree
     elif not may_look(block.hard.device):
+        # Sorting would wait for the accelerator: see `_self_evolution`.
         loss, gradient = _choose(_side(_Tokens(block), easy), _side(_Tokens(block), hard), block.hard)
     else:
         loss, gradient = _on_rows(block, easy, hard)
@@ -46,10 +48,12 @@ _Result = tuple[torch.Tensor, torch.Tensor | None]
 def _on_rows(block: Block, easy: Side, hard: Side) -> _Result:
     parts = [(easy, (~block.hard).nonzero().squeeze(-1)), (hard, block.hard.nonzero().squeeze(-1))]
     for side, rows in parts:
+        # All on one side: nothing to gather and to put back.
         if len(rows) == len(block.hard):
             return _side(_Tokens(block), side)
     results = [(rows, _side(_Tokens(block, rows), side)) for side, rows in parts]
     loss = torch.empty_like(block.difficulty)
+    # A new tensor, since `block.gradient` is the memory of the logits that the other side still reads.
     gradient = torch.empty_like(block.p) if block.wants_gradient else None
     for rows, (part, slope) in results:
         loss[rows] = part
@@ -101,12 +105,14 @@ class _Tokens:
 
     def pair(self, side: Side) -> Pair:
         """Return target and student of a side."""
+        # There the losses are mixed, not the distributions: the target is the teacher alone.
         kd_lambda = 1.0 if self.target == "teacher" else side.kd_lambda
         block, source = self.block, self.source
         if side.temperature == block.settings.kd_temperature:
             p, q, z, w = (self.of(matrix) for matrix in (block.p, block.q, source.z, source.w))
             z_norm, w_norm, kl = self.of(source.z_norm), self.of(source.w_norm), self.of(block.kl)
         else:
+            # The block's own p and q are at the easy side's temperature.
             assert source.untempered is not None
             z, w = (self.of(matrix) / side.temperature for matrix in source.untempered)
             z_norm, w_norm, kl = z.logsumexp(-1), w.logsumexp(-1), None
@@ -117,6 +123,7 @@ class _Tokens:
 def _side(tokens: _Tokens, side: Side) -> _Result:
     """Return losses and gradients of some tokens as one side of the gate has them."""
     block = tokens.block
+    # A token that is spared must not cost anything, nor bring in an infinite divergence as zero times infinity.
     if side.weight == 0.0:
         loss = torch.zeros_like(tokens.of(block.difficulty))
         return loss, torch.zeros_like(tokens.of(block.p)) if block.wants_gradient else None
