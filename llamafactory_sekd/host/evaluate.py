@@ -221,17 +221,20 @@ def load_model_for_generation(settings: Settings, system: System) -> tuple[Any, 
     return model, tokenizer, template
 
 
+def text_arguments(tokenizer: Any, template: Any) -> dict[str, Any]:
+    """Return what every decoder is told of a model's text: its ids to text, what ends a response, what pads."""
+    return {
+        "decode": decoder(tokenizer, template),
+        "stop_ids": template.get_stop_token_ids(tokenizer),
+        "pad_id": tokenizer.pad_token_id,
+    }
+
+
 def _load_hf(settings: Settings, system: System) -> Translator:
     from llamafactory_sekd.evaluation.decoding import hf_translate
 
     model, tokenizer, template = load_model_for_generation(settings, system)
-    translate = hf_translate(
-        model,
-        decode=decoder(tokenizer, template),
-        stop_ids=template.get_stop_token_ids(tokenizer),
-        pad_id=tokenizer.pad_token_id,
-        decoding=settings.decoding,
-    )
+    translate = hf_translate(model, **text_arguments(tokenizer, template), decoding=settings.decoding)
     return Translator(encoder(tokenizer, template), translate)
 
 

@@ -29,11 +29,11 @@ from llamafactory_sekd.files import write_json
 from llamafactory_sekd.fingerprints import Digests
 from llamafactory_sekd.host.evaluate import (
     build_host,
-    decoder,
     encoder,
     load_model_for_generation,
     load_vllm_engine,
     start_ranks,
+    text_arguments,
     thought_tokens,
     wants_torchrun,
 )
@@ -249,9 +249,7 @@ def _load(settings: Settings, system: System, plan: Plan) -> Model:
     model, tokenizer, template = load_model_for_generation(settings, system)
     candidates = hf_candidates(
         model,
-        decode=decoder(tokenizer, template),
-        stop_ids=template.get_stop_token_ids(tokenizer),
-        pad_id=tokenizer.pad_token_id,
+        **text_arguments(tokenizer, template),
         decoding=plan.decoding,
         drawing=plan.drawing,
         best=1 if plan.drawing else plan.count,
