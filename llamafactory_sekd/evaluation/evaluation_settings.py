@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llamafactory_sekd.config import check_keys, text_of
 from llamafactory_sekd.data.languages import Direction, parse_direction
 from llamafactory_sekd.data.prompts import PARROT, Prompt, prompt_named
-from llamafactory_sekd.errors import ArgumentError, DataError, EvaluationError, one_line, suggestion
+from llamafactory_sekd.errors import ArgumentError, DataError, EvaluationError, one_line
 from llamafactory_sekd.evaluation.scores import SURFACE_METRICS, TOKENIZERS, BleuTokenizer
 from llamafactory_sekd.evaluation.segment_scores import metric_keys
 
@@ -112,14 +113,8 @@ def parse_settings(config: Mapping[str, Any], origin: str) -> Settings:
     ``origin`` names where ``config`` was read, for the messages. A key that is absent or null takes its default.
     Raises :class:`EvaluationError` with one line for the first key that cannot work.
     """
-    for key in config:
-        if key not in _KEYS:
-            raise EvaluationError(f"{origin}: unknown key {key!r}{suggestion(str(key), _KEYS)}")
-    given = {key: value for key, value in config.items() if value is not None}
-    for key in _REQUIRED:
-        if key not in given:
-            raise EvaluationError(f"{origin}: the key `{key}` is missing.")
-
+    given = {key: value for key, value in config.items() if value is not None or key not in _KEYS}
+    check_keys(given, _KEYS, _REQUIRED, origin, EvaluationError)
     systems = _systems(given["systems"], {key: given[key] for key in _PROMPT_KEYS if key in given})
     metrics, optional, models = _metrics(given)
     values: dict[str, Any] = {
@@ -152,10 +147,7 @@ def parse_settings(config: Mapping[str, Any], origin: str) -> Settings:
 
 
 def _text(given: Mapping[str, Any], key: str) -> str:
-    value = given[key]
-    if not isinstance(value, str) or not value.strip():
-        raise EvaluationError(f"`{key}` must be text, not {value!r}.")
-    return value
+    return text_of(given, key, EvaluationError)
 
 
 def _integer(given: Mapping[str, Any], key: str, minimum: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.config import read_config
+from llamafactory_sekd.config import check_keys, read_config, text_of
 from llamafactory_sekd.errors import StudyError, one_line, suggestion
 from llamafactory_sekd.evaluation.evaluation_settings import METRICS
 
@@ -113,13 +113,7 @@ def parse_spec(config: Mapping[str, Any], path: Path) -> Spec:
 
 
 def _parse_spec(config: Mapping[str, Any], path: Path) -> Spec:
-    for key in config:
-        if key not in KEYS:
-            raise StudyError(f"{path}: unknown key {key!r}{suggestion(str(key), KEYS)}")
-    for key in _REQUIRED:
-        if key not in config:
-            raise StudyError(f"{path}: the key `{key}` is missing.")
-
+    check_keys(config, KEYS, _REQUIRED, path, StudyError)
     systems = _mappings(config, "systems")
     models = _mappings(config, "models") if "models" in config else {}
     matrix = _matrix(config.get("matrix", {}))
@@ -144,10 +138,7 @@ def _parse_spec(config: Mapping[str, Any], path: Path) -> Spec:
 
 
 def _text(config: Mapping[str, Any], key: str) -> str:
-    value = config[key]
-    if not isinstance(value, str) or not value.strip():
-        raise StudyError(f"`{key}` must be text, not {value!r}.")
-    return value
+    return text_of(config, key, StudyError)
 
 
 def _mappings(config: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
