@@ -116,9 +116,9 @@ def test_a_model_of_two_data_sets_is_loaded_once(root, tmp_path, monkeypatch):
 
     loaded, original = [], teacher_loading.load_teacher
 
-    def spy(model_args, training_args, finetuning_args):
-        loaded.append(finetuning_args.teacher_model)
-        return original(model_args, training_args, finetuning_args)
+    def spy(run):
+        loaded.append(run.finetuning.teacher_model)
+        return original(run)
 
     monkeypatch.setattr(teacher_loading, "load_teacher", spy)
     train(config_of(root, tmp_path, dataset="first,second,third", teacher_model=models(root, *SETS), max_steps=1))
