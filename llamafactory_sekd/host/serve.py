@@ -37,6 +37,7 @@ def serve(
     """Serve a teacher to training runs and to `sekd cache --server` on other machines."""
     import socket
 
+    import torch
     import uvicorn
 
     from llamafactory_sekd.errors import ArgumentError, one_line
@@ -57,6 +58,12 @@ def serve(
 
     if quantization_bit not in (None, 4, 8):
         raise ArgumentError(f"`--quantization-bit {quantization_bit}` cannot be used: choose 4 or 8.")
+
+    if quantization_bit is not None and not torch.cuda.is_available():
+        raise ArgumentError(
+            f"`--quantization-bit {quantization_bit}` needs a CUDA device, and none is here: remove it to serve the "
+            "teacher unquantized."
+        )
 
     # Taken before the model is loaded, so that a port in use shows at once.
     try:

@@ -93,6 +93,28 @@ def test_a_passing_fault_is_told_and_the_answer_is_the_right_one(server, faults,
     assert not faults
 
 
+def test_a_slow_server_is_told_of_and_waited_for(server, monkeypatch):
+    straight = Connection(server.url, 60)
+    kept = HiddenFormat(straight.info.width, torch.float32)
+    monkeypatch.setattr("llamafactory_sekd.teacher.served.connection._FIRST_ANSWER", 1.0)
+    told = threading.Event()
+    lines: list[str] = []
+
+    def slow(data: bytes) -> bytes:
+        assert told.wait(1200)  # longer than the first try takes, whatever this machine does
+        return data
+
+    def say(line: str) -> None:
+        lines.append(line)
+        told.set()
+
+    with between(server.url, [slow]) as url:
+        connection = Connection(url, 1200, say)
+        found = connection.ask([PART], kept, together=False)["hidden"]
+    assert torch.equal(found, straight.ask([PART], kept, together=False)["hidden"])
+    assert lines[0] == f"The teacher's server {url} has not answered for 1 s; the next try is in 1 s."
+
+
 def test_a_fault_that_stays_is_one_line(server):
     with between(server.url, [flipped] * 9) as url:
         connection = Connection(url, 60, lambda _: None)

@@ -130,6 +130,7 @@ def test_what_cannot_be_served_is_one_line(tiny_root, server):
         ["--model", str(tiny_root / "teacher"), "--port", str(server.port)],
         ["--model", str(tiny_root / "teacher"), "--port", "0", "--dtype", "int8"],
         ["--model", str(tiny_root / "teacher"), "--port", "0", "no_such_argument=1"],
+        *([] if torch.cuda.is_available() else [["--model", str(tiny_root / "teacher"), "--quantization-bit", "4"]]),
     ):
         result = command([SEKD, "serve", *arguments])
         assert result.returncode == 2, result.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import threading
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import engines
 from helpers.cached_runs import losses
 from helpers.runs import CLI, base_config, command, logged, train, write_yaml
 from helpers.servers import serving
@@ -104,6 +106,46 @@ def test_what_does_not_fit_is_refused_before_training(tiny_root, tmp_path, serve
     ):
         with pytest.raises(SekdError, match=words):
             train({**config, **changes})
+
+
+def test_a_server_with_another_tokenizer_is_refused_in_one_line(tiny_root, tmp_path):
+    from helpers.cached_runs import from_cache
+
+    from llamafactory_sekd.host.served_teacher import build_from_server
+    from llamafactory_sekd.teacher.cache import Settings
+
+    strange = shutil.copytree(tiny_root / "teacher", tmp_path / "strange")
+    tokens = json.loads((strange / "tokenizer.json").read_text())
+    vocabulary = tokens["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    (strange / "tokenizer.json").write_text(json.dumps(tokens))
+    config = base_config(tiny_root, output_dir=str(tmp_path / "out"))
+    with serving(strange) as running:
+        with pytest.raises(SekdError, match="tokenizer") as training:
+            train(served(config, running.url))
+        with pytest.raises(SekdError, match="tokenizer") as filling:
+            build_from_server(from_cache(config, tmp_path / "c"), tmp_path / "c", Settings(), running.url)
+    for error in (training, filling):
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "out_served" / "trainer_log.jsonl").exists()
+    assert not list((tmp_path / "c").glob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_two_ranks_with_a_server_are_one_rank_with_its_model(tiny_root, tmp_path, server):
+    keys = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 3, "per_device_train_batch_size": 4}
+    two = {**keys, "per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+    own = {"kd_on_policy": 0.5, "max_new_tokens": 8}
+    jobs = []
+    for name, more in (("plain", {}), ("own", own)):
+        train(base_config(tiny_root, output_dir=str(tmp_path / name), **keys, **more))
+        config = base_config(tiny_root, output_dir=str(tmp_path / name), **two, **more)
+        jobs.append(served(config, server.url))
+    engines.launch(engines.torchrun, jobs, tmp_path)
+    for name in ("plain", "own"):
+        for key in ("loss", "kd/teacher_kl", "kd/teacher_ce"):
+            ours, expected = (logged(tmp_path / folder, key) for folder in (f"{name}_served", name))
+            assert ours == pytest.approx(expected, abs=2e-4), (name, key)
 
 
 def started(tmp_path: Path, config: dict) -> subprocess.Popen[str]:
