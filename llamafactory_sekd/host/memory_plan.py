@@ -237,8 +237,9 @@ def vocabulary_line(run: HostArguments) -> str:
     """Return what the objective reads of two heads of different sizes; empty where they are the same.
 
     Raises:
-        TeacherError: a head is smaller than the tokenizer.
+        TeacherError: a head is smaller than the tokenizer, the tokens of the template included.
     """
+    from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.model import load_tokenizer
 
     rows = [
@@ -248,4 +249,6 @@ def vocabulary_line(run: HostArguments) -> str:
             *((teacher, "teacher_model") for teacher in _teachers_of(run)),
         )
     ]
-    return common_vocabulary(load_tokenizer(run.model)["tokenizer"], *rows)[1]
+    tokenizer = load_tokenizer(run.model)["tokenizer"]
+    get_template_and_fix_tokenizer(tokenizer, run.data)
+    return common_vocabulary(tokenizer, *rows)[1]

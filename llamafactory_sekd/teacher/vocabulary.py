@@ -108,6 +108,20 @@ def readable_rows(used: int, rows: int, padding: Iterable[torch.Tensor]) -> int:
     return rows if all(bool(part.isfinite().all()) for part in padding) else min(used, rows)
 
 
+def _check_tokens_of_every_response(tokenizer: Any, rows: int) -> None:
+    """Refuse an end or padding token without a row: the models' embeddings would fail in the middle of the first step.
+
+    Other tokens without a row do no harm as long as no text has them, and some published tokenizers have such.
+    """
+    for name in ("eos_token", "pad_token"):
+        token_id = getattr(tokenizer, f"{name}_id", None)
+        if token_id is not None and token_id >= rows:
+            raise TeacherError(
+                f"the models have {rows:,} rows and the {name} {getattr(tokenizer, name)!r} has the id {token_id}: "
+                "choose a `template` whose tokens both models know, or fine-tune both with `resize_vocab: true` first."
+            )
+
+
 def common_vocabulary(student_tokenizer: Any, student_rows: int, *teachers_rows: int) -> tuple[int | None, str]:
     """Decide how many rows of the heads the objective reads.
 
@@ -123,10 +137,11 @@ def common_vocabulary(student_tokenizer: Any, student_rows: int, *teachers_rows:
         The number of rows to read, None where all heads have equally many; and a line for the log, empty then.
 
     Raises:
-        TeacherError: a head is smaller than the tokenizer.
+        TeacherError: a head is smaller than the tokenizer, or has no row for the end or padding token.
     """
     others = [rows for rows in teachers_rows if rows != student_rows]
     if not others:
+        _check_tokens_of_every_response(student_tokenizer, student_rows)
         return None, ""
 
     used = used_ids(student_tokenizer)

@@ -84,6 +84,17 @@ def test_heads_of_one_size_are_read_whole_and_padded_ones_are_cut_to_the_used_id
         common_vocabulary(tokenizer, used, 100)
 
 
+@pytest.mark.parametrize("name", ["eos_token", "pad_token"])
+def test_an_end_or_padding_token_without_a_row_is_refused_by_its_name(tokenizer_dir, name):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<unused>"])
+    assert common_vocabulary(tokenizer, rows, rows) == (None, "")
+    tokenizer.add_special_tokens({name: "<|im_end|>"})
+    with pytest.raises(TeacherError, match=rf"{rows} rows and the {name} '<\|im_end\|>' has the id {rows + 1}: "):
+        common_vocabulary(tokenizer, rows, rows)
+
+
 def test_what_is_not_a_causal_language_model_is_refused_by_its_name():
     for config, name in ((BertConfig(architectures=["BertForMaskedLM"]), "BertForMaskedLM"), (T5Config(), "t5")):
         with pytest.raises(TeacherError, match=f"is a {name}, not a causal language model"):
