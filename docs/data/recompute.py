@@ -32,10 +32,21 @@ PAIRS = {
         ("Self-Evolution KD", "Forward KD, λ 1"),
         ("Self-Evolution KD", "Sequence-level KD"),
     ),
+    # The two questions of the study's file; they are asked of chrF2.
+    "unreliable": (("Self-Evolution KD", "Forward KD"), ("Forward KD", "SFT")),
 }
 # Described without a test: the control, and the size of the gap that can be distilled.
 DESCRIBED = {
     "demo": (("Teacher", "SFT"), ("Student, before", "SFT")),
+    "unreliable": (
+        ("Forward KD, λ 1", "Forward KD"),
+        ("Self-Evolution KD", "Forward KD, λ 1"),
+        ("Verified reference", "Forward KD"),
+        ("Verified reference", "Forward KD, λ 1"),
+        ("Verified reference", "Self-Evolution KD"),
+        ("SFT, best checkpoint", "SFT"),
+        ("Teacher", "SFT"),
+    ),
 }
 _BLOCK = re.compile(r"(<!-- data: (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _CLEAN = "clean"
@@ -66,7 +77,7 @@ def export(name: str, folder: Path) -> None:
     views = Views(study)
     (direction,) = study.directions
     runs = []
-    for group in (*study.models, *study.groups):
+    for group in (*study.models, *views.groups):
         for seed, cell in group.cells.items():
             scores = cell["scores"][direction]
             validation = cell.get("validation") or {}
@@ -74,6 +85,7 @@ def export(name: str, folder: Path) -> None:
                 {
                     "system": group.system,
                     "data": _data(group),
+                    "learning_rate": group.value("learning_rate") or "",
                     "seed": "" if seed is None else seed,
                     **{metric: f"{scores[metric]:.4f}" for metric in METRICS},
                     "nll": f"{validation['nll']:.4f}" if "nll" in validation else "",
@@ -81,8 +93,8 @@ def export(name: str, folder: Path) -> None:
                 }
             )
     differences = []
-    for data in dict.fromkeys(_data(group) for group in study.groups):
-        at = {group.system: group for group in study.groups if _data(group) == data}
+    for data in dict.fromkeys(_data(group) for group in views.groups):
+        at = {group.system: group for group in views.groups if _data(group) == data}
         at.update({group.system: group for group in study.models})
         for pair in (*PAIRS[name], *DESCRIBED[name]):
             for metric in METRICS if all(system in at for system in pair) else ():
@@ -150,14 +162,13 @@ def _mean(values: list[float]) -> str:
 
 def tests(name: str) -> str:
     """Return the differences with their intervals, and p corrected by Holm's method where it was to be tested."""
-    from llamafactory_sekd.study.report.paired import holm
+    from llamafactory_sekd.evaluation.significance import holm
 
     rows = _read(f"{name}_differences")
     corrected = {}
     for data, metric in dict.fromkeys((row["data"], row["metric"]) for row in rows):
         tested = [row for row in rows if (row["data"], row["metric"]) == (data, metric) and _is_tested(name, row)]
-        for row, p in zip(tested, holm([float(row["p"]) for row in tested]), strict=True):
-            corrected[_key(row)] = p
+        corrected.update(holm({_key(row): float(row["p"]) for row in tested}))
     with_data = any(row["data"] for row in rows)
     lines = [
         f"| {'data | ' if with_data else ''}difference | metric | | 95 % interval | seeds ahead | p (Holm) |",
