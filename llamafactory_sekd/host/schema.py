@@ -166,7 +166,7 @@ def study_schema(training_keys: list[str]) -> Schema:
         "output_dir": {**_TEXT, "description": "Where everything goes."},
         "prepare": {"type": "array", "items": _TEXT, "description": "Commands that run once, before everything."},
         "train": {**_TEXT, "description": "The training YAML that every run starts from."},
-        "evaluation": {**_TEXT, "description": "Test sets, metrics and decoding."},
+        "evaluation": {**_TEXT, "description": "Test sets, metrics and decoding; without it, validation judges."},
         "teacher_cache": {"anyOf": [_TEXT, _object(cache)], "description": "One pass of the teacher for all runs."},
         "overrides": {"$ref": "#/definitions/keys"},
         "systems": {

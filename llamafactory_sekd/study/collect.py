@@ -20,10 +20,11 @@ from llamafactory_sekd.study.spec import Spec
 from llamafactory_sekd.study.study_results import SCHEMA_VERSION, select
 
 
-def collect(spec: Spec, jobs: list[Job], test: Evaluation) -> dict[str, Any]:
+def collect(spec: Spec, jobs: list[Job], test: Evaluation | None) -> dict[str, Any]:
     """Return the contents of results.json (its schema is in :mod:`llamafactory_sekd.study.study_results`).
 
-    Jobs that are not done, or were done from something else, have their figures null.
+    Jobs that are not done, or were done from something else, have their figures null. Without a ``test``, the scores
+    of what was trained are empty.
     """
     teacher = next((job for job in jobs if job.cell is None and job.id == spec.teacher), None)
     reader = _Reader(spec.output_dir, test, teacher)
@@ -33,13 +34,15 @@ def collect(spec: Spec, jobs: list[Job], test: Evaluation) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "study": spec.name,
         "spec": dict(spec.effective),
-        "directions": list(test.test_sets),
+        "directions": list(reader.test_sets),
         "metrics": _metrics(jobs),
         "test_set": {
             "task": test.config["task"],
             "task_dir": test.config.get("task_dir", "data/alma"),
             "bleu_tokenizer": test.config.get("bleu_tokenizer"),
-        },
+        }
+        if test is not None
+        else None,
         "cells": cells,
         "models": [reader.model(job) for job in jobs if job.cell is None],
         "selection": chosen,
@@ -58,11 +61,10 @@ def _metrics(jobs: list[Job]) -> list[str]:
 class _Reader:
     """Reads jobs; paths are given relative to ``folder``."""
 
-    def __init__(self, folder: Path, test: Evaluation, teacher: Job | None) -> None:
-        test_sets = test.test_sets
+    def __init__(self, folder: Path, test: Evaluation | None, teacher: Job | None) -> None:
         self._folder = folder
-        self._tokenizer = test.config.get("bleu_tokenizer")
-        self._test_sets = test_sets
+        self._tokenizer = test.config.get("bleu_tokenizer") if test is not None else None
+        self.test_sets = test.test_sets if test is not None else {}
         self._teacher = teacher
 
     def cell(self, job: Job) -> dict[str, Any]:
@@ -88,11 +90,14 @@ class _Reader:
         return {"name": job.id, "folder": self._path(job.folder), **self._evaluation(job)}
 
     def _evaluation(self, job: Job) -> dict[str, Any]:
-        done = _is_current(job) and is_evaluated(job)
+        current = _is_current(job)
+        done = current and is_evaluated(job)
         results = read_json(job.eval_folder / "results.json") if done else None
         if results is None:
+            nothing_to_do = not self.test_sets and current and is_trained(job)
             return {
-                **dict.fromkeys(("scores", "similarity")),
+                "scores": {} if nothing_to_do else None,
+                "similarity": None,
                 **{key: {} for key in ("guards", "hypotheses", "segment_scores")},
             }
         found = results["systems"][SYSTEM]
@@ -100,13 +105,13 @@ class _Reader:
         segments = {
             segment_key(direction, metric): folder / segment_file(direction, metric)
             for metric in results["metrics"]
-            for direction in self._test_sets
+            for direction in self.test_sets
         }
         return {
             "scores": found["scores"],
             "similarity": self._similarity(job),
             "guards": found["guards"],
-            "hypotheses": {direction: self._path(_hypotheses(job, direction)) for direction in self._test_sets},
+            "hypotheses": {direction: self._path(_hypotheses(job, direction)) for direction in self.test_sets},
             "segment_scores": {key: self._path(path) for key, path in segments.items() if path.is_file()},
         }
 
@@ -116,7 +121,7 @@ class _Reader:
         if teacher is None or job is teacher or not (_is_current(teacher) and is_evaluated(teacher)):
             return None
         found: dict[str, float | None] = {}
-        for direction, test_set in self._test_sets.items():
+        for direction, test_set in self.test_sets.items():
             size = len(test_set.sources)
             own, reference = (read_hypotheses(_hypotheses(one, direction), size) for one in (job, teacher))
             found[direction] = similarity(own, reference, parse_direction(direction).target, self._tokenizer).value

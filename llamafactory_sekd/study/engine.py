@@ -33,7 +33,10 @@ from llamafactory_sekd.study.teacher_text import TeacherText, make_texts
 
 @dataclass(frozen=True)
 class Study:
-    """A study whose files were read and checked; its inputs need not be there yet."""
+    """A study whose files were read and checked; its inputs need not be there yet.
+
+    ``evaluation`` is empty where the validation metrics of the trainings are the judge.
+    """
 
     spec: Spec
     cells: list[Cell]
@@ -48,9 +51,9 @@ class Study:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is there once the study's ``prepare`` has run."""
+    """What is there once the study's ``prepare`` has run; ``test`` is None without an evaluation."""
 
-    test: Evaluation
+    test: Evaluation | None
     jobs: list[Job]
 
 
@@ -59,19 +62,20 @@ def open_study(spec: Spec) -> Study:
     chosen_on = spec.select.evaluation if spec.select is not None else None
     # Read at once, though its test sets are looked at later: a mistyped key should not show after hours of training.
     validation = read_evaluation(chosen_on) if chosen_on is not None else None
-    return Study(spec, expand(spec), read_evaluation(spec.evaluation), validation)
+    evaluation = read_evaluation(spec.evaluation) if spec.evaluation is not None else {}
+    return Study(spec, expand(spec), evaluation, validation)
 
 
 def find_inputs(study: Study) -> Inputs:
     """Look at models and data; :class:`SekdError` where a test set is missing, or validates as well."""
     try:
-        test = with_test_sets(study.evaluation)
+        test = with_test_sets(study.evaluation) if study.evaluation else None
         validation = with_test_sets(study.validation) if study.validation is not None else None
     except SekdError as error:
         left = remaining(study.spec)
         hint = f" `prepare` was not run yet: {'; '.join(left)}" if left else ""
         raise StudyError(f"{error}{hint}") from None
-    if validation is not None:
+    if validation is not None and test is not None:
         _check_apart(test, validation)
     return Inputs(test, list_jobs(study.spec, study.cells, test, validation))
 

@@ -68,23 +68,26 @@ class Job:
         return self.folder / "cell.json"
 
 
-def list_jobs(spec: Spec, cells: list[Cell], test: Evaluation, validation: Evaluation | None = None) -> list[Job]:
+def list_jobs(
+    spec: Spec, cells: list[Cell], test: Evaluation | None, validation: Evaluation | None = None
+) -> list[Job]:
     """Return all jobs, the models that are only evaluated first. Reads models and data that changed since last time.
 
     Args:
         spec: the study.
         cells: its cells.
-        test: what every model is evaluated on.
+        test: what every model is evaluated on; None where they are only trained.
         validation: what the cells that `select` chooses among are evaluated on as well.
     """
     digests = Digests(spec.output_dir / ".digests.json")
+    tested = {TEST: test} if test is not None else {}
     jobs = []
     for name, model in spec.models.items():
-        made_of = {"training": None, **_made_of({TEST: test}, model, digests)}
-        jobs.append(Job(name, spec.output_dir / "models" / slug(name), model, {TEST: test}, made_of))
+        made_of = {"training": None, **_made_of(tested, model, digests)}
+        jobs.append(Job(name, spec.output_dir / "models" / slug(name), model, tested, made_of))
     for cell in cells:
         model = model_of(cell)
-        evaluations = {TEST: test}
+        evaluations = dict(tested)
         if validation is not None and spec.select is not None and spec.select.key in cell.axes:
             evaluations[VALIDATION] = validation
         training = ingredients.of_training(cell.source, spec.teacher_cache, digests)

@@ -56,7 +56,7 @@ def run_job(
                 _train(job, environment, lambda share: report(_TRAINING_PART * share), stop)
             remove_checkpoints(job.model_folder)
         start = _TRAINING_PART if job.cell is not None else 0.0
-        part = (1 - start) / len(job.evaluations)
+        part = (1 - start) / max(1, len(job.evaluations))
         for number, name in enumerate(job.evaluations):
             if not is_evaluated(job, name):
                 _evaluate(job, name, environment, partial(_report_part, report, start + number * part, part), stop)

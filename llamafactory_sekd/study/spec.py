@@ -28,7 +28,7 @@ KEYS = (
     "select",
 )
 BASE = "base"
-_REQUIRED = ("output_dir", "train", "evaluation", "systems")
+_REQUIRED = ("output_dir", "train", "systems")
 # What a cell gets from the study itself.
 RESERVED = ("output_dir", "overwrite_output_dir", "seed", "resume_from_checkpoint")
 _SELECT_KEYS = ("key", "metric", "mode", "evaluation")
@@ -58,14 +58,17 @@ class Select:
 
 @dataclass(frozen=True)
 class Spec:
-    """A checked study file. ``effective`` is all of it as plain values, its base and the overrides merged in."""
+    """A checked study file. ``effective`` is all of it as plain values, its base and the overrides merged in.
+
+    Without an ``evaluation`` the validation metrics of the trainings are the judge.
+    """
 
     name: str
     effective: Mapping[str, Any]
     output_dir: Path
     prepare: tuple[str, ...]
     train: Path
-    evaluation: Path
+    evaluation: Path | None
     teacher_cache: TeacherCache | None
     overrides: Mapping[str, Any]
     systems: Mapping[str, Mapping[str, Any]]
@@ -118,13 +121,18 @@ def _parse_spec(config: Mapping[str, Any], path: Path) -> Spec:
     models = _mappings(config, "models") if "models" in config else {}
     matrix = _matrix(config.get("matrix", {}))
     _check_names(systems, models)
+    if "evaluation" not in config and models:
+        raise StudyError(
+            "`models` are only evaluated, so they need `evaluation`, the YAML of an evaluation; without one the "
+            "validation metrics of the trainings are compared."
+        )
     return Spec(
         name=path.stem,
         effective={**config, "systems": systems, **({"models": models} if models else {})},
         output_dir=Path(_text(config, "output_dir")),
         prepare=tuple(_commands(config.get("prepare", []))),
         train=Path(_text(config, "train")),
-        evaluation=Path(_text(config, "evaluation")),
+        evaluation=Path(_text(config, "evaluation")) if "evaluation" in config else None,
         teacher_cache=_teacher_cache(config.get("teacher_cache")),
         overrides=_cell_keys(config.get("overrides", {}), "overrides"),
         systems={name: _cell_keys(entry, f"systems.{name}") for name, entry in systems.items()},

@@ -8,7 +8,7 @@ Schema 1 of ``results.json``; within a version keys are only ever added. Every p
 ``spec``                            the complete study as it ran: file, its `base`, overrides of the command line
 ``directions``, ``metrics``         of the evaluation, such as ``["en-de"]`` and ``["bleu", "chrf"]``
 ``test_set``                        ``{"task", "task_dir"}``, what ``data.testsets.load_test_set`` takes; `task_dir`
-                                    is relative to the working directory
+                                    is relative to the working directory; null without an evaluation
 ``cells[]``                         one per system, point of the matrix and seed, in the study's order
 - ``id``, ``system``, ``seed``      the folder's name, the name in `systems`, the seed
 - ``axes``                          ``{key: value}``; keys of the matrix that have no effect on the system are absent
@@ -22,7 +22,8 @@ Schema 1 of ``results.json``; within a version keys are only ever added. Every p
                                     ``eval_loss`` of a system that is trained by the host's SFT; with
                                     `select.evaluation` also ``bleu``, ``chrf``, ``comet`` there, the average
 - ``history``                       path of ``trainer_state.json``, whose ``log_history`` holds loss and ``kd/*``
-- ``scores``                        null before the evaluation is done, else as in the evaluation's results.json:
+- ``scores``                        null before the evaluation is done ({} in a study without one, once it is trained),
+                                    else as in the evaluation's results.json:
                                     ``{direction or "average": {"bleu", "chrf", "comet"}}``
 - ``similarity``                    ``{direction or "average": BLEU against the teacher's translations}`` or null
 - ``guards``                        ``{direction: {"empty", "wrong_language", …}}``

@@ -19,7 +19,7 @@ from rich.console import Console
 from llamafactory_sekd.errors import HostError, StudyError
 from llamafactory_sekd.study import preparation, runner
 from llamafactory_sekd.study.cluster import list_commands, write_slurm
-from llamafactory_sekd.study.engine import find_inputs, open_study, run_one, run_study, write_study
+from llamafactory_sekd.study.engine import find_inputs, open_study, report, run_one, run_study, write_study
 from llamafactory_sekd.study.spec import read_spec
 from llamafactory_sekd.teacher.cache.cache_manifest import MANIFEST
 
@@ -540,3 +540,46 @@ def test_a_study_file_with_spaces_in_its_name_is_one_word_for_slurm(place):
     study = open_study(read_spec(Path("my study; rm -rf x.yaml")))
     write_slurm(Path("array.sh"), ["sekd", "study", "study.yaml"], study, 5)
     assert "#SBATCH --job-name=my-study-rm--rf-x\n" in Path("array.sh").read_text()
+
+
+def test_without_an_evaluation_the_validation_metrics_are_the_judge():
+    plain = {key: value for key, value in STUDY.items() if key not in ("evaluation", "models", "teacher")}
+    write({**plain, "baseline": "A"})
+    assert run()[0] == []
+    assert {what for what, _, _ in starts()} == {"train"}
+    assert "4 of 4 done before" in run()[1]
+    assert starts() == []
+    results = json.loads(Path("out/results.json").read_text())
+    assert (results["directions"], results["metrics"], results["test_set"]) == ([], [], None)
+    assert all(cell["scores"] == {} and cell["validation"]["nll"] for cell in results["cells"])
+    table = list(csv.DictReader(StringIO(Path("out/results.csv").read_text())))
+    assert len(table) == 4
+    assert all(float(row["nll"]) > 1 for row in table)
+    written = {path.name for path in report(opened(), None)}
+    assert {"report.md", "report.html", "report.tex", "results.json", "results.csv"} <= written
+    text = Path("out/report.md").read_text()
+    assert "## Validation" in text
+    assert "names no `evaluation`" in text.replace("\\`", "`")
+    assert "BLEU" not in text
+    (cell, *_) = results["cells"]
+    Path("out", cell["folder"], "model", "trainer_state.json").unlink()
+    write_study(opened(), find_inputs(opened()))
+    assert json.loads(Path("out/results.json").read_text())["cells"][0]["scores"] is None
+    report(opened(), None)
+    assert "1 of 4 runs are not done yet" in Path("out/report.md").read_text()
+
+
+def test_without_an_evaluation_a_key_is_still_chosen_by_a_validation_metric():
+    plain = {key: value for key, value in STUDY.items() if key not in ("evaluation", "models", "teacher")}
+    write({**plain, "matrix": {"learning_rate": [0.001, 0.002]}, "select": {"key": "learning_rate"}})
+    assert run()[0] == []
+    report(opened(), None)
+    text = Path("out/report.md").read_text()
+    assert "How learning\\_rate was chosen" in text
+    assert "## Validation at equal settings" in text
+
+
+def test_models_need_something_to_be_evaluated_on():
+    write({key: value for key, value in STUDY.items() if key != "evaluation"})
+    with pytest.raises(StudyError, match="`models` are only evaluated, so they need `evaluation`"):
+        opened()

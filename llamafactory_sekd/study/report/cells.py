@@ -135,11 +135,11 @@ class Study:
 def read_study(results: Mapping[str, Any], root: Path) -> Study:
     """Group the cells of results.json, which is in ``root``.
 
-    A cell counts once its scores are there; the others are listed as missing.
+    A cell counts once its scores are there, or without an evaluation once it is trained; the others are missing.
     """
     groups: dict[str, Group] = {}
     for cell in results["cells"]:
-        if cell["scores"]:
+        if cell["scores"] is not None:
             point = tuple(cell["axes"].items())
             group = groups.setdefault(json.dumps([cell["system"], point]), Group(cell["system"], point, {}))
             group.cells[cell["seed"]] = cell
@@ -150,7 +150,7 @@ def read_study(results: Mapping[str, Any], root: Path) -> Study:
 
 def _missing(results: Mapping[str, Any]) -> Iterable[str]:
     for cell in results["cells"]:
-        if not cell["scores"]:
+        if cell["scores"] is None:
             name = Group(cell["system"], tuple(cell["axes"].items()), {}).name()
             yield f"{name}, seed {cell['seed']} ({'not evaluated' if cell['training'] else 'not trained'})"
     yield from (f"{model['name']} (not evaluated)" for model in results["models"] if not model["scores"])

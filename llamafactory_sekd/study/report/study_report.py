@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from llamafactory_sekd.reporting.document import Document, Section
 from llamafactory_sekd.study.report.cells import Study
-from llamafactory_sekd.study.report.sections import compared_keys, score_tables, training, translations
+from llamafactory_sekd.study.report.sections import (
+    compared_keys,
+    score_tables,
+    training,
+    translations,
+    validation_tables,
+)
 from llamafactory_sekd.study.report.views import Views
 
 
@@ -13,7 +19,7 @@ def build_document(study: Study) -> Document:
     views = Views(study)
     sections = [
         _missing(study),
-        *score_tables.sections(views),
+        *(score_tables.sections(views) if study.directions else validation_tables.sections(views)),
         *training.sections(views),
         *translations.sections(views),
         *compared_keys.sections(views),
@@ -31,6 +37,6 @@ def _missing(study: Study) -> Section | None:
     cells = len(study.results["cells"]) + len(study.results["models"])
     return Section(
         "What is missing",
-        alarm=f"{len(study.missing)} of {cells} runs have no scores yet. Everything below is without them.",
+        alarm=f"{len(study.missing)} of {cells} runs are not done yet. Everything below is without them.",
         lines=study.missing,
     )

@@ -17,7 +17,8 @@ _OF_A_CELL = {"output_dir", "seed", "data_seed", "overwrite_output_dir", "report
 def facts(views: Views) -> Iterator[tuple[str, str]]:
     """Yield the facts at the top of the report: name and text."""
     study = views.study
-    yield "test set", str(study.results["test_set"]["task"])
+    tested = study.results["test_set"]
+    yield ("test set", str(tested["task"])) if tested is not None else ("judge", "validation metrics")
     for direction in study.directions if views.unreadable is None else ():
         yield direction, f"{len(views.texts.test_set(direction).sources):,} sentences"
     seeds = sorted({cell["seed"] for cell in study.results["cells"]})

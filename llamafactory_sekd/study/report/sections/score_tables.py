@@ -39,7 +39,7 @@ def sections(views: Views) -> Iterator[Section | None]:
         yield _scores(
             views, f"Scores, each system at its own best {key}", views.groups, views.at_own_best, own_best=True
         )
-        yield _selection(views)
+        yield selection_section(views)
         yield _scores(views, "Scores at equal settings", views.study.groups, views.at_equal_settings)
     else:
         yield _scores(views, "Scores", views.groups, views.at_equal_settings)
@@ -86,7 +86,8 @@ def how_it_was_tested(views: Views) -> str:
     return text
 
 
-def _selection(views: Views) -> Section:
+def selection_section(views: Views) -> Section:
+    """Show how each system's value was chosen."""
     study, chosen = views.study, [choice for choice in views.chosen if choice.tried]
     key = chosen[0].key if chosen else views.chosen[0].key
     keys = views.keys_of([choice.group for choice in chosen])

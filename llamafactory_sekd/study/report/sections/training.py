@@ -17,8 +17,8 @@ from llamafactory_sekd.study.report.views import Views
 
 # So many lines can still be told apart in one plot.
 MOST_LINES = 9
-# Heading -> (validation metric, digits, factor)
-_END = {
+# Heading -> (metric of the last evaluation on the validation text, digits, factor)
+LAST_METRICS = {
     "NLL": ("nll", 4, 1.0),
     "agreement (%)": ("eval_kd/agreement", 2, 100.0),
     "KL(p ‖ q)": ("eval_kd/teacher_kl", 4, 1.0),
@@ -100,9 +100,10 @@ def _tokens(views: Views, groups: Sequence[Group]) -> Section | None:
 
 def _learning(views: Views, groups: Sequence[Group]) -> Section | None:
     columns = {
-        name: (lambda group, of=of: entry(_validation(group, of[0]), of[1], of[2])) for name, of in _END.items()
+        name: (lambda group, of=of: entry(validation(group, of[0]), of[1], of[2])) for name, of in LAST_METRICS.items()
     }
-    table = summary_table(views.study, groups, views.keys_of(groups), columns)
+    # Without an evaluation, it is the study's main table already.
+    table = summary_table(views.study, groups, views.keys_of(groups), columns) if views.study.directions else None
     plots = _drawn(views, groups, learning_plot)
     if table is None and not plots:
         return None
@@ -114,7 +115,8 @@ def _learning(views: Views, groups: Sequence[Group]) -> Section | None:
     return Section("Learning curves", note, tables=(table,) if table else (), plots=plots)
 
 
-def _validation(group: Group, metric: str) -> Summary | None:
+def validation(group: Group, metric: str) -> Summary | None:
+    """Summarize a validation metric over the seeds."""
     return summarize((cell["validation"] or {}).get(metric) for cell in group.cells.values())
 
 

@@ -20,7 +20,7 @@ from llamafactory_sekd.study.report.views import Views
 def sections(views: Views) -> Iterator[Section | None]:
     """Yield the sections about translations."""
     groups = (*views.study.models, *views.groups)
-    if not views.groups:
+    if not views.groups or not views.study.directions:
         return
     if views.unreadable is None:
         yield _difficulty(views, groups)
