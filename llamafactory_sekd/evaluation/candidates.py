@@ -10,10 +10,11 @@ import torch
 from transformers import GenerationConfig
 
 from llamafactory_sekd.errors import one_line
+from llamafactory_sekd.evaluation.architecture_probe import WayToDecode, explaining_positions
 from llamafactory_sekd.evaluation.batching import plan_batches
 from llamafactory_sekd.evaluation.decoding import hf_translate, in_inference_mode, left_pad, until_stop
 from llamafactory_sekd.evaluation.evaluation_settings import Decoding
-from llamafactory_sekd.evaluation.greedy import agrees_with_plain_forward, can_share_cache, greedy_search
+from llamafactory_sekd.evaluation.greedy import greedy_search
 from llamafactory_sekd.evaluation.translator import BatchLimits, Translation
 from llamafactory_sekd.trainer.sampling import InverseTransform, RowDraws, Sampling, uniforms_of
 
@@ -76,15 +77,20 @@ def hf_candidates(
 
     model.generation_config = _configuration(decoding, stop_ids, pad_id, best)
 
+    new_tokens = decoding.max_new_tokens
+    way = WayToDecode(model, pad_id, new_tokens, greedy=drawing is not None)
+
     def several(requests: Sequence[Request], limits: BatchLimits) -> Iterator[list[tuple[int, list[Translation]]]]:
         prompts = [request.prompt for request in requests]
-        if drawing is not None and can_share_cache(model) and agrees_with_plain_forward(model, prompts, pad_id):
+        way.ask(prompts)
+        if drawing is not None and way.fast:
             pick = RowDraws(_sampling(drawing, decoding, stop_ids, pad_id), [request.seed for request in requests])
-            found = greedy_search(model, prompts, stop_ids, pad_id, decoding.max_new_tokens, limits, pick)
+            found = greedy_search(model, prompts, stop_ids, pad_id, new_tokens, limits, pick)
             groups: _Rows = ([(index, [row]) for index, row in group] for group in found)
         else:
+            limits = limits if way.padded else replace(limits, sentences=1)
             groups = _batches(model, requests, stop_ids, pad_id, decoding, limits, drawing, best)
-        for group in in_inference_mode(groups):
+        for group in in_inference_mode(explaining_positions(groups, model, prompts, new_tokens)):
             yield finished(group)
 
     return several

@@ -10,14 +10,10 @@ import torch
 from transformers import GenerationConfig
 
 from llamafactory_sekd.errors import EvaluationError
+from llamafactory_sekd.evaluation.architecture_probe import WayToDecode, explaining_positions
 from llamafactory_sekd.evaluation.batching import plan_batches
 from llamafactory_sekd.evaluation.evaluation_settings import Decoding
-from llamafactory_sekd.evaluation.greedy import (
-    agrees_when_padded,
-    agrees_with_plain_forward,
-    can_share_cache,
-    greedy_search,
-)
+from llamafactory_sekd.evaluation.greedy import greedy_search
 from llamafactory_sekd.evaluation.translator import BatchLimits, Translate, Translation
 
 
@@ -46,22 +42,20 @@ def hf_translate(
     )
     # Beam search reorders its cache, and a penalty on repetition looks at the padding too: transformers does these
     # alone.
-    fast = decoding.num_beams == 1 and decoding.repetition_penalty == 1.0 and can_share_cache(model)
-    padded: bool | None = None  # not asked yet
+    new_tokens = decoding.max_new_tokens
+    greedy = decoding.num_beams == 1 and decoding.repetition_penalty == 1.0
+    way = WayToDecode(model, pad_id, new_tokens, greedy=greedy)
 
     def translate(prompts: Sequence[list[int]], limits: BatchLimits) -> Iterator[list[tuple[int, Translation]]]:
-        nonlocal fast, padded
         if not prompts:  # the share of a rank too many
             return
-        fast = fast and agrees_with_plain_forward(model, prompts, pad_id)  # asked once: a model stays what it is
-        if not fast and padded is None:
-            padded = agrees_when_padded(model, prompts, pad_id)
-        if padded is False:
-            limits = replace(limits, sentences=1)
-        if fast:
-            groups = greedy_search(model, prompts, stop_ids, pad_id, decoding.max_new_tokens, limits)
+        way.ask(prompts)
+        if way.fast:
+            groups = greedy_search(model, prompts, stop_ids, pad_id, new_tokens, limits)
         else:
+            limits = limits if way.padded else replace(limits, sentences=1)
             groups = fixed_batches(model, prompts, pad_id, decoding, limits)
+        groups = explaining_positions(groups, model, prompts, new_tokens)
         for group in in_inference_mode(groups):
             rows = [until_stop(row, stop_ids) for _, row in group]
             texts = decode([row for row, _ in rows])

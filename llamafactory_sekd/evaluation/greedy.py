@@ -9,7 +9,6 @@ token.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
@@ -18,12 +17,9 @@ import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from llamafactory_sekd.errors import one_line
 from llamafactory_sekd.evaluation.batching import batch_size
 from llamafactory_sekd.evaluation.translator import BatchLimits
 
-
-logger = logging.getLogger(__name__)
 
 # What follows: logits float32 [rows, vocab], the prompts' indices and the numbers of the new tokens in; tokens out.
 Pick = Callable[[torch.Tensor, list[int], list[int]], torch.Tensor]
@@ -39,7 +35,7 @@ def can_share_cache(model: Any) -> bool:
     transformers are left to ``generate``.
     """
     config = model.config
-    if type(_inner(model)).__module__.startswith("transformers_modules"):
+    if type(inner_model(model)).__module__.startswith("transformers_modules"):
         return False
     if config.is_encoder_decoder or getattr(model, "_is_stateful", False) or config.get_text_config() is not config:
         return False
@@ -50,86 +46,21 @@ def can_share_cache(model: Any) -> bool:
     return all(type(layer).__name__ == "DynamicLayer" for layer in layers)
 
 
-def agrees_with_plain_forward(model: Any, prompts: Sequence[list[int]], pad_id: int) -> bool:
-    """Ask the model itself whether :func:`greedy_search` may be used with it.
-
-    Padding anywhere, positions counted from a mask, and a cache that rows join and leave are assumptions about the
-    architecture that nothing in a configuration states: models with ALiBi, for one, count positions their own way and
-    would translate wrongly without an error. So two rows of different lengths take the prompt's and one further step,
-    and their logits are compared with those of each row alone, without padding, mask or cache.
-    """
-    return _agrees(model, prompts, _probe, pad_id, "decoded by `generate`")
-
-
-def agrees_when_padded(model: Any, prompts: Sequence[list[int]], pad_id: int) -> bool:
-    """Ask the model whether ``generate`` may decode prompts of different lengths together, see above."""
-    return _agrees(model, prompts, _probe_generate, pad_id, "decoded one sentence at a time")
-
-
-def _agrees(model: Any, prompts: Sequence[list[int]], probe: Any, pad_id: int, otherwise: str) -> bool:
-    name = type(model).__name__
-    try:
-        rows = [[prompts[0][0], *prompt[-length:]] for prompt, length in ((prompts[0], 9), (prompts[-1], 4))]
-        with torch.inference_mode():
-            found, expected = probe(model, rows, pad_id), _plain(model, rows)
-    except Exception as error:  # code of any architecture, which may stumble over any of these assumptions
-        logger.info(f"{name} is {otherwise}: {one_line(str(error))}")
-        return False
-
-    # Rounding in half precision moves logits by about a hundredth of their spread; a wrong position by all of it.
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
-    distance = float((found - expected).abs().amax() / expected.std().clamp(min=1e-6))
-    if not distance <= tolerance:
-        logger.info(
-            f"{name} is {otherwise}: with padding its logits are not those of each prompt alone (off by "
-            f"{distance:.2g} of their spread)."
-        )
-        return False
-    return True
-
-
-def _probe_generate(model: Any, rows: list[list[int]], pad_id: int) -> torch.Tensor:
-    """Return what ``generate`` sees after the prompts, and after one more token: logits ``[2 * rows, vocab]``."""
-    found = []
-    for length in (-1, None):
-        prompts = [row[:length] for row in rows]
-        width = max(map(len, prompts))
-        ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=mask.to(model.device),
-            max_new_tokens=1,
-            num_beams=1,
-            do_sample=False,
-            repetition_penalty=1.0,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        found.append(output.logits[0].float())
-    return torch.cat(found)
-
-
-def _probe(model: Any, rows: list[list[int]], pad_id: int) -> torch.Tensor:
+def step_logits(model: Any, rows: Sequence[list[int]], pad_id: int) -> torch.Tensor:
     """Return the logits ``[2 * rows, vocab]`` after the prompts and after one more token, the way a batch makes them.
 
-    The last token of each row is the one that is decoded.
+    The last token of each row is the one that is decoded; all rows begin with the same token.
     """
-    batch = _Batch(model, [row[:-1] for row in rows], 1, (), pad_id, 2)
+    prompts = [row[:-1] for row in rows]
+    batch = _Batch(model, prompts, 1, (), pad_id, 2)
     forward = _Forward(model)
-    tokens, mask = batch._pad_rest([row[:-1] for row in rows])
+    tokens, mask = batch._pad_rest(prompts)
     cache = deepcopy(batch._prefix_cache)
     cache.batch_repeat_interleave(len(rows))
     prompt = forward.logits(tokens, mask, cache)
     last = torch.tensor([row[-1] for row in rows], device=model.device)
     step = forward.logits(last[:, None], pad(mask, (0, 1), value=True), cache)
     return torch.cat([prompt, step])
-
-
-def _plain(model: Any, rows: list[list[int]]) -> torch.Tensor:
-    """Return the same logits from each row alone."""
-    both = [model(input_ids=torch.tensor([row], device=model.device)).logits[0, -2:].float() for row in rows]
-    return torch.stack([logits[place] for place in (0, 1) for logits in both])
 
 
 def greedy_search(
@@ -299,7 +230,7 @@ class _Forward:
     def __init__(self, model: Any) -> None:
         self._model = model
         # Only the last position's logits are wanted; a long prompt's would fill the memory.
-        only_last = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
+        only_last = "logits_to_keep" in inspect.signature(inner_model(model).forward).parameters
         self._keys = {"logits_to_keep": 1} if only_last else {}
         self._attention = getattr(model.config, "_attn_implementation", None)
 
@@ -338,7 +269,7 @@ class _Forward:
         return torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)
 
 
-def _inner(model: Any) -> Any:
+def inner_model(model: Any) -> Any:
     """Return the model inside an adapter, or the model."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

@@ -107,21 +107,23 @@ def own_samples_of(run: HostArguments, template: Any, tokenizer: Any) -> Callabl
 
 
 def _search(sampling: Sampling) -> Search:
-    """Return the evaluation's decoder, for students that agree with it; they are asked once."""
-    from llamafactory_sekd.evaluation.greedy import agrees_with_plain_forward, can_share_cache, greedy_search
+    """Return the evaluation's decoder, for students that agree with it; they are asked once up to a length."""
+    from llamafactory_sekd.evaluation.architecture_probe import WayToDecode
+    from llamafactory_sekd.evaluation.greedy import greedy_search
     from llamafactory_sekd.evaluation.translator import BatchLimits
     from llamafactory_sekd.trainer.on_policy import TOKENS_AT_A_TIME
 
-    agrees: list[bool] = []
+    ways: list[WayToDecode] = []
 
     def search(
         model: Any, prompts: Sequence[list[int]], draws: RowDraws | None, longest: int
-    ) -> Iterator[list[tuple[int, list[int]]]] | None:
-        if not agrees:
-            agrees.append(can_share_cache(model) and agrees_with_plain_forward(model, prompts, sampling.pad_id))
-        if not agrees[0]:
-            return None
+    ) -> tuple[Iterator[list[tuple[int, list[int]]]] | None, bool]:
+        if not ways:
+            ways.append(WayToDecode(model, sampling.pad_id, sampling.max_new_tokens, greedy=True))
+        ways[0].ask(prompts)
+        if not ways[0].fast:
+            return None, ways[0].padded
         limits = BatchLimits(TOKENS_AT_A_TIME)
-        return greedy_search(model, prompts, sampling.stop_ids, sampling.pad_id, longest, limits, draws)
+        return greedy_search(model, prompts, sampling.stop_ids, sampling.pad_id, longest, limits, draws), True
 
     return search

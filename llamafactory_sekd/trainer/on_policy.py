@@ -45,8 +45,10 @@ TOKENS_AT_A_TIME = 16384
 
 
 # Decodes so that rows which have ended leave. In: the model, prompts, what chooses each token (None: the most likely),
-# and the longest sample. Out: groups of (place, new tokens), or None where the model needs `generate`.
-Search = Callable[[Any, Sequence[list[int]], RowDraws | None, int], Iterator[list[tuple[int, list[int]]]] | None]
+# and the longest sample. Out: groups of (place, new tokens), or None where the model needs `generate`; and whether
+# prompts of different lengths may share a batch there.
+_Groups = Iterator[list[tuple[int, list[int]]]]
+Search = Callable[[Any, Sequence[list[int]], RowDraws | None, int], tuple[_Groups | None, bool]]
 
 
 @dataclass(frozen=True)
@@ -258,9 +260,11 @@ class OwnSamples:
         sharded = self._is_sharded()
         if self.search is not None and not sharded:
             with as_generator(model):
-                found = self._search(model, examples, max(limits, default=1))
+                found, padded = self._search(model, examples, max(limits, default=1))
             if found is not None:
                 return [self._until_stop(row[:limit]) for row, limit in zip(found, limits, strict=True)]
+            if not padded:
+                batches = [[place] for batch in batches for place in batch]
 
         rounds = self._most_of_all_ranks(len(batches)) if sharded else len(batches)
         with as_generator(model):
@@ -275,14 +279,14 @@ class OwnSamples:
                     samples[place] = self._until_stop(row[: limits[place]])
         return samples
 
-    def _search(self, model: Any, examples: Sequence[_Example], longest: int) -> list[list[int]] | None:
+    def _search(self, model: Any, examples: Sequence[_Example], longest: int) -> tuple[list[list[int]] | None, bool]:
         assert self.search is not None
         draws = RowDraws(self.sampling, [e.seed for e in examples]) if self.sampling.do_sample else None
-        groups = self.search(model, [example.prompt for example in examples], draws, longest)
+        groups, padded = self.search(model, [example.prompt for example in examples], draws, longest)
         if groups is None:
-            return None
+            return None, padded
         rows = dict(entry for group in groups for entry in group)
-        return [rows[place] for place in range(len(examples))]
+        return [rows[place] for place in range(len(examples))], padded
 
     def _generate_batch(
         self, model: Any, prompts: list[list[int]], seeds: list[int], new_tokens: int, sharded: bool

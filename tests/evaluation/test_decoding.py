@@ -16,10 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Mis
 
 from llamafactory_sekd.data.languages import parse_direction
 from llamafactory_sekd.data.prompts import prompt
+from llamafactory_sekd.errors import EvaluationError
+from llamafactory_sekd.evaluation.architecture_probe import agrees_with_plain_forward
 from llamafactory_sekd.evaluation.batching import plan_batches
 from llamafactory_sekd.evaluation.decoding import hf_translate
 from llamafactory_sekd.evaluation.evaluation_settings import Decoding
-from llamafactory_sekd.evaluation.greedy import agrees_with_plain_forward, can_share_cache
+from llamafactory_sekd.evaluation.greedy import can_share_cache
 from llamafactory_sekd.evaluation.translator import BatchLimits, Translation
 
 
@@ -182,48 +184,106 @@ def test_batches_hold_every_sentence_once_within_the_limits(
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-def build(name: str, size: int) -> Any:
-    """A random model of an architecture that counts positions, or remembers the past, in its own way."""
+WIDE = {**SHAPE, "intermediate_size": 64, "num_key_value_heads": 2}
+SMALL = {"n_embd": 32, "n_layer": 2, "n_head": 4}
+MIXTURE = {"num_local_experts": 2, "num_experts_per_tok": 1}
+LONG_ROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0, 4.0, 2.0, 1.0]}
+
+# Architectures that count positions, look back, or remember the past in a way of their own: class and configuration.
+ODD: dict[str, tuple[str, dict[str, Any]]] = {
+    "mpt": ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 512}),
+    "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "falcon_alibi": ("Falcon", {"alibi": True, **SHAPE}),
+    "mamba": ("Mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
+    "rwkv": ("Rwkv", {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}),
+    "recurrent_gemma": (
+        "RecurrentGemma",
+        {**WIDE, "num_hidden_layers": 3, "num_key_value_heads": 1, "lru_width": 32, "attention_window_size": 32},
+    ),
+    "lfm2": ("Lfm2", {**WIDE, "layer_types": ["conv", "full_attention"]}),
+    "minimax": (
+        "MiniMax",
+        {**WIDE, **MIXTURE, "layer_types": ["linear_attention", "full_attention"], "block_size": 16},
+    ),
+    "jamba": (
+        "Jamba",
+        {**WIDE, "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    ),
+    # Local attention over a window that the configuration does not give to the cache.
+    "gpt_neo": (
+        "GPTNeo",
+        {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 16,
+        },
+    ),
+    "gemma2": ("Gemma2", {**WIDE, "head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8}),
+    # Rotations that change when the longest sentence of a batch passes a length.
+    "long_rope": (
+        "Phi3",
+        {
+            **WIDE,
+            "pad_token_id": PAD,
+            "original_max_position_embeddings": 64,
+            "max_position_embeddings": 512,
+            "rope_scaling": LONG_ROPE,
+        },
+    ),
+}
+PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", WIDE),
+    "gpt2": ("GPT2LMHead", SMALL),
+    "codegen": ("CodeGen", {**SMALL, "rotary_dim": 8}),
+    "opt": ("OPT", {**SHAPE, "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 512}),
+    "gpt_neox": ("GPTNeoX", {**SHAPE, "intermediate_size": 64}),
+    "stable_lm": ("StableLm", WIDE),
+    "granite_moe": ("GraniteMoe", {**WIDE, **MIXTURE}),
+}
+
+
+def build(name: str, size: int, **keys: Any) -> Any:
+    """A random model of an architecture."""
+    family, settings = (ODD | PLAIN)[name]
+    config = getattr(transformers, f"{family.removesuffix('LMHead')}Config")(vocab_size=size, **{**settings, **keys})
+    model_class = getattr(transformers, f"{family}Model" if family.endswith("LMHead") else f"{family}ForCausalLM")
     torch.manual_seed(0)
-    if name == "mpt":
-        config = transformers.MptConfig(vocab_size=size, d_model=32, n_layers=2, n_heads=4, max_seq_len=512)
-        model = transformers.MptForCausalLM(config)
-    elif name == "bloom":
-        model = transformers.BloomForCausalLM(
-            transformers.BloomConfig(vocab_size=size, hidden_size=32, n_layer=2, n_head=4)
-        )
-    elif name == "falcon_alibi":
-        model = transformers.FalconForCausalLM(transformers.FalconConfig(vocab_size=size, alibi=True, **SHAPE))
-    elif name == "mamba":
-        model = transformers.MambaForCausalLM(
-            transformers.MambaConfig(vocab_size=size, hidden_size=32, num_hidden_layers=2, state_size=8)
-        )
-    else:
-        model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(vocab_size=size, intermediate_size=64, num_key_value_heads=2, **SHAPE)
-        )
+    model = model_class(config)
     for parameter in model.parameters():  # far enough from uniform that no two tokens tie
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
 
 
-@pytest.mark.parametrize("name", ["mpt", "bloom", "falcon_alibi", "mamba"])
-def test_architectures_with_positions_or_states_of_their_own_translate_as_each_prompt_alone(
+@pytest.mark.parametrize("name", [*ODD, *PLAIN])
+def test_every_architecture_translates_as_each_prompt_alone(
     tokenizer: Any, prompts: list[list[int]], name: str
 ) -> None:
     model = build(name, len(tokenizer))
-    expected = alone(model, tokenizer, prompts)
+    few = sorted(prompts, key=len)[:: max(1, len(prompts) // 6)]
+    expected = alone(model, tokenizer, few)
     assert len({translation.text for translation in expected}) > 1
-    assert translate(model, tokenizer, prompts, BatchLimits(1 << 20, 4)) == expected
+    assert translate(model, tokenizer, few, BatchLimits(1 << 20, 4)) == expected
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "codegen", "mpt"])
+def test_a_prompt_beyond_the_last_position_is_one_line_with_the_remedy(
+    tokenizer: Any, prompts: list[list[int]], name: str
+) -> None:
+    key = {"gpt2": "n_positions", "codegen": "n_positions", "mpt": "max_seq_len"}.get(name, "max_position_embeddings")
+    model = build(name, len(tokenizer), **{key: 24})
+    with pytest.raises(EvaluationError, match=r"reads up to 24 tokens.*lower `max_new_tokens`"):
+        translate(model, tokenizer, prompts, BatchLimits(1 << 20, 4))
 
 
 def test_the_probe_lets_plain_models_pass_and_stops_those_with_positions_of_their_own(
     model: Any, tokenizer: Any, prompts: list[list[int]]
 ) -> None:
-    assert agrees_with_plain_forward(model, prompts, PAD)
-    assert agrees_with_plain_forward(model.to(torch.bfloat16), prompts, PAD)
-    assert agrees_with_plain_forward(build("llama", len(tokenizer)), prompts, PAD)
+    assert agrees_with_plain_forward(model, prompts, PAD, LIMIT)
+    assert agrees_with_plain_forward(model.to(torch.bfloat16), prompts, PAD, LIMIT)
+    assert agrees_with_plain_forward(build("llama", len(tokenizer)), prompts, PAD, LIMIT)
     for name in ("mpt", "bloom", "falcon_alibi"):
-        assert not agrees_with_plain_forward(build(name, len(tokenizer)), prompts, PAD), name
-        assert not agrees_with_plain_forward(build(name, len(tokenizer)).to(torch.bfloat16), prompts, PAD), name
+        assert not agrees_with_plain_forward(build(name, len(tokenizer)), prompts, PAD, LIMIT), name
+        assert not agrees_with_plain_forward(build(name, len(tokenizer)).to(torch.bfloat16), prompts, PAD, LIMIT), name

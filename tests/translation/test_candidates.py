@@ -18,6 +18,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 from llamafactory_sekd.data.checks import Problem
@@ -44,6 +46,8 @@ def tiny(kind: str) -> Any:
     }
     if kind == "window":  # a sliding window: decoded by `generate`
         return MistralForCausalLM(MistralConfig(sliding_window=64, **keys)).eval()
+    if kind == "recurrent":  # reads padding like any other token
+        return RwkvForCausalLM(RwkvConfig(vocab_size=12, hidden_size=16, num_hidden_layers=2)).eval()
     return LlamaForCausalLM(LlamaConfig(**keys)).eval()
 
 
@@ -149,3 +153,16 @@ def test_each_filter_finds_its_problem_and_can_be_left_out(problem: Problem, bad
     [name] = [name for name, found in FILTERS.items() if found is problem]
     assert find_problem(SOURCE, bad, "de", [name]) is problem
     assert find_problem(SOURCE, bad, "de", [other for other in FILTERS if other != name]) is not problem
+
+
+@pytest.mark.parametrize("kind", ["full", "window", "recurrent"])
+@pytest.mark.parametrize("keys", [{"best": 3}, {"drawing": Drawing()}], ids=["beam", "samples"])
+def test_candidates_are_those_of_each_prompt_alone(kind: str, keys: dict[str, Any]) -> None:
+    model = tiny(kind)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.5)
+    requests = [Request([0, *range(3, 3 + length)], seed) for seed, length in enumerate((2, 8, 5, 3))]
+    decoding = Decoding(max_new_tokens=6, num_beams=3 if "best" in keys else 1)
+    expected = [found(model, [request], decoding=decoding, **keys)[0] for request in requests]
+    assert found(model, requests, decoding=decoding, **keys) == expected
