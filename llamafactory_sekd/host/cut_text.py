@@ -1,4 +1,4 @@
-"""How much text `cutoff_len` takes from a run's examples, counted while the host tokenizes them."""
+"""How much text a run's examples lose to `cutoff_len` or lack, counted while the host tokenizes them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llamafactory_sekd.host.run_arguments import HostArguments
 
 
 _COLUMN = "sekd_cut"  # in the host's data set between its tokenizer and ours; an example is a length and flags
-_FLAGS = _PROMPT, _RESPONSE, _TEACHER = 1, 2, 4
+_FLAGS = _PROMPT, _RESPONSE, _TEACHER, _EMPTY = 1, 2, 4, 8
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class CutText:
         prompts: those that lose the end of a prompt, or all of it.
         responses: those that lose the end of a response that is trained on, or all of it.
         teacher: those with a cut prompt of which some response is left, which the teacher judges all the same.
+        empty: those whose response has no text, so that the end of text alone is learned.
     """
 
     examples: int
@@ -39,23 +40,26 @@ class CutText:
     prompts: int
     responses: int
     teacher: int
+    empty: int
 
     def line(self, what: str, cutoff_len: int) -> str:
         """Return the counts as one line about the examples for `what`."""
         start = f"{self.examples:,} examples for {what}, the longest of {self.longest:,} tokens"
+        empty = f" {self.empty:,} have a response without text." if self.empty else ""
         if not self.over:
-            return f"{start}: none exceeds `cutoff_len: {cutoff_len}`."
+            return f"{start}: none exceeds `cutoff_len: {cutoff_len}`.{empty}"
         return (
             f"{start}: {self.over:,} exceed `cutoff_len: {cutoff_len}`; {self.prompts:,} lose the end of the prompt "
-            f"(the teacher sees a cut prompt in {self.teacher:,}), {self.responses:,} the end of the response."
+            f"(the teacher sees a cut prompt in {self.teacher:,}), {self.responses:,} the end of the response.{empty}"
         )
 
 
-def measure(pairs: list[tuple[int, int]], data_args: Any, *, end: int) -> tuple[int, int]:
+def measure(pairs: list[tuple[int, int]], empty: bool, data_args: Any, *, end: int) -> tuple[int, int]:
     """Return an example's uncut length and flags of what is cut, by the host's own rule.
 
     Args:
         pairs: tokens of prompt and response, turn by turn.
+        empty: whether the last response has no text.
         data_args: the host's, with `cutoff_len` and `mask_history`.
         end: tokens that the host keeps free for the template's end.
     """
@@ -76,7 +80,7 @@ def measure(pairs: list[tuple[int, int]], data_args: Any, *, end: int) -> tuple[
     if data_args.mask_history:
         responses, kept, follows_cut_prompt = responses[:1], kept[:1], [any(prompts)]
     teacher = any(one and other for one, other in zip(kept, follows_cut_prompt, strict=True))
-    flags = _PROMPT * any(prompts) | _RESPONSE * any(responses) | _TEACHER * teacher
+    flags = _PROMPT * any(prompts) | _RESPONSE * any(responses) | _TEACHER * teacher | _EMPTY * empty
     return end + sum(map(sum, pairs)), flags
 
 
@@ -114,6 +118,11 @@ def counting_cut_text(max_cut: float, say: Callable[[str], None] | None) -> Iter
         found = _total(result, data_args.cutoff_len)
         cutoff_len = data_args.cutoff_len + bool(data_args.packing)  # the host takes one off for packing
         _say(found.line(what, cutoff_len))
+        if not is_eval and found.empty == found.examples:
+            raise DataError(
+                f"None of the {found.examples:,} examples has text in its response, so that nothing but the end of "
+                "text would be learned: look at the column that `dataset_info.json` names as `response`."
+            )
         if not is_eval and found.over > max_cut * found.examples:
             raise DataError(
                 f"`cutoff_len: {cutoff_len}` cuts {found.over:,} of {found.examples:,} examples, {found.prompts:,} in "
@@ -195,7 +204,7 @@ class _Counting:
         if not rows:
             return rows
         end = 1 if template.efficient_eos else 0
-        counts = [number for pairs in template.recorded for number in measure(pairs, self.inner.data_args, end=end)]
+        counts = [number for item in template.recorded for number in measure(*item, self.inner.data_args, end=end)]
         return {**rows, _COLUMN: [counts, *([] for _ in rows["input_ids"][1:])]}
 
     def print_data_example(self, example: dict[str, Any]) -> None:
@@ -203,26 +212,30 @@ class _Counting:
 
 
 class _Recording:
-    """The run's template, which remembers how long its conversations are."""
+    """The run's template, which remembers how long its conversations are, and whether they end without text."""
 
     def __init__(self, template: Any) -> None:
         self.template = template
-        self.recorded: list[list[tuple[int, int]]] = []
+        self.recorded: list[tuple[list[tuple[int, int]], bool]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name == "template":  # asked for before it is set, while unpickling
             raise AttributeError(name)
         return getattr(self.template, name)
 
-    def encode_multiturn(self, *args: Any, **kwargs: Any) -> Any:
-        pairs = self.template.encode_multiturn(*args, **kwargs)
-        self.recorded.append([(len(prompt), len(response)) for prompt, response in pairs])
+    def encode_multiturn(self, tokenizer: Any, messages: list[dict[str, str]], *args: Any, **kwargs: Any) -> Any:
+        pairs = self.template.encode_multiturn(tokenizer, messages, *args, **kwargs)
+        self.recorded.append(([(len(prompt), len(response)) for prompt, response in pairs], _is_empty(messages)))
         return pairs
 
-    def encode_oneturn(self, *args: Any, **kwargs: Any) -> Any:
-        prompt, response = self.template.encode_oneturn(*args, **kwargs)
-        self.recorded.append([(len(prompt), len(response))])
+    def encode_oneturn(self, tokenizer: Any, messages: list[dict[str, str]], *args: Any, **kwargs: Any) -> Any:
+        prompt, response = self.template.encode_oneturn(tokenizer, messages, *args, **kwargs)
+        self.recorded.append(([(len(prompt), len(response))], _is_empty(messages)))
         return prompt, response
+
+
+def _is_empty(messages: list[dict[str, str]]) -> bool:
+    return not str(messages[-1]["content"]).strip()
 
 
 def _total(dataset: Any, limit: int) -> CutText:

@@ -3,9 +3,10 @@
 import ast
 import os
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import wraps
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,7 @@ from llamafactory_sekd.argument_checks import (
 from llamafactory_sekd.arguments import KEYS, STAGE, DistillationArguments
 from llamafactory_sekd.children import end_rank_with_launcher
 from llamafactory_sekd.errors import ArgumentError, suggestion
+from llamafactory_sekd.host import versions
 from llamafactory_sekd.host.ledger import check_in_effect
 from llamafactory_sekd.host.own_samples import check_own_samples, set_sampling_defaults
 from llamafactory_sekd.host.patches import STAGE_LABEL
@@ -120,7 +122,7 @@ def check_together(host_parse: Callable[..., tuple[Any, ...]]) -> Callable[..., 
 
     @wraps(host_parse)
     def parse(args: Any = None) -> tuple[Any, ...]:
-        with _unknown_keys_explained():
+        with _unknown_keys_explained(args):
             parsed = host_parse(args)
         run = HostArguments(*parsed)
         if run.finetuning.use_sekd:
@@ -133,6 +135,9 @@ def check_together(host_parse: Callable[..., tuple[Any, ...]]) -> Callable[..., 
             check_teacher_choice(run.data, run.finetuning)
             _check_model_arguments(run.model)
             _check_training_arguments(run.training)
+            if run.training.do_train:
+                for arguments in (run.data, run.training, run.finetuning):
+                    _check_amounts(arguments)
             check_placement(run)
             _check_quantization(run.finetuning)
             check_devices(run.finetuning)
@@ -145,8 +150,11 @@ def check_together(host_parse: Callable[..., tuple[Any, ...]]) -> Callable[..., 
 
 
 @contextmanager
-def _unknown_keys_explained() -> Iterator[None]:
-    """Name a mistyped key of ours and the one that was meant; mistakes in other keys stay the host's to report."""
+def _unknown_keys_explained(args: Any) -> Iterator[None]:
+    """Name a mistyped key of a run of our stage and the one that was meant, or one of ours in a run of another stage.
+
+    Mistakes in other keys of other stages stay the host's to report.
+    """
     try:
         yield
     except ValueError as error:
@@ -154,11 +162,21 @@ def _unknown_keys_explained() -> Iterator[None]:
         if found is None:
             raise
         names = [str(word).lstrip("-").split("=")[0] for word in ast.literal_eval(found[1])]
+        ours = (isinstance(args, Mapping) and args.get("stage") == STAGE) or versions.sekd_requested(sys.argv[1:])
         for name in names:
-            if name.startswith(("kd_", "teacher_")) or "did you mean" in suggestion(name, KEYS):
-                meant = suggestion(name, KEYS) or "."
-                raise ArgumentError(f"`{name}` is not a key of `stage: {STAGE}`{meant}") from None
+            meant = suggestion(name.lower(), KEYS)
+            if ours and "did you mean" not in meant and not name.lower().startswith(("kd_", "teacher_")):
+                meant = suggestion(name.lower(), _keys_of_the_host())
+            if "did you mean" in meant or name.startswith(("kd_", "teacher_")):
+                raise ArgumentError(f"`{name}` is not a key of `stage: {STAGE}`{meant or '.'}") from None
         raise
+
+
+def _keys_of_the_host() -> list[str]:
+    from llamafactory.hparams import parser
+
+    classes = ("ModelArguments", "DataArguments", "TrainingArguments", "FinetuningArguments", "GeneratingArguments")
+    return [item.name for name in classes for item in fields(getattr(parser, name)) if item.init]
 
 
 def check_run(args: Any, *, machine: bool = True) -> None:
@@ -186,6 +204,35 @@ def _check_model_arguments(model_args: Any) -> None:
     refuse_keys(
         model_args, reasons, f"`{{key}}: {{value}}` cannot be used with `stage: {STAGE}` ({{reason}}): remove it."
     )
+
+
+def _check_amounts(args: Any) -> None:
+    """Refuse amounts with which nothing is trained, or of which the host complains without naming the key.
+
+    Args:
+        args: arguments of the host, of any class.
+    """
+    least = {
+        "learning_rate": "a number above 0, with which the weights move",
+        "per_device_train_batch_size": "at least 1",
+        "gradient_accumulation_steps": "at least 1",
+        "cutoff_len": "at least 1 token",
+        "max_samples": "at least 1 example, or leave it out",
+        "lora_rank": "at least 1",
+    }
+    for key, remedy in least.items():
+        value = getattr(args, key, None)
+        if isinstance(value, (int, float)) and not value > 0:
+            raise ArgumentError(f"`{key}: {value}` cannot be used with `stage: {STAGE}`: use {remedy}.")
+    if getattr(args, "freeze_trainable_layers", None) == 0 and getattr(args, "finetuning_type", None) == "freeze":
+        raise ArgumentError(
+            "`freeze_trainable_layers: 0` trains no layer: use the number of the last or first layers."
+        )
+    if getattr(args, "max_steps", -1) == 0 or (
+        getattr(args, "max_steps", -1) < 0 and getattr(args, "num_train_epochs", 1) <= 0
+    ):
+        key = "max_steps" if args.max_steps == 0 else "num_train_epochs"
+        raise ArgumentError(f"`{key}: {getattr(args, key)}` trains no step: use a number above 0, or leave it out.")
 
 
 def _check_training_arguments(training_args: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
@@ -87,7 +88,7 @@ def _run_sekd(run: HostArguments, host_run: Callable[[], None]) -> None:
         counting_cut_text(finetuning.kd_max_cut, print if run.is_first_rank else None),
         of_server or nullcontext(),
         _our_trainer(run, fingerprint, of_server) as opening,
-        _empty_dataset_explained(run.data),
+        _unusable_dataset_explained(run.data),
     ):
         host_run()
 
@@ -179,15 +180,23 @@ def _our_trainer(run: HostArguments, fingerprint: str | None, of_server: ServerO
 
 
 @contextmanager
-def _empty_dataset_explained(data_args: Any) -> Iterator[None]:
-    """`datasets` says of a file without records that an instruction "corresponds to no data"."""
+def _unusable_dataset_explained(data_args: Any) -> Iterator[None]:
+    """Say in one line what is wrong with a data set; its reader names an instruction or a bare column."""
+    names = ", ".join([*(data_args.dataset or []), *(data_args.eval_dataset or [])])
     try:
         yield
+    except KeyError as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if not any(Path(frame.filename).match("llamafactory/data/converter.py") for frame in frames):
+            raise
+        raise DataError(
+            f"a record of the data sets {names} has no column {error}: name the columns of its file under `columns` "
+            f"in {data_args.dataset_dir}/dataset_info.json, for example `response: target`."
+        ) from error
     except ValueError as error:
         if "corresponds to no data" not in str(error):
             raise
 
-        names = ", ".join([*(data_args.dataset or []), *(data_args.eval_dataset or [])])
         raise DataError(
             f"one of the data sets {names} holds no record: look at its file in "
             f"`dataset_dir: {data_args.dataset_dir}`."

@@ -6,7 +6,9 @@ import math
 from collections import deque
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import deepspeed_config
 from transformers.utils import logging
 
 from llamafactory_sekd.arguments import DistillationArguments
@@ -15,6 +17,7 @@ from llamafactory_sekd.arguments import DistillationArguments
 logger = logging.get_logger(__name__)
 _WINDOWS = 3
 _NEARLY_ALL, _NEARLY_NONE = 0.98, 0.02
+_MOVED = 0.3  # embeddings of tokens that do not occur never move
 
 
 class WarnOfIdleRun(TrainerCallback):
@@ -28,11 +31,33 @@ class WarnOfIdleRun(TrainerCallback):
         # Where the share is a key of the run (top-K) or the objective has no hard tokens, it says nothing.
         self._watches_share = distillation.kd_loss == "self_evolution"
         self._shares: deque[float] = deque(maxlen=_WINDOWS)
+        self._weights: list[tuple[Any, torch.Tensor]] = []
+        self._windows = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Remember a few values of each weight that is trained."""
+        trained = [] if model is None else [weight for weight in model.parameters() if weight.requires_grad]
+        self._weights = [(weight, _some_values(weight)) for weight in trained]
+        self._windows = 0
+        warmup = args.get_warmup_steps(state.max_steps)
+        if 0 < state.max_steps <= warmup and state.is_world_process_zero:
+            logger.warning_once(
+                f"The learning rate warms up for {warmup} steps, and the run has {state.max_steps}: it never reaches "
+                f"`learning_rate: {args.learning_rate}`. Lower `warmup_steps` or `warmup_ratio`."
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Judge a run of few logs as well."""
+        if state.global_step > 0:
+            self._judge_weights(state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Look at a log of the training; others have no ``loss``."""
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
+        self._windows += 1
+        if self._windows >= _WINDOWS and state.global_step > args.get_warmup_steps(state.max_steps):
+            self._judge_weights(state)
         loss, norm = logs["loss"], logs.get("grad_norm")
         broken = [
             name for name, value in (("loss", loss), ("gradient", norm)) if value is not None and not _finite(value)
@@ -46,11 +71,33 @@ class WarnOfIdleRun(TrainerCallback):
         elif norm == 0.0 or (norm is None and loss == 0.0):
             logger.warning_once(
                 f"The gradient of the last {args.logging_steps} steps is exactly zero: the student learns nothing. "
-                "Look at `kd_beta` (near 0 the proxy is the target) and `cutoff_len` (is a response left?)."
+                "Look at `kd_beta` (near 0 the proxy is the target), at `cutoff_len` (is a response left?) and at "
+                "`teacher_model` (is it the student?)."
             )
         if self._watches_share and "kd/hard_ratio" in logs:
             self._shares.append(logs["kd/hard_ratio"])
             self._judge_shares()
+
+    def _judge_weights(self, state: Any) -> None:
+        """Warn where no weight has moved, which neither the loss nor the gradient's norm shows."""
+        before, self._weights = self._weights, []
+        if not before or not state.is_world_process_zero:
+            return
+        rate = next((log["learning_rate"] for log in reversed(state.log_history) if "learning_rate" in log), None)
+        moved = sum(int((_some_values(weight) != old).sum()) for weight, old in before)
+        share = moved / max(1, sum(old.numel() for _, old in before))
+        if moved == 0:
+            logger.warning_once(
+                f"No weight has moved in {state.global_step} steps (learning rate {rate}): the student learns "
+                "nothing. Look at `learning_rate` and what divides the step (`adam_epsilon`, `max_grad_norm`), and at "
+                "`pure_bf16`, in which a step that is small beside its weight is rounded away."
+            )
+        elif share < _MOVED and all(_is_its_own_master(weight) for weight, _ in before):
+            logger.warning_once(
+                f"Only {share:.1%} of the weights have moved in {state.global_step} steps (learning rate {rate}): "
+                "their precision rounds steps away that are small beside a weight. Set `bf16: true` in place of "
+                "`pure_bf16`, or raise `learning_rate`."
+            )
 
     def _judge_shares(self) -> None:
         if len(self._shares) < _WINDOWS:
@@ -66,6 +113,18 @@ class WarnOfIdleRun(TrainerCallback):
                 f"Less than {_NEARLY_NONE:.0%} of the tokens are hard over {_WINDOWS} logging windows: the objective "
                 "is `no_evolution` in all but name. Choose a smaller `kd_gamma`, or `auto` (docs/choose.md)."
             )
+
+
+def _some_values(weight: Any) -> torch.Tensor:
+    """Return up to 16 values, spread over a weight or over the shard of it that is here."""
+    shard = getattr(weight, "ds_tensor", weight).detach()
+    flat = getattr(shard, "_local_tensor", shard).flatten()
+    return flat[:: max(1, len(flat) // 16)].clone().cpu()
+
+
+def _is_its_own_master(weight: Any) -> bool:
+    """Whether the optimizer steps in half precision, and not on copies in float32 that DeepSpeed keeps."""
+    return weight.dtype in (torch.bfloat16, torch.float16) and deepspeed_config() is None
 
 
 def _finite(value: Any) -> bool:

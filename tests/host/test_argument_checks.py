@@ -115,6 +115,8 @@ def test_a_bad_key_is_refused_with_key_value_and_remedy_before_any_model_is_read
         ({"kd_lamda": 0.5}, "`kd_lamda` is not a key of `stage: sekd`: did you mean 'kd_lambda'?"),
         ({"teacher_modell": "x"}, "`teacher_modell` is not a key of `stage: sekd`: did you mean 'teacher_model'?"),
         ({"kd_zzzzz": 1}, "`kd_zzzzz` is not a key of `stage: sekd`: use one of " + ", ".join(KEYS) + "."),
+        ({"KD_LAMBDA": 0.5}, "`KD_LAMBDA` is not a key of `stage: sekd`: did you mean 'kd_lambda'?"),
+        ({"learnin_rate": 1e-4}, "`learnin_rate` is not a key of `stage: sekd`: did you mean 'learning_rate'?"),
         ({"stage": "sekdd"}, "`stage: sekdd` does not exist: did you mean 'sekd'?"),
         ({"stage": "SEKD"}, "`stage: SEKD` does not exist: did you mean 'sekd'?"),
     ],

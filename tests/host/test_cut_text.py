@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import pytest
 from helpers.runs import CLI, base_config, command, train, write_yaml
 
+from llamafactory_sekd.errors import DataError
 from llamafactory_sekd.host.cut_text import counting_cut_text
 
 
@@ -91,6 +92,23 @@ def test_the_counts_are_those_of_the_rows_with_and_without_a_limit(long_root, te
     assert f"{responses} the end of the response" in line
     assert prompts
     assert responses
+
+
+def test_responses_without_text_are_counted_and_refused_where_there_is_nothing_else(tiny_root, tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    records = json.loads((tiny_root / "data" / "tiny.json").read_text())
+    sets = {"half": [dict(r, output=" \n" * (n % 2) or r["output"]) for n, r in enumerate(records)]}
+    sets["none"] = [dict(r, output="") for r in records]
+    for name, kept in sets.items():
+        (data / f"{name}.json").write_text(json.dumps(kept), encoding="utf-8")
+    info = {name: {"file_name": f"{name}.json"} for name in sets}
+    (data / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    config = base_config(tiny_root, output_dir=str(tmp_path / "out"), dataset_dir=str(data), max_steps=1)
+    train({**config, "dataset": "half"})
+    assert f"{len(records) // 2} have a response without text." in capsys.readouterr().out
+    with pytest.raises(DataError, match=f"None of the {len(records)} examples has text in its response"):
+        train({**config, "dataset": "none"})
 
 
 def test_several_workers_and_a_second_run_from_the_hosts_cache_count_alike(long_root):

@@ -241,6 +241,14 @@ def test_an_empty_data_set_is_named(tiny_root, tmp_path):
         train(config)
 
 
+def test_a_column_that_the_records_lack_is_named(tiny_root, tmp_path):
+    (tmp_path / "other.json").write_text(json.dumps([{"instruction": "Translate.", "input": "a", "target": "b"}]))
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"other": {"file_name": "other.json"}}))
+    config = base_config(tiny_root, output_dir=str(tmp_path / "out"), dataset="other", dataset_dir=str(tmp_path))
+    with pytest.raises(DataError, match="data sets other has no column 'output': name the columns"):
+        train(config)
+
+
 OTHER_STAGES = """
 import json, sys
 from llamafactory.train.tuner import run_exp
