@@ -90,12 +90,12 @@ class WarnOfIdleRun(TrainerCallback):
             logger.warning_once(
                 f"No weight has moved in {state.global_step} steps (learning rate {rate}): the student learns "
                 "nothing. Look at `learning_rate` and what divides the step (`adam_epsilon`, `max_grad_norm`), and at "
-                "`pure_bf16`, in which a step that is small beside its weight is rounded away."
+                "`pure_bf16`, in which a step that is small next to its weight is rounded away."
             )
         elif share < _MOVED and all(_is_its_own_master(weight) for weight, _ in before):
             logger.warning_once(
                 f"Only {share:.1%} of the weights have moved in {state.global_step} steps (learning rate {rate}): "
-                "their precision rounds steps away that are small beside a weight. Set `bf16: true` in place of "
+                "their precision rounds steps away that are small next to a weight. Set `bf16: true` in place of "
                 "`pure_bf16`, or raise `learning_rate`."
             )
 
