@@ -137,6 +137,16 @@ def test_a_resumed_run_ends_with_the_parameters_of_an_uninterrupted_one(tiny_roo
     same_weights(tmp_path / "resumed", tmp_path / "whole")
 
 
+def test_on_own_samples_lambda_is_1_on_both_sides_of_the_gate(tiny_root, tmp_path):
+    """What the student wrote itself is no reference."""
+    alone = {**MAPPING, "easy": {**MAPPING["easy"], "lambda": 1.0}, "hard": {**MAPPING["hard"], "lambda": 1.0}}
+    for name, kd_loss in (("mapping", MAPPING), ("alone", alone)):
+        keys = {"kd_loss": kd_loss, "kd_on_policy": 1.0, "max_new_tokens": 8, "max_steps": 2}
+        train(base_config(tiny_root, output_dir=str(tmp_path / name), **keys))
+    assert logged(tmp_path / "mapping", "loss") == logged(tmp_path / "alone", "loss")
+    same_weights(tmp_path / "mapping", tmp_path / "alone", 0.0)
+
+
 @pytest.mark.slow
 def test_two_ranks_are_one_for_a_gate_by_mean_and_select_for_themselves_for_a_gate_by_share(tiny_root, tmp_path):
     """A share is that of the micro-batch of a rank: with two ranks it is what two accumulated micro-batches select."""

@@ -51,11 +51,16 @@ def _on_rows(block: Block, easy: Side, hard: Side) -> _Result:
         # All on one side: nothing to gather and to put back.
         if len(rows) == len(block.hard):
             return _side(_Tokens(block), side)
-    results = [(rows, _side(_Tokens(block, rows), side)) for side, rows in parts]
-    loss = torch.empty_like(block.difficulty)
-    # A new tensor, since `block.gradient` is the memory of the logits that the other side still reads.
-    gradient = torch.empty_like(block.p) if block.wants_gradient else None
-    for rows, (part, slope) in results:
+    loss = torch.zeros_like(block.difficulty)
+    gradient = None
+    # A new tensor, since `block.gradient` is the memory of the logits that the other side still reads. Rows of weight 0
+    # are not written.
+    if block.wants_gradient:
+        gradient = torch.zeros_like(block.p) if 0.0 in (easy.weight, hard.weight) else torch.empty_like(block.p)
+    for side, rows in parts:
+        if side.weight == 0.0:
+            continue
+        part, slope = _side(_Tokens(block, rows), side)
         loss[rows] = part
         if gradient is not None and slope is not None:
             gradient.index_copy_(0, rows, slope)
