@@ -18,8 +18,8 @@ from llamafactory_sekd.objectives.objective_settings import Settings
 from llamafactory_sekd.objectives.selection import above_threshold
 
 
-# Numbers in one buffer: 1 MiB of float32 and a dozen buffers fit a CPU's last cache, also where other processes use it;
-# 32 MiB keep an accelerator busy for longer than it takes to launch the next kernel.
+# Numbers in one buffer: 1 MiB of float32 and a dozen buffers fit a CPU's last cache, even where others use it too; 32
+# MiB keep an accelerator busy for longer than it takes to launch the next kernel.
 CPU_BUFFER = 2**18
 ACCELERATOR_BUFFER = 2**23
 BUFFERS = 6

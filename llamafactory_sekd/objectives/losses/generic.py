@@ -53,8 +53,8 @@ def _on_rows(block: Block, easy: Side, hard: Side) -> _Result:
             return _side(_Tokens(block), side)
     loss = torch.zeros_like(block.difficulty)
     gradient = None
-    # A new tensor, since `block.gradient` is the memory of the logits that the other side still reads. A side of weight
-    # 0 does not write to it.
+    # A new tensor, since `block.gradient` is the memory of the logits that the other side still reads. A side without
+    # weight does not write to it.
     if block.wants_gradient:
         gradient = torch.zeros_like(block.p) if 0.0 in (easy.weight, hard.weight) else torch.empty_like(block.p)
     for side, rows in parts:
