@@ -163,7 +163,7 @@ def steps(folder: Path, config: dict[str, Any], arguments: argparse.Namespace) -
         "two caches": {**without, "teacher_cache": f"{folder / 'hidden-0'},{folder / 'hidden-1'}"},
     }
     if arguments.smoke:
-        configs = {name: configs[name] for name in ("sft", "topk")}
+        configs = {name: configs[name] for name in ("sft", "hidden", "two caches")}
 
     contenders = [
         Contender(name, {**run, "output_dir": str(folder / f"out_{name}")}, folder / f"{name}.log")
@@ -268,7 +268,7 @@ def report(result: dict[str, Any]) -> None:
     deviation = result["largest deviation of a loss over 50 steps"]
     table.add_row("loss, 50 steps, largest deviation", f"{deviation:.1e}", "", "", "1e-6")
     console.print(table)
-    console.print(_sizes())
+    console.print(bytes_table())
     if result["topk"]:
         console.print(_topk(result["topk"]))
 
@@ -291,7 +291,7 @@ def wait(result: dict[str, Any], kind: str) -> float:
     return result["reading"][kind]["seconds per batch"] / statistics.median(result["seconds"][kind])
 
 
-def _sizes() -> Table:
+def bytes_table() -> Table:
     import torch
 
     from llamafactory_sekd.teacher.cache import HiddenFormat, TopKFormat, bytes_per_token

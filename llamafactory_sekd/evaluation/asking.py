@@ -101,11 +101,11 @@ def _pool(origin: str, task_dir: Path, direction: Direction) -> _Pool:
 
 def _choose(examples: Examples, pool: _Pool, texts: Sequence[Sequence[str]]) -> Iterator[list[tuple[str, str]]]:
     """Yield the examples of each text, the nearest last; a sentence is never its own example."""
-    nearest = _Nearest(pool.sources) if examples.nearest else None
+    nearest = Nearest(pool.sources) if examples.nearest else None
     for lines in texts:
-        own = set(map(_same, lines))
+        own = set(map(same_text, lines))
         order = nearest.order(" ".join(lines)) if nearest is not None else range(len(pool.sources))
-        kept = [index for index in order if _same(pool.sources[index]) not in own][: examples.number]
+        kept = [index for index in order if same_text(pool.sources[index]) not in own][: examples.number]
         if len(kept) < examples.number:
             raise EvaluationError(
                 f"`examples`: {examples.origin} has {len(kept)} other sentences, and {examples.number} are asked for."
@@ -114,11 +114,12 @@ def _choose(examples: Examples, pool: _Pool, texts: Sequence[Sequence[str]]) -> 
 
 
 @cache
-def _same(text: str) -> str:
+def same_text(text: str) -> str:
+    """Return what two texts have in common that differ in case and white space alone."""
     return "".join(text.casefold().split())
 
 
-class _Nearest:
+class Nearest:
     """Sentences by their sentence-level chrF2 to another one; the figures are sacrebleu's."""
 
     def __init__(self, sentences: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The command line ``sekd data`` with what needs the host: a teacher's look at a corpus."""
+"""The command line ``sekd data`` with what stands on other rooms: a teacher's look, and a teacher's prompts."""
 
 from __future__ import annotations
 
@@ -78,6 +78,47 @@ def check(
     if keep is not None:
         kept = write_kept(keep, judged)
         console.print(f"{kept:,} other pairs: {keep}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def informed(
+    dataset: Annotated[str, typer.Argument(help="A data set of dataset_info.json, in alpaca format.")],
+    dataset_dir: Annotated[Path, typer.Option(help="LLaMA-Factory's dataset_dir.")] = Path("data"),
+    name: Annotated[str | None, typer.Option(help="Of the teacher's data set [default: NAME_informed].")] = None,
+    previous: Annotated[int, typer.Option(help="Sentences of the document before each one.", min=0)] = 0,
+    examples: Annotated[
+        int, typer.Option(help="Translations of sentences like each one, from the data set itself.", min=0)
+    ] = 0,
+    pool: Annotated[int, typer.Option(help="Examples are taken from the first so many records.", min=1)] = 2000,
+    documents: Annotated[
+        Path | None, typer.Option(help="A line for each record: the name of its document [default: all of one].")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote.")] = False,
+) -> None:
+    """Write the data set that a better informed teacher reads: the same records with more before the sentence.
+
+    Then: sekd cache X.yaml --out DIR --teacher-dataset NAME_informed
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from llamafactory_sekd.translation.wider_prompts import Widening, write_informed
+
+    called = name or f"{dataset}_informed"
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task("Records", total=None)
+        manifest, fresh = write_informed(
+            dataset,
+            dataset_dir,
+            called,
+            Widening(previous, examples, pool),
+            documents,
+            overwrite=overwrite,
+            progress=lambda done, total: bars.update(bar, completed=done, total=total),
+        )
+    records = manifest["files"][f"{called}.json"]["records"]
+    line = f"{'Written' if fresh else 'Verified'}: {called}, {records:,} records. Next: sekd cache X.yaml --out DIR"
+    print(f"{line} --teacher-dataset {called}")
 
 
 def _summary(judged: list[Judged], doubt: float) -> list[str]:

@@ -19,7 +19,8 @@ def test_the_cache_is_measured_and_its_losses_are_the_teachers(tmp_path: Path) -
     done = command([sys.executable, str(SCRIPT), "--smoke", "--out", str(out)])
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(out.read_text())
-    assert {name: len(times) for name, times in result["seconds"].items()} == {"sft": 2, "topk": 2}
+    assert {name: len(times) for name, times in result["seconds"].items()} == {"sft": 2, "hidden": 2, "two caches": 2}
     assert 0 <= result["largest deviation of a loss over 50 steps"] < 1e-6
     assert result["reading"]["hidden"]["growth in bytes"] < 2**20
     assert "Bytes per response token" in done.stdout
+    assert "step with two caches / with one" in done.stdout

@@ -14,7 +14,7 @@ from sacrebleu.metrics.chrf import CHRF
 from llamafactory_sekd.data.languages import parse_direction
 from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.errors import EvaluationError
-from llamafactory_sekd.evaluation.asking import _Nearest, requests_of
+from llamafactory_sekd.evaluation.asking import Nearest, requests_of
 from llamafactory_sekd.evaluation.evaluation_run import prepare
 from llamafactory_sekd.evaluation.evaluation_settings import Settings, parse_settings
 from llamafactory_sekd.evaluation.hypotheses import split_thought
@@ -45,7 +45,7 @@ def test_the_prompt_fills_its_fields_and_a_system_may_have_its_own(config: dict[
 def test_the_nearest_examples_are_those_of_sacrebleus_chrf() -> None:
     metric = CHRF()
     pool = [*ENGLISH, "", "a", "The the the the"]
-    nearest = _Nearest(pool)
+    nearest = Nearest(pool)
     for sentence in (*ENGLISH[:3], "A short one.", "ä"):
         expected = [metric.sentence_score(other, [sentence]).score / 100 for other in pool]
         assert nearest.scores(sentence) == pytest.approx(np.array(expected), abs=1e-6)

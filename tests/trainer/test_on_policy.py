@@ -261,3 +261,36 @@ def test_greedy_step_1_equals_training_on_the_file_that_sekd_translate_made(tran
     fixed = run(translators, tmp_path / "fixed", dataset_dir=str(tmp_path / "made"), kd_lambda=1.0, **keys)
     assert same(own, fixed, 1e-6)
     assert logged(own, "loss") == pytest.approx(logged(fixed, "loss"), abs=1e-6)
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_a_template_with_thoughts_generates_what_inference_generates(tiny_root, tmp_path, monkeypatch, thinking):
+    from llamafactory.chat import ChatModel
+
+    seen: list[list[int]] = []
+    generate = OwnSamples._generate
+
+    def spy(self, model, examples):
+        seen.extend(generate(self, model, examples))
+        return list(seen)
+
+    monkeypatch.setattr(OwnSamples, "_generate", spy)
+    template = {"template": "qwen3", "enable_thinking": thinking}
+    keys = {"max_steps": 1, "max_samples": 3, "disable_shuffling": True, "kd_on_policy": 1.0, "do_sample": False}
+    out = run(tiny_root, tmp_path / "out", **template, **keys)
+
+    chat = ChatModel(
+        {
+            "model_name_or_path": str(tiny_root / "student"),
+            "infer_backend": "huggingface",
+            **template,
+            "do_sample": False,
+            "max_new_tokens": 12,
+        }
+    )
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    records = json.loads((tiny_root / "data" / "tiny.json").read_text())[:3]
+    for record, sample in zip(records, seen, strict=True):
+        message = {"role": "user", "content": f"{record['instruction']}\n{record['input']}"}
+        (answer,) = chat.chat([message])
+        assert tokenizer.decode(sample, skip_special_tokens=True) == answer.response_text

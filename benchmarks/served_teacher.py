@@ -1,0 +1,153 @@
+"""A teacher behind `sekd serve` on the same machine: what filling a cache through it costs, and a training step.
+
+    python benchmarks/served_teacher.py [--smoke] [--rounds 3] [--blocks 4] [--steps 4]
+
+Real ALMA sentences and the pair of benchmarks/cache.py, float32, one thread for each process; the server has a core of
+its own where there are two. Ratios are medians within one run. The steps of a run come in blocks, and the first of each
+is left out: its answer has been waiting while the other run had its turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from cache import SMALL_STUDENT, SMALL_TEACHER, STUDENT, TEACHER, base_config, bytes_table, timed
+from rich.console import Console
+from rich.table import Table
+from support.contender import Contender
+from support.material import save_llama, save_records, sentence_pairs, train_tokenizer
+
+from llamafactory_sekd.cli import apply_plugin
+from llamafactory_sekd.files import write_atomic
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from helpers.servers import serving
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    apply_plugin()
+    with tempfile.TemporaryDirectory() as name, patch.dict(os.environ, {"DISABLE_VERSION_CHECK": "1"}):
+        result = measure(Path(name), arguments)
+
+    report(result)
+    write_atomic(arguments.out, json.dumps(result, indent=2).encode())
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="caches built each way")
+    parser.add_argument("--blocks", type=int, default=4, help="blocks of steps of each run")
+    parser.add_argument("--steps", type=int, default=4, help="steps of a block, the first one not counted")
+    parser.add_argument("--batch-size", type=int, default=8, help="sentences per step")
+    parser.add_argument("--sentences", type=int, default=128, help="sentences in the caches")
+    parser.add_argument("--smoke", action="store_true", help="tiny models, few steps: does it run?")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "served_teacher.json")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.rounds, arguments.blocks, arguments.steps, arguments.batch_size, arguments.sentences = 1, 1, 2, 4, 16
+
+    return arguments
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    corpus, source = sentence_pairs(2000 if arguments.smoke else 60000)
+    vocab_size = 1024 if arguments.smoke else 32000
+    tokenizer = train_tokenizer(corpus, vocab_size)
+    save_records(folder / "data", corpus[: arguments.sentences])
+    shapes = (SMALL_STUDENT, SMALL_TEACHER) if arguments.smoke else (STUDENT, TEACHER)
+    sizes = {
+        name: save_llama(folder / name, shape, vocab_size, tokenizer, seed)
+        for seed, (name, shape) in enumerate(zip(("student", "teacher"), shapes, strict=True))
+    }
+    arguments.warm_up = 0  # the first step of each block is
+    cores = sorted(os.sched_getaffinity(0))
+    config = {**base_config(folder, arguments), "max_steps": arguments.blocks * arguments.steps}
+    with ExitStack() as running:
+        os.sched_setaffinity(0, {cores[-1]})  # which the server inherits
+        server = running.enter_context(serving(folder / "teacher"))
+        os.sched_setaffinity(0, {cores[0]})
+        result = {
+            "machine": f"{platform.machine()}, {len(cores)} cores, one thread for each process",
+            "versions": {name: version(name) for name in ("llamafactory", "torch", "transformers")},
+            "data": source,
+            "parameters": sizes,
+            "sentences": arguments.sentences,
+            "sentences per step": arguments.batch_size,
+            "building": building(folder, config, server.url, arguments.rounds),
+            "seconds": steps(folder, config, server.url, arguments),
+        }
+    os.sched_setaffinity(0, set(cores))
+    return result
+
+
+def building(folder: Path, config: dict[str, Any], url: str, rounds: int) -> dict[str, list[float]]:
+    """The seconds of the pass over the examples, each way, in turn."""
+    from llamafactory_sekd.host import cache, served_teacher
+    from llamafactory_sekd.teacher.cache import Settings
+
+    found: dict[str, list[float]] = {"local": [], "served": []}
+    for number in range(rounds):
+        spent = {"local": 0.0, "served": 0.0}
+        with (
+            patch.object(cache, "fill", timed(cache.fill, spent, "local")),
+            patch.object(served_teacher, "fill_from_server", timed(served_teacher.fill_from_server, spent, "served")),
+            patch.dict(os.environ),
+        ):
+            cache.build_cache(config, folder / f"local-{number}", Settings(), say=lambda _: None)
+            served_teacher.build_from_server(config, folder / f"served-{number}", Settings(), url, say=lambda _: None)
+        for name, seconds in spent.items():
+            found[name].append(seconds)
+
+    return found
+
+
+def steps(folder: Path, config: dict[str, Any], url: str, arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """The seconds of the steps of each run, without the first of each block."""
+    without = {key: value for key, value in config.items() if key != "teacher_model"}
+    configs = {"local": config, "served": {**without, "teacher_server": url}}
+    contenders = [
+        Contender(name, {**run, "output_dir": str(folder / f"out_{name}")}, folder / f"{name}.log")
+        for name, run in configs.items()
+    ]
+    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    for block in range(arguments.blocks):
+        for contender in contenders if block % 2 == 0 else contenders[::-1]:
+            seconds[contender.name] += [contender.step() for _ in range(arguments.steps)][1:]
+
+    for contender in contenders:
+        contender.finish()
+
+    return seconds
+
+
+def report(result: dict[str, Any]) -> None:
+    console = Console()
+    console.print(f"{result['data']}; {result['machine']}; {result['versions']}", highlight=False)
+    sizes = ", ".join(f"{name} {size / 1e6:.1f}M" for name, size in result["parameters"].items())
+    console.print(f"{sizes} parameters; {result['sentences per step']} sentences a step", highlight=False)
+    table = Table("", "Ratio", "Goal")
+    table.add_row("cache through `sekd serve` / local build", f"{ratio(result['building']):.2f}", "1.15")
+    table.add_row("step with a live server / with a local teacher", f"{ratio(result['seconds']):.2f}", "0.8")
+    console.print(table)
+    console.print(bytes_table())
+
+
+def ratio(seconds: dict[str, list[float]]) -> float:
+    return statistics.median(seconds["served"]) / statistics.median(seconds["local"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
