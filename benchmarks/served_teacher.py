@@ -3,8 +3,8 @@
     python benchmarks/served_teacher.py [--smoke] [--rounds 3] [--blocks 4] [--steps 4]
 
 Real ALMA sentences and the pair of benchmarks/cache.py, float32, one thread for each process; the server has a core of
-its own where there are two. Ratios are medians within one run. The steps of a run come in blocks, and the first of each
-is left out: its answer has been waiting while the other run had its turn.
+its own where there are two. Ratios are medians within one run. The steps of a run come in blocks, and the first of
+each is left out: its answer has been waiting while the other run had its turn.
 """
 
 from __future__ import annotations

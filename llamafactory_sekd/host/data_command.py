@@ -1,4 +1,4 @@
-"""The command line ``sekd data`` with what stands on other rooms: a teacher's look, and a teacher's prompts."""
+"""The command line ``sekd data`` with what needs other rooms: a teacher's look, and a teacher's prompts."""
 
 from __future__ import annotations
 
