@@ -12,21 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from cache import SMALL_STUDENT, SMALL_TEACHER, STUDENT, TEACHER, base_config, bytes_table, timed
+from cache import bytes_table, timed
 from rich.console import Console
 from rich.table import Table
 from support.contender import Contender
-from support.material import save_llama, save_records, sentence_pairs, train_tokenizer
+from support.training import save_material, step_parser, surroundings, training_config
 
 from llamafactory_sekd.cli import apply_plugin
 from llamafactory_sekd.files import write_atomic
@@ -47,14 +45,10 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = step_parser(__doc__, "served_teacher.json")
     parser.add_argument("--rounds", type=int, default=3, help="caches built each way")
-    parser.add_argument("--blocks", type=int, default=4, help="blocks of steps of each run")
-    parser.add_argument("--steps", type=int, default=4, help="steps of a block, the first one not counted")
-    parser.add_argument("--batch-size", type=int, default=8, help="sentences per step")
+    parser.add_argument("--blocks", type=int, default=4, help="blocks of --steps steps, the first one not counted")
     parser.add_argument("--sentences", type=int, default=128, help="sentences in the caches")
-    parser.add_argument("--smoke", action="store_true", help="tiny models, few steps: does it run?")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "served_teacher.json")
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.rounds, arguments.blocks, arguments.steps, arguments.batch_size, arguments.sentences = 1, 1, 2, 4, 16
@@ -63,27 +57,20 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    corpus, source = sentence_pairs(2000 if arguments.smoke else 60000)
-    vocab_size = 1024 if arguments.smoke else 32000
-    tokenizer = train_tokenizer(corpus, vocab_size)
-    save_records(folder / "data", corpus[: arguments.sentences])
-    shapes = (SMALL_STUDENT, SMALL_TEACHER) if arguments.smoke else (STUDENT, TEACHER)
-    sizes = {
-        name: save_llama(folder / name, shape, vocab_size, tokenizer, seed)
-        for seed, (name, shape) in enumerate(zip(("student", "teacher"), shapes, strict=True))
-    }
-    arguments.warm_up = 0  # the first step of each block is
+    material = save_material(folder, arguments.sentences, arguments.smoke)
     cores = sorted(os.sched_getaffinity(0))
-    config = {**base_config(folder, arguments), "max_steps": arguments.blocks * arguments.steps}
+    config = training_config(
+        folder, arguments, stage="sekd", teacher_model=str(folder / "teacher"), output_dir=str(folder / "out")
+    )
+    config["max_steps"] = arguments.blocks * arguments.steps
     with ExitStack() as running:
         os.sched_setaffinity(0, {cores[-1]})  # which the server inherits
         server = running.enter_context(serving(folder / "teacher"))
         os.sched_setaffinity(0, {cores[0]})
         result = {
-            "machine": f"{platform.machine()}, {len(cores)} cores, one thread for each process",
-            "versions": {name: version(name) for name in ("llamafactory", "torch", "transformers")},
-            "data": source,
-            "parameters": sizes,
+            **surroundings(),
+            "data": material.source,
+            "parameters": material.sizes,
             "sentences": arguments.sentences,
             "sentences per step": arguments.batch_size,
             "building": building(folder, config, server.url, arguments.rounds),

@@ -10,15 +10,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.data.alma import DATASET_INFO
 from llamafactory_sekd.data.checks import Problem, unusable_text
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.layout import alma_files, alma_root, read_alma
 from llamafactory_sekd.data.prompts import AlpacaRecord, Prompt, prompt_in_manifest
 from llamafactory_sekd.data.readers import read_json_records, read_lines
 from llamafactory_sekd.errors import DataError, one_line
-from llamafactory_sekd.files import read_json
 from llamafactory_sekd.fingerprints import sha256_of
+from llamafactory_sekd.translation.declared_records import declared
 
 
 STDIN = Path("/dev/stdin")
@@ -100,27 +99,15 @@ def read_alma_split(folder: Path, split: str, directions: Sequence[Direction], p
 
 
 def read_dataset(name: str, folder: Path, target: str | None) -> Texts:
-    """Read the records of a data set of ``dataset_info.json`` in alpaca format; their prompts stay as they are.
+    """Read the records of a data set of ``dataset_info.json``; their prompts stay as they are.
 
     ``target`` is the code of the language of all of them; without it, the wording of our own prompts says it.
     """
-    info = read_json(folder / DATASET_INFO)
-    entry = info.get(name) if isinstance(info, dict) else None
-    if not isinstance(entry, dict):
-        raise DataError(f"{folder / DATASET_INFO} declares no data set {name!r}.")
-    if entry.get("formatting", "alpaca") != "alpaca" or not isinstance(entry.get("file_name"), str):
-        raise DataError(f"Data set {name!r}: only files in alpaca format can be translated; give its text with --in.")
-    columns = {"prompt": "instruction", "query": "input", "response": "output", **(entry.get("columns") or {})}
-    for key in ("system", "history", "images"):
-        if columns.get(key):
-            raise DataError(f"Data set {name!r} has a column for {key!r}, which the translator does not pass on.")
-    path = folder / entry["file_name"]
+    data = declared(name, folder)
+    path = data.path
     made_for = prompt_in_manifest(path)
     sentences = []
-    for number, record in read_json_records(path):
-        if not isinstance(record, dict):
-            raise DataError(f"{path}:{number}: expected a record with {columns['prompt']!r}, got {record!r:.80}.")
-        order, sentence, answer = (record.get(columns[key]) or "" for key in ("prompt", "query", "response"))
+    for number, order, sentence, answer in data.records():
         direction = _direction_of(order, target)
         plain = Sentence({"instruction": order, "input": sentence, "output": ""}, None, direction, None, "", 0)
         sentences.append(

@@ -16,8 +16,9 @@ from llamafactory_sekd.data.dataset_info import check_entries, merge_entries
 from llamafactory_sekd.data.readers import read_json_records, read_lines
 from llamafactory_sekd.errors import ArgumentError, DataError
 from llamafactory_sekd.evaluation.asking import Nearest, same_text
-from llamafactory_sekd.files import locked, read_json
+from llamafactory_sekd.files import locked
 from llamafactory_sekd.fingerprints import sha256_of
+from llamafactory_sekd.translation.declared_records import declared
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,13 @@ def write_informed(
     if not (widening.previous or widening.examples):
         raise ArgumentError("Nothing is added to the prompts: give --previous N, --examples N, or both.")
 
-    entry, columns, path = _entry(folder, name)
+    data_set = declared(name, folder)
+    columns, path = data_set.columns, data_set.path
+    if not data_set.is_alpaca:
+        raise DataError(f"Data set {name!r}: prompts can be widened in files of alpaca format alone.")
     request: dict[str, Any] = {"command": "informed", "source": {"name": path.name, "sha256": sha256_of(path)}}
     request |= asdict(widening) | ({"documents": sha256_of(documents)} if documents is not None else {})
-    entries = {informed_name: {**entry, "file_name": f"{informed_name}.json"}}
+    entries = {informed_name: {**data_set.entry, "file_name": f"{informed_name}.json"}}
     made = folder / f"{informed_name}.manifest.json"
     with locked(folder / ".sekd.lock"):
         manifest = read_manifest(made)
@@ -146,18 +150,6 @@ def _examples(record: _Record, pool: Sequence[_Record], nearest: Nearest, count:
         if len(found) == count:
             break
     return found[::-1]
-
-
-def _entry(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, str], Path]:
-    """Return a data set's entry, the names of its columns, and its file."""
-    info = read_json(folder / DATASET_INFO)
-    entry = info.get(name) if isinstance(info, dict) else None
-    if not isinstance(entry, dict):
-        raise DataError(f"{folder / DATASET_INFO} declares no data set {name!r}.")
-    if entry.get("formatting", "alpaca") != "alpaca" or not isinstance(entry.get("file_name"), str):
-        raise DataError(f"Data set {name!r}: prompts can be widened in files of alpaca format alone.")
-    columns = {"prompt": "instruction", "query": "input", "response": "output", **(entry.get("columns") or {})}
-    return entry, columns, folder / entry["file_name"]
 
 
 def _read(raw: Sequence[Any], columns: dict[str, str], path: Path, documents: Path | None) -> list[_Record]:
