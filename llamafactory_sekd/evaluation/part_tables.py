@@ -17,9 +17,11 @@ def parts_section(results: Mapping[str, Any]) -> Section:
         "source in words; where a language writes no spaces, two characters count as one."
     )
     tables = [*_tables(results, "by_domain", "domain"), *_documents(results), *_tables(results, "by_length", "length")]
+    known = [what for key, what in (("by_domain", "domain"), ("by_document", "document")) if results[key]]
+    title = f"By {', '.join(known)} and length" if known else "By length"
     if results["by_document"]:
         note += " By document: mean ± standard deviation of the documents' own scores."
-    return Section("By domain, document and length", note, tables=tuple(tables))
+    return Section(title, note, tables=tuple(tables))
 
 
 def _tables(results: Mapping[str, Any], key: str, what: str) -> Iterator[Table]:

@@ -40,19 +40,23 @@ def render_latex(document: Document) -> str:
     for section in document.sections:
         if section.main:
             for table in section.tables:
-                lines += ["", *_table(table, f"{document.title}. {table.title or section.title}. {section.note}")]
+                title = section.title if not table.title or table.title in document.title else table.title
+                lines += ["", *_table(table, f"{document.title}. {title}. {section.note}")]
     return "\n".join(lines) + "\n"
 
 
 def _table(table: Table, caption: str) -> list[str]:
     names, figures = len(table.heads), len(table.columns)
     groups = [(name, len(list(columns))) for name, columns in groupby(column.group for column in table.columns)]
-    head = [r"\begin{table}", r"\centering", r"\begin{tabular}{" + "l" * names + "r" * figures + "}", r"\toprule"]
+    columns = "l" * names + "r" * figures
+    # Three directions with intervals and differences are wider than a page at the size of the text.
+    size = r"\centering\footnotesize\setlength{\tabcolsep}{4pt}"
+    head = [r"\begin{table}", size, rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
     if any(name for name, _ in groups):
         spans = [rf"\multicolumn{{{count}}}{{c}}{{{escape(name)}}}" for name, count in groups]
         head.append(" & ".join([*[""] * names, *spans]) + r" \\")
     head.append(" & ".join(map(escape, (*table.heads, *(column.name for column in table.columns)))) + r" \\")
-    end = [r"\bottomrule", r"\end{tabular}", rf"\caption{{{escape(caption.strip())}}}", r"\end{table}"]
+    end = [r"\bottomrule", r"\end{tabular}", r"\normalsize", rf"\caption{{{escape(caption.strip())}}}", r"\end{table}"]
     return [*head, r"\midrule", *map(_row, table.rows), *end]
 
 
