@@ -1,4 +1,4 @@
-"""Progress bars and the remaining time: live in a terminal, a line now and then in a log file."""
+"""The demo's steps in a terminal or a log file, with the time that is left by plan."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import rich.progress
 from rich.console import Console
 from rich.markup import escape
 
-
-# Seconds between two lines where there is no terminal.
-LINE_EVERY = 30.0
+from llamafactory_sekd.reporting.progress_view import ProgressView, show_seconds
 
 
 class RemainingTime:
@@ -43,22 +41,12 @@ class RemainingTime:
         return max(0.0, self.left * pace)
 
 
-class Progress:
+class Progress(ProgressView):
     """What the user sees while the steps run."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        super().__init__(console, bar_width=30, line_every=30.0)
         self.remaining = RemainingTime(0)
-        self._bars = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(bar_width=30),
-            rich.progress.TaskProgressColumn(),
-            rich.progress.TextColumn("[dim]{task.fields[note]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._last_line = 0.0
 
     def plan(self, seconds: float, later: float = 0.0) -> None:
         """Announce how much there is to do, ``later`` seconds of it after these steps."""
@@ -72,17 +60,16 @@ class Progress:
         """Say that an earlier run finished a step."""
         self.console.print(f"[green]✓[/] {escape(title)} [dim](done before)[/]")
 
-    def say(self, line: str) -> None:
+    def say(self, line: str, style: str = "dim") -> None:
         """Print a line above the bars."""
-        self.console.print(escape(line), style="dim", highlight=False, soft_wrap=True)
+        super().say(line, style)
 
     @contextmanager
     def step(self, title: str, seconds: float) -> Iterator[Callable[[float], None]]:
         """Show a step while the block runs; yields the function that takes its finished share."""
         start, counted, first = time.monotonic(), 0.0, True
         self._last_line = start
-        if not self.console.is_terminal:
-            self.console.print(f"… {escape(title)}")
+        self.begin(title)
         bar = self._bars.add_task(escape(title), total=1.0, note="")
 
         def report(share: float) -> None:
@@ -105,16 +92,5 @@ class Progress:
     def _show(self, bar: rich.progress.TaskID, title: str, share: float) -> None:
         left = f"about {show_seconds(self.remaining.estimate())} left in all"
         self._bars.update(bar, completed=share, note=left)
-        if not self.console.is_terminal and time.monotonic() - self._last_line > LINE_EVERY:
-            self._last_line = time.monotonic()
+        if self.line_is_due():
             self.console.print(f"  {escape(title)}: {share:.0%}, {left}")
-
-
-def show_seconds(seconds: float) -> str:
-    """Return a human-readable duration: ``45 s``, ``3 min 20 s``."""
-    rounded = round(seconds)
-    if rounded < 60:
-        return f"{rounded} s"
-    # Nobody plans by the second what takes minutes.
-    minutes, rest = divmod(round(rounded, -1), 60)
-    return f"{minutes} min {rest} s" if rest else f"{minutes} min"

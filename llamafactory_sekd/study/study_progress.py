@@ -7,38 +7,28 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import rich.progress
 from rich.console import Console
 from rich.markup import escape
 
+from llamafactory_sekd.reporting.progress_view import ProgressView, show_seconds
 
-# Seconds between two lines where there is no terminal.
-LINE_EVERY = 60.0
+
 # Columns of a bar, and of all that follows a name.
 _BAR, _BESIDE = 16, 54
 
 
-class View:
+class View(ProgressView):
     """What the user sees. Its methods may be called from several threads."""
 
     def __init__(self, console: Console, total: int, done: int) -> None:
-        self._console = console
+        super().__init__(console, bar_width=_BAR, line_every=60.0)
         self._total = total
         self._finished = done
         self._shares: dict[str, float] = {}
         self._first: dict[str, float] = {}
         self._earned = 0.0
-        self._start = self._last_line = time.monotonic()
+        self._start = time.monotonic()
         self._lock = threading.Lock()
-        self._bars = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(bar_width=_BAR),
-            rich.progress.TaskProgressColumn(),
-            rich.progress.TextColumn("[dim]{task.fields[note]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
         self._overall = self._bars.add_task("study", total=max(1, total), completed=done, note="", visible=total > 0)
 
     def __enter__(self) -> View:
@@ -48,16 +38,11 @@ class View:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def say(self, line: str, style: str = "") -> None:
-        """Print a line above the bars."""
-        self._console.print(escape(line), style=style, highlight=False, soft_wrap=True)
-
     @contextmanager
     def preparing(self, what: str) -> Iterator[Callable[[float], None]]:
         """Show what comes before the jobs while the block runs; nobody knows how far it is."""
         bar = self._bars.add_task(self._fitting(what), total=None, note="")
-        if not self._console.is_terminal:
-            self.say(f"… {what}")
+        self.begin(what)
         start = time.monotonic()
         yield lambda share: None
         self._bars.remove_task(bar)
@@ -67,8 +52,7 @@ class View:
     def running(self, name: str) -> Iterator[Callable[[float], None]]:
         """Show a job while the block runs; yields the function that takes its finished share, from 0 to 1."""
         bar = self._bars.add_task(f"  {self._fitting(name)}", total=1.0, note="")
-        if not self._console.is_terminal:
-            self.say(f"… {name}")
+        self.begin(name)
 
         def report(share: float) -> None:
             self._bars.update(bar, completed=share)
@@ -100,7 +84,7 @@ class View:
 
     def _fitting(self, name: str) -> str:
         """Return a name that leaves room for its bar: long ones differ at their ends."""
-        room = max(12, self._console.width - _BESIDE)
+        room = max(12, self.console.width - _BESIDE)
         return escape(name if len(name) <= room else f"{name[: room // 2 - 1]}…{name[-(room - room // 2) :]}")
 
     def _count(self, name: str, share: float) -> None:
@@ -115,11 +99,9 @@ class View:
             earned = self._earned + sum(share - self._first.get(name, 0.0) for name, share in self._shares.items())
             note = self._left(self._total - completed, earned)
             line = f"  {self._finished} of {self._total} done, {completed / max(1, self._total):.0%}, {note}"
-            silent = self._console.is_terminal or time.monotonic() - self._last_line < LINE_EVERY
-            if not silent:
-                self._last_line = time.monotonic()
+            is_due = self.line_is_due()
         self._bars.update(self._overall, completed=completed, note=f"{self._finished}/{self._total} {note}")
-        if not silent:
+        if is_due:
             self.say(line)
 
     def _left(self, rest: float, earned: float) -> str:
@@ -127,11 +109,3 @@ class View:
         if earned <= 0.02 or elapsed < 10:
             return ""
         return f"about {show_seconds(rest * elapsed / earned)} left"
-
-
-def show_seconds(seconds: float) -> str:
-    """Return a length of time as people say it: ``45 s``, ``3 min``, ``2 h 10 min``."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
