@@ -50,6 +50,15 @@ def read_config(
     return {str(key): value for key, value in config.items()}
 
 
+def peek(path: Path) -> dict[str, Any]:
+    """Return the keys of a YAML or JSON file that is somebody else's to check; none where it cannot be read."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
 def check_keys(
     config: Mapping[str, Any], known: Sequence[str], required: Sequence[str], origin: object, error: type[SekdError]
 ) -> None:

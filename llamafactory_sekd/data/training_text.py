@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from llamafactory_sekd.config import peek
 from llamafactory_sekd.files import read_json, write_json
 
 
@@ -46,18 +43,8 @@ def metrics_of_model(folder: Path) -> dict[str, str]:
         recorded = read_json(place / RECORD)
         if isinstance(recorded, dict):
             found |= recorded
-        for config in _configurations(place):
+        for config in (peek(place / name) for name in _CONFIGURATIONS):
             names = config.get("dataset")
             listed = names.split(",") if isinstance(names, str) else names if isinstance(names, list) else []
             found |= choosing_metrics(Path(str(config.get("dataset_dir", "data"))), [str(n).strip() for n in listed])
     return found
-
-
-def _configurations(folder: Path) -> Iterator[Mapping[str, Any]]:
-    for name in _CONFIGURATIONS:
-        try:
-            config = yaml.safe_load((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            continue
-        if isinstance(config, dict):
-            yield config

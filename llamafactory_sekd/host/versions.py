@@ -10,6 +10,7 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 
 from llamafactory_sekd.arguments import STAGE
+from llamafactory_sekd.config import peek
 
 
 SUPPORTED = SpecifierSet(">=0.9.4,<0.10", prereleases=True)
@@ -40,15 +41,5 @@ def sekd_requested(argv: Sequence[str]) -> bool:
     if any(key == "stage" for key in words):
         return ("stage", STAGE) in pairwise(words)
 
-    return any(_file_requests_sekd(Path(word)) for word in argv if word.endswith((".yaml", ".yml", ".json")))
-
-
-def _file_requests_sekd(path: Path) -> bool:
-    import yaml
-
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return False
-
-    return isinstance(config, dict) and config.get("stage") == STAGE
+    files = [Path(word) for word in argv if word.endswith((".yaml", ".yml", ".json"))]
+    return any(peek(file).get("stage") == STAGE for file in files)
