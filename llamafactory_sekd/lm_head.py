@@ -25,7 +25,11 @@ _PROBES = (-40.0, -3.0, 0.0, 1.0, 7.0, 100.0, 1.0e9)
 
 def rows_of(rows: torch.Tensor) -> Select:
     """Return the function that takes ``hidden[rows]``, wherever the hidden states are."""
-    return lambda hidden: hidden[rows.to(hidden.device)]
+
+    def selected(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden[rows.to(hidden.device)]
+
+    return selected
 
 
 @contextmanager
