@@ -41,6 +41,14 @@ class Problem(Enum):
     EMPTY_SIDE = ("empty_side", Outcome.LEFT_OUT, "one side is empty")
     IDENTICAL = ("identical_sides", Outcome.KEPT, "the two sides are the same")
     REPLACEMENT = ("replacement_character", Outcome.KEPT, "contains U+FFFD, the trace of a wrong decoding")
+    MOJIBAKE = ("mojibake", Outcome.KEPT, "looks like UTF-8 that was read as Latin-1 (ftfy repairs it)")
+    MARKUP = ("markup", Outcome.KEPT, "contains tags or entities of HTML")
+    INVISIBLE = (
+        "invisible_character",
+        Outcome.KEPT,
+        "contains a character that nobody sees (soft hyphen, zero-width space, direction override, private use)",
+    )
+    DECOMPOSED = ("decomposed", Outcome.KEPT, "has letters and their accents as separate characters (not NFC)")
     LINE_BREAK = ("line_break", Outcome.REPAIRED, "a line break inside a sentence became a space")
     OUTER_SPACE = ("outer_space", Outcome.REPAIRED, "white space around a sentence was removed")
     NEAR_DUPLICATE = (
@@ -51,7 +59,8 @@ class Problem(Enum):
     QUOTED = (
         "quotation_marks",
         Outcome.KEPT,
-        "has doubled quotation marks inside of quotation marks, as a spreadsheet writes them (--quoted reads them so)",
+        "has doubled quotation marks inside of quotation marks, or all pairs are in quotation marks, as a spreadsheet "
+        "writes them (--quoted reads them so)",
     )
     # Of text that a model made.
     NO_TRANSLATION = ("no_translation", Outcome.LEFT_OUT, "the translation is empty")
@@ -70,8 +79,20 @@ _LINE_BREAK = re.compile("\r\n|[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]")
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
 
 
+# What is suspicious but kept. Joiners and direction marks are left out: some scripts need them.
+_KEPT = {
+    Problem.REPLACEMENT: re.compile("\ufffd"),
+    Problem.MOJIBAKE: re.compile("[\u00c2\u00c3][\x80-\xbf]|\u00e2\u20ac"),
+    Problem.MARKUP: re.compile(r"</?[A-Za-z][^<>]*>|&(?:[A-Za-z]{2,8}|#\d{1,6}|#x[0-9A-Fa-f]{1,5});"),
+    Problem.INVISIBLE: re.compile("[\u00ad\u200b\u202a-\u202e\u2060\u2066-\u2069\ufeff\ue000-\uf8ff]"),
+}
+# Accents, jamo and voice marks that follow their letter.
+_COMBINING = re.compile("[\u0300-\u036f\u1100-\u11ff\u3099\u309a]")
 # Characters that call for a closer look. Most sentences have none of them.
-_SUSPECT = re.compile("[\x00-\x08\n\r\v\f\x0e-\x1e\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffd]")
+_SUSPECT = re.compile(
+    "[\x00-\x08\n\r\v\f\x0e-\x1e&<\x7f-\x9f\u00ad\u00c2\u00c3\u0300-\u036f\u1100-\u11ff\u200b\u2028-\u202e\u2060"
+    "\u2066-\u2069\u20ac\u3099\u309a\ud800-\udfff\ue000-\uf8ff\ufeff\ufffd]"
+)
 # So many lines of a finding are kept: a crawled corpus can have millions.
 KEPT_LINES = 1000
 
@@ -178,8 +199,11 @@ def clean_pair(pair: Pair, findings: Findings) -> Pair | None:
         findings.add(Problem.LINE_BREAK, pair)
     if source == target:
         findings.add(Problem.IDENTICAL, pair)
-    if "\ufffd" in source + target:
-        findings.add(Problem.REPLACEMENT, pair)
+    for problem, pattern in _KEPT.items():
+        if pattern.search(source) or pattern.search(target):
+            findings.add(problem, pair)
+    if any(_COMBINING.search(side) and not unicodedata.is_normalized("NFC", side) for side in (source, target)):
+        findings.add(Problem.DECOMPOSED, pair)
     return Pair(source, target, pair.file, pair.line)
 
 

@@ -27,14 +27,16 @@ class HeldOut:
 
     def __init__(self) -> None:
         self.pairs: list[Pair] = []
-        self._by_end: dict[tuple[int, int, str], str] = {}
+        # For both sides and both ends: twelve letters, and the letters of the sentence that begins or ends with them.
+        self._by_end: dict[tuple[int, int], dict[str, str]] = {(side, end): {} for side in (0, 1) for end in (0, 1)}
 
     def add(self, pair: Pair) -> bool:
         """Hold a pair out, unless it begins or ends as one of the others does; return whether it was."""
         keys = {key: text for side, text in _sides(pair) for key in _keys(side, text)}
-        if any(key in self._by_end for key in keys):
+        if any(key in self._by_end[side, end] for side, end, key in keys):
             return False
-        self._by_end |= {key: _letters(text) for key, text in keys.items()}
+        for (side, end, key), text in keys.items():
+            self._by_end[side, end][key] = _letters(text)
         self.pairs.append(pair)
         return True
 
@@ -43,8 +45,11 @@ class HeldOut:
         found = [False] * len(pairs)
         for side, texts in enumerate(([pair.source for pair in pairs], [pair.target for pair in pairs])):
             for end, ends in enumerate((_starts(texts), _ends(texts))):
+                known = self._by_end[side, end]
+                if known.keys().isdisjoint(ends):
+                    continue
                 for place, key in enumerate(ends):
-                    other = self._by_end.get((side, end, key))
+                    other = known.get(key)
                     if other is not None and _alike(_letters(texts[place]), other):
                         found[place] = True
         return found
@@ -110,24 +115,23 @@ def _ends(texts: list[str]) -> list[str]:
 
 
 def _letters_of_all(texts: list[str]) -> list[str]:
-    """Return :func:`_letters` of each text; all at once takes a third of the time."""
+    """Return :func:`_letters` of each text; all at once takes a tenth of the time."""
     found = _letters(_BETWEEN.join(texts)).split(_BETWEEN)
     return found if len(found) == len(texts) else [_letters(text) for text in texts]
 
 
 def _letters(text: str) -> str:
-    return text.casefold().translate(_LETTERS)
+    """Return the letters of a text without their case: first what is ASCII, at once, then the few other signs."""
+    folded = text.casefold().encode("utf-8", "surrogatepass")
+    letters = folded.translate(None, _NO_LETTERS).decode("utf-8", "surrogatepass")
+    if not letters.isalpha():
+        for character in set(letters):
+            if not character.isalpha():
+                letters = letters.replace(character, "")
+    return letters
 
 
-class _Letters(dict[int, int | None]):
-    """A table for `str.translate` that keeps letters alone: four times as fast as a pattern."""
-
-    def __missing__(self, code: int) -> int | None:
-        self[code] = kept = code if chr(code).isalpha() else None
-        return kept
-
-
-_LETTERS = _Letters()
+_NO_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha())
 
 
 def _alike(first: str, second: str) -> bool:
@@ -140,5 +144,5 @@ def _alike(first: str, second: str) -> bool:
     return 2 * len(ours & theirs) >= _ALIKE * (len(ours) + len(theirs))
 
 
-def _trigrams(text: str) -> frozenset[str]:
-    return frozenset(map("".join, zip(text, text[1:], text[2:], strict=False)))
+def _trigrams(text: str) -> frozenset[tuple[str, str, str]]:
+    return frozenset(zip(text, text[1:], text[2:], strict=False))

@@ -27,6 +27,7 @@ from llamafactory_sekd.fingerprints import sha256_of
 Progress = Callable[[str, int, int, int], None]
 
 _BLOCK = 5000  # pairs between two writes and two reports
+_FEW = 10  # pairs from which on it says something that all are alike
 _NOTED = 500_000  # pairs between two notes of how far it is
 
 
@@ -200,10 +201,11 @@ class _Build:
         pairs = self._read("Writing" if not done else f"Continuing at pair {done:,}", skip=done)
         while block := list(islice(pairs, _BLOCK)):
             usable = []
+            all_in_marks = may_hold_quotes and len(block) >= _FEW and all(map(_in_marks, block))
             for pair in block:
                 if pair.line in held_lines:
                     continue
-                if may_hold_quotes and (_is_quoted(pair.source) or _is_quoted(pair.target)):
+                if all_in_marks or (may_hold_quotes and (_is_quoted(pair.source) or _is_quoted(pair.target))):
                     findings.add(Problem.QUOTED, pair)
                 cleaned = clean_pair(pair, findings)
                 if cleaned is not None:
@@ -250,3 +252,8 @@ class _Build:
 
 def _is_quoted(text: str) -> bool:
     return len(text) > 3 and text[0] == text[-1] == '"' and '""' in text[1:-1]
+
+
+def _in_marks(pair: Pair) -> bool:
+    """Whether both sides are in quotation marks: one pair may be dialogue, and not all of them."""
+    return all(len(side) > 1 and side[0] == side[-1] == '"' for side in (pair.source, pair.target))

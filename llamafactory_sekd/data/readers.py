@@ -127,7 +127,15 @@ def _side_by_side(source: Path, target: Path, name: str, meter: Meter | None) ->
     for number, (left, right) in enumerate(lines, start=1):
         if left is None or right is None:
             raise _misaligned(source, target)
+        if number == 1 and max(left.count("\r"), right.count("\r")) > 1:
+            raise _carriage_returns(source if "\r" in left else target, 1)
         yield Pair(left, right, name, number)
+
+
+def _carriage_returns(path: Path, number: int) -> DataError:
+    return DataError(
+        f"{path}:{number}: the lines end with carriage returns alone: convert them, for example with `tr '\\r' '\\n'`."
+    )
 
 
 def _misaligned(source: Path, target: Path) -> DataError:
@@ -180,10 +188,7 @@ def _two_columns(rows: Iterator[tuple[int, list[str]]], path: Path, direction: D
     name = str(path)
     for number, columns in rows:
         if any("\r" in column for column in columns) and len(columns) != 2:
-            raise DataError(
-                f"{path}:{number}: the lines end with carriage returns alone: convert them, for example with "
-                "`tr '\\r' '\\n'`."
-            )
+            raise _carriage_returns(path, number)
         if len(columns) == 1:
             raise DataError(
                 f"{path}:{number}: 1 column instead of 2 (source, tab, target): convert CSV, TMX or XLIFF first."
@@ -264,6 +269,8 @@ def _refuse_what_is_no_text(path: Path, start: bytes) -> None:
             raise DataError(f"{path} is {what}: give plain text, TSV or JSON Lines.")
     if start[:512].lstrip().lower().startswith((b"<!doctype html", b"<html")):
         raise DataError(f"{path} is an HTML page, probably a download's error message: download it again.")
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) or start.count(0) > 0.6 * len(start):
+        raise DataError(f"{path} is UTF-32: convert it to UTF-8, for example with `iconv -f UTF-32 -t UTF-8`.")
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or _is_utf16(start):
         raise DataError(f"{path} is UTF-16: convert it to UTF-8, for example with `iconv -f UTF-16 -t UTF-8`.")
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ COUNTS = {
     "wmt22_cs_en": 1_448,
 }
 # Copied sentences in WMT's own sets: foreign quotations, names, result lists.
+SUSPICIOUS = {"decomposed": 26, "invisible_character": 18, "mojibake": 3}
 IDENTICAL = {"deen/train.de-en.json": 8, "deen/test.de-en.json": 1, "csen/train.cs-en.json": 2}
 REPOSITORY = Path(__file__).parents[2]
 
@@ -95,11 +97,16 @@ def test_real_files_give_the_papers_counts(real: Path) -> None:
             assert lines == COUNTS[f"wmt22_{direction.replace('-', '_')}"]
 
 
-def test_real_pairs_with_identical_sides_are_kept_and_reported_and_nothing_is_left_out(real: Path) -> None:
+def test_suspicious_real_pairs_are_kept_and_reported_and_nothing_is_left_out(real: Path) -> None:
     findings = json.loads((real / "manifest.json").read_text(encoding="utf-8"))["findings"]
+    totals: Counter[str] = Counter()
+    for finding in findings:
+        totals[finding["problem"]] += finding["count"]
 
-    assert {finding["file"]: finding["count"] for finding in findings} == IDENTICAL
-    assert {(finding["problem"], finding["outcome"]) for finding in findings} == {("identical_sides", "kept")}
+    identical = {finding["file"]: finding["count"] for finding in findings if finding["problem"] == "identical_sides"}
+    assert identical == IDENTICAL
+    assert totals - Counter(identical_sides=totals["identical_sides"]) == SUSPICIOUS
+    assert {finding["outcome"] for finding in findings} == {"kept"}
 
 
 def test_real_files_survive_the_round_trip_sentence_by_sentence(real: Path, alma_dir: Path) -> None:

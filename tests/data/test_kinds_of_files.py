@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from llamafactory_sekd.data.checks import Findings, Pair, clean_pairs
+from llamafactory_sekd.data.checks import Findings, Pair, Problem, clean_pairs
 from llamafactory_sekd.data.corpora_command import app
 from llamafactory_sekd.data.languages import Direction
-from llamafactory_sekd.data.readers import read_lines, read_tsv_pairs
+from llamafactory_sekd.data.readers import read_lines, read_text_pairs, read_tsv_pairs
 from llamafactory_sekd.errors import DataError
 
 
@@ -44,8 +44,10 @@ def test_broken_archive_is_one_line_with_the_remedy(tmp_path: Path) -> None:
         (gzip.compress(b"PK\x03\x04rest", mtime=0), "a zip archive"),
         ("hallo welt\n".encode("utf-16-le"), "UTF-16"),
         ("hallo welt\n".encode("utf-16-be"), "UTF-16"),
+        ("hallo welt\n".encode("utf-32-le"), "UTF-32"),
+        ("hallo welt\n".encode("utf-32"), "UTF-32"),
     ],
-    ids=["zip", "parquet", "pickle", "zstd", "lfs", "html", "zip in gzip", "utf-16-le", "utf-16-be"],
+    ids=["zip", "parquet", "pickle", "zstd", "lfs", "html", "zip in gzip", "utf-16-le", "utf-16-be", "32-le", "32"],
 )
 def test_file_that_is_no_text_is_called_what_it_is(tmp_path: Path, data: bytes, words: str) -> None:
     (tmp_path / "x").write_bytes(data)
@@ -111,3 +113,61 @@ def test_another_layout_than_tsv_is_called_what_it_is(tmp_path: Path, text: byte
     (tmp_path / "x.tsv").write_bytes(text)
     with pytest.raises(DataError, match=words):
         read_tsv_pairs(tmp_path / "x.tsv")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("Das HÃ¤uschen ist Ã¼ber dem Fluss.", Problem.MOJIBAKE),
+        ("Er sagte â€žneinâ€œ.", Problem.MOJIBAKE),
+        ("<p>Das Haus ist rot.</p>", Problem.MARKUP),
+        ("Das H&auml;uschen &#8211; rot.", Problem.MARKUP),
+        ("Das Haus\u200b ist rot.", Problem.INVISIBLE),
+        ("Das Haus\u00adchen ist rot.", Problem.INVISIBLE),
+        ("\u202eDas Haus ist rot.", Problem.INVISIBLE),
+        ("Das Haus ist rot \ue000.", Problem.INVISIBLE),
+        ("Das Ha\u0308uschen ist rot.", Problem.DECOMPOSED),
+        ("\u1112\u1161\u11ab 집", Problem.DECOMPOSED),
+    ],
+)
+def test_suspicious_text_is_kept_unchanged_and_counted(text: str, problem: Problem) -> None:
+    pairs = [Pair(text, "The house is red.", "f", 1), Pair("The house is red.", text, "f", 2)]
+    findings = Findings()
+    assert clean_pairs(pairs, findings) == pairs
+    assert findings.items == [(problem, "f", 1), (problem, "f", 2)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Wo ist Ândrea, die Âme, und AÇÃO?",
+        "a < b & c > d; R&D; 5 € bei H&M.",
+        "می\u200cخواهم",
+        "क्\u200dष",
+        "שלום\u200f!",
+        "q\u0303 hat kein eigenes Zeichen",
+        "한국어 집",
+    ],
+)
+def test_text_that_other_scripts_and_shops_need_is_no_finding(text: str) -> None:
+    findings = Findings()
+    assert len(clean_pairs([Pair(text, "The house is red.", "f", 1)], findings)) == 1
+    assert not findings.items
+
+
+@pytest.mark.parametrize(("others", "counted"), [(0, 12), (1, 0)], ids=["all", "dialogue"])
+def test_a_tsv_with_all_its_pairs_in_quotation_marks_is_counted(tmp_path: Path, others: int, counted: int) -> None:
+    lines = [*(f'"The house {n}."\t"Das Haus {n}."' for n in range(12)), *["A dog.\tEin Hund."] * others]
+    (tmp_path / "x.tsv").write_text("\n".join(lines), encoding="utf-8")
+    out = tmp_path / "out"
+    files = ["--tsv", str(tmp_path / "x.tsv"), "--out", str(out)]
+    assert CliRunner().invoke(app, ["pairs", "--from", "en", "--to", "de", "--name", "mine", *files]).exit_code == 0
+    findings = json.loads((out / "mine.manifest.json").read_text(encoding="utf-8"))["findings"]
+    assert [(found["problem"], found["count"]) for found in findings] == [("quotation_marks", 12)][: bool(counted)]
+
+
+def test_plain_files_whose_lines_end_with_carriage_returns_are_called_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "x.en").write_bytes(b"one\rtwo\rthree\r")
+    (tmp_path / "x.de").write_bytes(b"eins\rzwei\rdrei\r")
+    with pytest.raises(DataError, match="the lines end with carriage returns alone"):
+        read_text_pairs(tmp_path / "x.en", tmp_path / "x.de")
