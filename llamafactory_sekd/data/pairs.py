@@ -255,5 +255,5 @@ def _is_quoted(text: str) -> bool:
 
 
 def _in_marks(pair: Pair) -> bool:
-    """Whether both sides are in quotation marks: one pair may be dialogue, and not all of them."""
+    """Whether both sides are in quotation marks: one pair may be quoted speech, and not all of them."""
     return all(len(side) > 1 and side[0] == side[-1] == '"' for side in (pair.source, pair.target))

@@ -155,7 +155,7 @@ def test_text_that_other_scripts_and_shops_need_is_no_finding(text: str) -> None
     assert not findings.items
 
 
-@pytest.mark.parametrize(("others", "counted"), [(0, 12), (1, 0)], ids=["all", "dialogue"])
+@pytest.mark.parametrize(("others", "counted"), [(0, 12), (1, 0)], ids=["all", "speech"])
 def test_a_tsv_with_all_its_pairs_in_quotation_marks_is_counted(tmp_path: Path, others: int, counted: int) -> None:
     lines = [*(f'"The house {n}."\t"Das Haus {n}."' for n in range(12)), *["A dog.\tEin Hund."] * others]
     (tmp_path / "x.tsv").write_text("\n".join(lines), encoding="utf-8")
