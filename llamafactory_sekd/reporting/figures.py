@@ -106,7 +106,10 @@ def draw_gate(axes: Any, steps: Sequence[float], hard: Sequence[float], difficul
         hard: the shares of hard tokens.
         difficulty: the mean difficulties d in nats.
     """
+    from matplotlib.ticker import MaxNLocator
+
     right = axes.twinx()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no half step
     marker = "." if len(steps) < 100 else ""
     (left_line,) = axes.plot(
         steps, [100 * share for share in hard], color=_COLORS[1], marker=marker, label="hard tokens"

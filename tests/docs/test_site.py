@@ -54,6 +54,16 @@ def test_links_lead_to_pages_and_are_not_called_by_file_names(site: Path) -> Non
         assert not re.findall(r'<a [^>]*href="(?!https?:)[^"]*\.(?:md|yaml)"|<a [^>]*>[\w/]+\.md</a>', text), page.name
 
 
+def test_every_picture_has_a_text_that_says_what_it_shows(site: Path) -> None:
+    pictures = [
+        (page.name, picture)
+        for page in site.rglob("*.html")
+        for picture in re.findall(r"<img [^>]*>", page.read_text(encoding="utf-8"))
+    ]
+    assert len(pictures) >= 5
+    assert [place for place in pictures if not re.search(r'alt="[^"]{20,}"', place[1])] == []
+
+
 def test_a_broken_link_and_a_page_outside_of_the_navigation_stop_the_build(tmp_path: Path) -> None:
     shutil.copytree(REPOSITORY / "docs", tmp_path / "docs")
     (tmp_path / "docs" / "stray.md").write_text("[nowhere](nowhere.md) [no heading](data.md#nowhere)\n")

@@ -368,6 +368,9 @@ def test_our_parts_have_no_serious_accessibility_finding(browser: Any, address: 
                 found.append(f"{tab}: {violation['id']}: {violation['help']}: {nodes}")
         overflow = page.locator(place).evaluate("part => part.scrollWidth - part.clientWidth")
         assert overflow <= 1, f"{tab} is wider than the page"
+        ends = page.locator(f"{place} .max_value").filter(visible=True)
+        inside = "end => end.getBoundingClientRect().right <= end.closest('.block').getBoundingClientRect().right"
+        assert all(ends.nth(number).evaluate(inside) for number in range(ends.count())), f"{tab}: a slider is cut"
         picture(page, f"check-{place[1:]}-{theme}-{width}")
 
     board.tab("Train")

@@ -26,6 +26,15 @@ def test_hard_share_and_difficulty_stand_below_the_loss_at_the_hosts_steps():
     assert difficulty.lines[0].get_xydata().tolist() == [[5, 1.25], [10, 1.0]]
 
 
+def test_steps_are_whole_numbers_on_both_axes():
+    figure = loss_figure()
+    add_distillation_axes(
+        figure, [{"current_steps": step, "kd/hard_ratio": 0.5, "kd/difficulty": 1.0} for step in (1, 2, 3)]
+    )
+    figure.draw_without_rendering()
+    assert all(float(tick).is_integer() for axes in figure.axes for tick in axes.get_xticks())
+
+
 def test_a_log_of_another_stage_leaves_the_hosts_figure_as_it_is():
     figure = loss_figure()
     before = figure.axes[0].get_position().bounds, tuple(figure.get_size_inches())

@@ -83,12 +83,14 @@ def build_quality_section(page: Page) -> QualitySection:
                 **_texts("metrics"),
             )
             fields["comet_model"] = gr.Textbox(value="Unbabel/wmt22-comet-da", scale=3, **_texts("comet_model"))
-            fields["prompt"] = gr.Textbox(value="", scale=3, **_texts("prompt"))
-            fields["num_beams"] = gr.Slider(minimum=1, maximum=16, value=1, step=1, scale=2, **_texts("num_beams"))
+            fields["save_dir"] = gr.Textbox(value=results_folder(next(iter(TASKS))), scale=3, **_texts("save_dir"))
+
+        with gr.Row():
+            fields["prompt"] = gr.Textbox(value="", scale=4, **_texts("prompt"))
+            fields["num_beams"] = gr.Slider(minimum=1, maximum=16, value=1, step=1, scale=3, **_texts("num_beams"))
             fields["max_new_tokens"] = gr.Slider(
-                minimum=8, maximum=4096, value=256, step=1, scale=2, **_texts("max_new_tokens")
+                minimum=8, maximum=4096, value=256, step=1, scale=3, **_texts("max_new_tokens")
             )
-            fields["save_dir"] = gr.Textbox(value=results_folder(next(iter(TASKS))), scale=2, **_texts("save_dir"))
 
         with gr.Row():
             preview = gr.Button(**_texts("preview_btn"))

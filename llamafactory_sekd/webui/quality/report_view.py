@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,5 +97,5 @@ def _draw_bars(axes: Axes, title: str, table: _Table, systems: Mapping[str, Look
     highest = max((value or 0.0 for values in table.values() for value in values.values()), default=0.0)
     axes.set_ylim(0, max(1.0, 1.12 * highest))
     axes.set_xticks(range(len(directions)), directions)
-    axes.set_title(title)
+    axes.set_title(textwrap.fill(title, 22))
     axes.grid(visible=False, axis="x")
