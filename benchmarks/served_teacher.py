@@ -1,10 +1,10 @@
 """A teacher behind `sekd serve` on the same machine: what filling a cache through it costs, and a training step.
 
-    python benchmarks/served_teacher.py [--smoke] [--rounds 3] [--blocks 4] [--steps 4]
+    python benchmarks/served_teacher.py [--smoke] [--rounds 3] [--blocks 4] [--steps 7]
 
 Real ALMA sentences and the pair of benchmarks/cache.py, float32, one thread for each process; the server has a core of
-its own where there are two. Ratios are medians within one run. The steps of a run come in blocks, and the first of
-each is left out: its answer has been waiting while the other run had its turn.
+its own where there are two. Ratios are medians within one run. The steps of a run come in blocks, and the first ones
+of each are left out: an answer has been waiting while the other run had its turn.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = step_parser(__doc__, "served_teacher.json")
     parser.add_argument("--rounds", type=int, default=3, help="caches built each way")
-    parser.add_argument("--blocks", type=int, default=4, help="blocks of --steps steps, the first one not counted")
+    parser.add_argument("--blocks", type=int, default=4, help="blocks of steps of each run, warm-up included")
     parser.add_argument("--sentences", type=int, default=128, help="sentences in the caches")
     arguments = parser.parse_args()
     if arguments.smoke:
-        arguments.rounds, arguments.blocks, arguments.steps, arguments.batch_size, arguments.sentences = 1, 1, 2, 4, 16
+        arguments.rounds, arguments.blocks, arguments.warm_up, arguments.steps = 1, 1, 1, 1
+        arguments.batch_size, arguments.sentences = 4, 16
 
     return arguments
 
@@ -62,7 +63,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     config = training_config(
         folder, arguments, stage="sekd", teacher_model=str(folder / "teacher"), output_dir=str(folder / "out")
     )
-    config["max_steps"] = arguments.blocks * arguments.steps
+    config["max_steps"] *= arguments.blocks
     with ExitStack() as running:
         os.sched_setaffinity(0, {cores[-1]})  # which the server inherits
         server = running.enter_context(serving(folder / "teacher"))
@@ -102,7 +103,7 @@ def building(folder: Path, config: dict[str, Any], url: str, rounds: int) -> dic
 
 
 def steps(folder: Path, config: dict[str, Any], url: str, arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """The seconds of the steps of each run, without the first of each block."""
+    """The seconds of the steps of each run, without the first ones of each block."""
     without = {key: value for key, value in config.items() if key != "teacher_model"}
     configs = {"local": config, "served": {**without, "teacher_server": url}}
     contenders = [
@@ -110,9 +111,10 @@ def steps(folder: Path, config: dict[str, Any], url: str, arguments: argparse.Na
         for name, run in configs.items()
     ]
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    block_length = arguments.warm_up + arguments.steps
     for block in range(arguments.blocks):
         for contender in contenders if block % 2 == 0 else contenders[::-1]:
-            seconds[contender.name] += [contender.step() for _ in range(arguments.steps)][1:]
+            seconds[contender.name] += [contender.step() for _ in range(block_length)][arguments.warm_up :]
 
     for contender in contenders:
         contender.finish()
