@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from llamafactory_sekd.evaluation.candidates import Drawing, Request
 from llamafactory_sekd.evaluation.evaluation_settings import Decoding
 from llamafactory_sekd.evaluation.translator import BatchLimits, Translation
-from llamafactory_sekd.evaluation.vllm_backend import vllm_translate
+from llamafactory_sekd.evaluation.vllm_backend import vllm_candidates, vllm_translate
 
 
 class Engine:
@@ -47,3 +48,19 @@ def test_answers_keep_their_places_and_the_keys_reach_vllm(monkeypatch: pytest.M
         "stop_token_ids": [2, 7],
         "skip_special_tokens": True,
     }
+
+
+def test_each_sample_brings_its_own_seed_and_stays_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
+    engine = Engine()
+    drawing = Drawing(temperature=0.8, top_p=0.9, top_k=0)
+    candidates = vllm_candidates(engine, [2], Decoding("vllm", max_new_tokens=9), drawing)
+    requests = [Request([number, 5], 1000 + number) for number in range(700)]
+    found = dict(entry for group in candidates(requests, BatchLimits(1)) for entry in group)
+    assert found == {number: [Translation(f"Satz {number}", 3, bool(number % 2))] for number in range(700)}
+    sampled = [sampling for _, part, _ in engine.calls for sampling in part]
+    assert [sampling.seed for sampling in sampled] == [request.seed for request in requests]
+    assert {(s.temperature, s.top_p, s.top_k, s.max_tokens) for s in sampled} == {(0.8, 0.9, -1, 9)}
+
+    greedy = vllm_candidates(Engine(), [2], Decoding("vllm", max_new_tokens=9), None)
+    assert dict(entry for group in greedy(requests, BatchLimits(1)) for entry in group) == found
