@@ -117,6 +117,10 @@ def translate(
     join: Annotated[
         int | None, typer.Option(help="Put N finished parts together.", min=1, rich_help_panel=_MACHINE)
     ] = None,
+    slurm: Annotated[
+        Path | None,
+        typer.Option(help="Write a SLURM array script of the --join parts there.", rich_help_panel=_MACHINE),
+    ] = None,
     backend: Annotated[str, typer.Option(help="hf or vllm.", rich_help_panel=_MACHINE)] = "hf",
     batch_tokens: Annotated[
         int, typer.Option(help="Tokens decoded at a time.", min=1, rich_help_panel=_MACHINE)
@@ -134,7 +138,7 @@ def translate(
     from llamafactory_sekd.host.translating import Inputs, Outputs, Weights, run_translate
     from llamafactory_sekd.translation.filters import parse_filters
     from llamafactory_sekd.translation.source_texts import SPLITS
-    from llamafactory_sekd.translation.translate_options import check_name, make_plan, parse_shard
+    from llamafactory_sekd.translation.translate_options import check_name, make_plan, parse_shard, work_folder
     from llamafactory_sekd.translation.writing import form_of
 
     if not model:
@@ -192,6 +196,12 @@ def translate(
         raise ArgumentError("`--shard` and `--join` need `--out` (or `--work`), where the parts are kept.")
     if shard is not None and join is not None:
         raise ArgumentError("Give either --shard I/N or --join N.")
+    if slurm is not None:
+        if join is None or not any((text, dataset, alma)):
+            lacks = "`--join N`, the number of parts" if join is None else "`--in`, `--dataset` or `--alma`"
+            raise ArgumentError(f"`--slurm {slurm}` needs {lacks}: add it.")
+        _write_array(slurm, join, (work_folder(out, name, work) or Path.cwd()) / "logs")
+        return
     run_translate(
         Weights(model, adapter, template, overrides or []),
         Inputs(text, dataset, dataset_dir, alma, split, chosen, prompt_named(prompt), target_language, mix),
@@ -202,6 +212,39 @@ def translate(
         batch_tokens=batch_tokens,
         batch_size=batch_size,
     )
+
+
+def _write_array(path: Path, parts: int, logs: Path) -> None:
+    """Write a script that runs this command once for each part, and say what to do with it."""
+    import sys
+
+    from llamafactory_sekd.slurm import write_array
+
+    words = sys.argv[sys.argv.index("translate") + 1 :]
+    joins = ["sekd", "translate", *_without(words, "--slurm")]
+    write_array(
+        path,
+        _without(joins, "--join"),
+        f'--shard "$SLURM_ARRAY_TASK_ID/{parts}"',
+        what=f"A translation in {parts} parts",
+        name="sekd-translate",
+        notes=("A task that was ended continues when it is submitted again. When all are done, put them together:",),
+        afterwards=joins,
+        tasks=(1, parts),
+        logs=logs,
+        error=ArgumentError,
+    )
+    print(f"{path} runs {parts} tasks: sbatch {path}", file=sys.stderr)
+
+
+def _without(words: list[str], option: str) -> list[str]:
+    """Return a command's words without an option and its value."""
+    kept, skips = [], False
+    for word in words:
+        if not skips and word != option and not word.startswith(f"{option}="):
+            kept.append(word)
+        skips = word == option
+    return kept
 
 
 def _has_sides(text: Path | None) -> bool:
