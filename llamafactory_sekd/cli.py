@@ -27,7 +27,7 @@ COMMANDS = {
     "schema": Command("llamafactory_sekd.host.schema", "Write JSON schemas of the YAML files, for editors.", PREPARE),
     "objectives": Command("llamafactory_sekd.presets_command", "List the objectives with their formulas.", PREPARE),
     "data": Command("llamafactory_sekd.host.data_command", "Prepare and check parallel data.", PREPARE),
-    "doctor": Command("llamafactory_sekd.host.doctor", "Estimate a run's memory before any weight is read.", PREPARE),
+    "doctor": Command("llamafactory_sekd.host.doctor", "Check a run's data and memory before it starts.", PREPARE),
     "cache": Command("llamafactory_sekd.host.cache_command", "Compute a teacher once, for all runs that follow.", RUN),
     "translate": Command("llamafactory_sekd.host.translate_command", "Translate text, or make text to train on.", RUN),
     "serve": Command("llamafactory_sekd.host.serve", "Serve a teacher to runs on other machines.", RUN),

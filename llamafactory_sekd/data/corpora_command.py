@@ -35,7 +35,7 @@ def data() -> None:
 def alma(
     source: Annotated[str, typer.Option(help="'hub', or the directory of a clone of ALMA's repository.")] = "hub",
     pairs: Annotated[str, typer.Option(help="Language pairs: de-en, cs-en, is-en, ru-en, zh-en.")] = "de-en,cs-en",
-    directions: Annotated[str | None, typer.Option(help="Directions, such as en-de,cs-en [default: all].")] = None,
+    directions: Annotated[str | None, typer.Option(help="Directions, such as en-de,cs-en. Default: all.")] = None,
     out: Annotated[Path, typer.Option(help="Where the data goes.")] = Path("data/alma"),
     overwrite: Overwrite = False,
 ) -> None:

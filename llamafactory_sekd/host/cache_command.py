@@ -20,10 +20,10 @@ def cache(
     k: Annotated[int, typer.Option("--k", help="Probabilities per token for topk, 8 to 512.")] = 64,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, bfloat16 or float16 [default: the teacher's for hidden, float16 for topk]."),
+        typer.Option(help="float32, bfloat16 or float16. Default: the teacher's for hidden, float16 for topk."),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Examples per forward pass [default: per_device_train_batch_size].", min=1)
+        int | None, typer.Option(help="Examples per forward pass. Default: per_device_train_batch_size.", min=1)
     ] = None,
     teacher_dataset: Annotated[
         str | None,

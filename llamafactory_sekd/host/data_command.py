@@ -84,14 +84,14 @@ def check(
 def informed(
     dataset: Annotated[str, typer.Argument(help="A data set of dataset_info.json, in alpaca format.")],
     dataset_dir: Annotated[Path, typer.Option(help="LLaMA-Factory's dataset_dir.")] = Path("data"),
-    name: Annotated[str | None, typer.Option(help="Of the teacher's data set [default: NAME_informed].")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the teacher's data set. Default: NAME_informed.")] = None,
     previous: Annotated[int, typer.Option(help="Sentences of the document before each one.", min=0)] = 0,
     examples: Annotated[
         int, typer.Option(help="Translations of sentences like each one, from the data set itself.", min=0)
     ] = 0,
     pool: Annotated[int, typer.Option(help="Examples are taken from the first so many records.", min=1)] = 2000,
     documents: Annotated[
-        Path | None, typer.Option(help="A line for each record: the name of its document [default: all of one].")
+        Path | None, typer.Option(help="A line for each record: the name of its document. Default: all of one.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote.")] = False,
 ) -> None:

@@ -25,14 +25,14 @@ def doctor(
     config: Annotated[Path, typer.Argument(help="A training YAML, of `stage: sekd` or `sft`.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for `llamafactory-cli train`.")] = None,
     devices: Annotated[
-        int | None, typer.Option(help="Devices that take part [default: as the launcher would find them].", min=1)
+        int | None, typer.Option(help="Devices that take part. Default: as the launcher would find them.", min=1)
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option(help="Memory of one accelerator, such as 80GB [default: this machine's CUDA device, else RAM]."),
+        typer.Option(help="Memory of one accelerator, such as 80GB. Default: this machine's CUDA device, else RAM."),
     ] = None,
     length: Annotated[
-        int | None, typer.Option(help="Tokens of the longest example [default: cutoff_len].", min=1)
+        int | None, typer.Option(help="Tokens of the longest example. Default: cutoff_len.", min=1)
     ] = None,
     responses: Annotated[
         float,

@@ -23,7 +23,7 @@ def serve(
     adapter: Annotated[str | None, typer.Option(help="Its adapters, separated by commas.")] = None,
     quantization_bit: Annotated[int | None, typer.Option(help="4 or 8, with bitsandbytes (CUDA only).")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16 [default: the model's, where the device has it].")
+        str | None, typer.Option(help="float32, bfloat16 or float16. Default: the model's, where the device has it.")
     ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; other machines reach 0.0.0.0, with SEKD_SERVER_TOKEN set.")

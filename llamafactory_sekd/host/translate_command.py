@@ -40,7 +40,7 @@ def translate(
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option("--in", help="Plain lines, .tsv or .jsonl, packed too [default: stdin].", rich_help_panel=_TEXT),
+        typer.Option("--in", help="Plain lines, .tsv or .jsonl, packed too. Default: stdin.", rich_help_panel=_TEXT),
     ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Or a data set of dataset_info.json.", rich_help_panel=_TEXT)
@@ -54,16 +54,14 @@ def translate(
     method: Annotated[str, typer.Option(help="greedy, beam, sample or mbr.", rich_help_panel=_METHOD)] = "greedy",
     samples: Annotated[
         int | None,
-        typer.Option(
-            help="Samples per sentence [default: 16 for mbr, else --n-best].", min=1, rich_help_panel=_METHOD
-        ),
+        typer.Option(help="Samples per sentence. Default: 16 for mbr, else --n-best.", min=1, rich_help_panel=_METHOD),
     ] = None,
     beams: Annotated[
-        int | None, typer.Option(help="Width of the beam [default: 4].", min=2, rich_help_panel=_METHOD)
+        int | None, typer.Option(help="Width of the beam. Default: 4.", min=2, rich_help_panel=_METHOD)
     ] = None,
     n_best: Annotated[int, typer.Option(help="Translations to write.", min=1, rich_help_panel=_METHOD)] = 1,
     metric: Annotated[
-        str | None, typer.Option(help="Of mbr: chrf or comet [default: chrf].", rich_help_panel=_METHOD)
+        str | None, typer.Option(help="Of mbr: chrf or comet. Default: chrf.", rich_help_panel=_METHOD)
     ] = None,
     comet_model: Annotated[
         str, typer.Option(help="A checkpoint or a hub name.", rich_help_panel=_METHOD)
@@ -74,16 +72,16 @@ def translate(
             help="reference: the candidate closest to it by chrF, where there is one.", rich_help_panel=_METHOD
         ),
     ] = None,
-    temperature: Annotated[float | None, typer.Option(help="[default: 1]", rich_help_panel=_METHOD)] = None,
-    top_p: Annotated[float | None, typer.Option(help="[default: 1]", rich_help_panel=_METHOD)] = None,
-    top_k: Annotated[int | None, typer.Option(help="[default: all]", rich_help_panel=_METHOD)] = None,
+    temperature: Annotated[float | None, typer.Option(help="Default: 1.", rich_help_panel=_METHOD)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Default: 1.", rich_help_panel=_METHOD)] = None,
+    top_k: Annotated[int | None, typer.Option(help="Default: all.", rich_help_panel=_METHOD)] = None,
     seed: Annotated[int, typer.Option(help="Of the samples.", min=0, rich_help_panel=_METHOD)] = 42,
     max_new_tokens: Annotated[int, typer.Option(help="Limit of a translation.", min=1, rich_help_panel=_METHOD)] = 256,
     length_penalty: Annotated[float, typer.Option(help="Of the beam.", rich_help_panel=_METHOD)] = 1.0,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="A file: .txt, .tsv, .jsonl, packed with .gz; with --name a dataset_dir [default: stdout].",
+            help="A file: .txt, .tsv, .jsonl, packed with .gz; with --name a dataset_dir. Default: stdout.",
             rich_help_panel=_OUTPUT,
         ),
     ] = None,
@@ -108,7 +106,7 @@ def translate(
     ] = "all",
     work: Annotated[
         Path | None,
-        typer.Option(help="Where finished sentences are kept [default: OUT.work].", rich_help_panel=_OUTPUT),
+        typer.Option(help="Where finished sentences are kept. Default: OUT.work.", rich_help_panel=_OUTPUT),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a data set of another request.", rich_help_panel=_OUTPUT)

@@ -31,11 +31,13 @@ def test_one_page_shows_every_command_in_its_group_without_importing_torch():
     assert " torch\n" not in imported
 
 
-def test_every_command_has_a_help_page_of_its_own():
-    for name in COMMANDS:
-        page = command([*SEKD, name, "--help"])
+def test_every_command_has_a_help_page_of_its_own_without_gaps():
+    for name in [*COMMANDS, "data alma", "data pairs", "data check"]:
+        page = command([*SEKD, *name.split(), "--help"])
         assert page.returncode == 0, page.stderr
         assert f"Usage: sekd {name} " in page.stdout
+        # Text in square brackets is markup, which is swallowed and leaves a blank before the full stop.
+        assert not re.search(r" \.( |$)", page.stdout, flags=re.MULTILINE), page.stdout
 
 
 def test_a_mistyped_command_is_refused_with_the_nearest_name():

@@ -402,6 +402,8 @@ def test_the_tokens_of_a_sentence_are_easier_after_the_distillation(board: Board
     summaries = [columns.nth(place).inner_text() for place in range(3)]
     before, after, _ = (float(re.search(r"mean difficulty ([\d.]+)", text)[1]) for text in summaries)
     assert after < before
+    assert "kd_gamma 0.4" in board.page.locator("#compare_view").inner_text()
+    assert "kd_max_cut" not in board.page.locator("#compare_view").inner_text()
     tokens = columns.first.locator(".sekd-token")
     assert re.sub(r"\s", "", columns.first.locator(".sekd-tokens").inner_text()).startswith("Haus")
     assert tokens.count() == columns.nth(1).locator(".sekd-token").count()

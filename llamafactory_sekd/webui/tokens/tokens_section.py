@@ -120,7 +120,7 @@ class _Events:
             gr.Warning(_one_line(failure))
             return gr.skip()
 
-        used = ", ".join(f"{key} {value}" for key, value in keys.items() if key.startswith("kd_"))
+        used = ", ".join(f"{key} {value}" for key, value in keys.items() if key in objective)
         return render(comparison, used, words(language))
 
     def unload(self, language: str) -> None:
