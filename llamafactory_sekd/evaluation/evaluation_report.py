@@ -13,7 +13,7 @@ from llamafactory_sekd.evaluation.score_cells import columns_of, row_of, score_e
 from llamafactory_sekd.evaluation.scores import SURFACE_METRICS
 from llamafactory_sekd.evaluation.sentence_examples import Example, most_different
 from llamafactory_sekd.evaluation.significance import SAMPLES, TRIALS
-from llamafactory_sekd.files import write_atomic, write_json
+from llamafactory_sekd.files import write_json
 from llamafactory_sekd.reporting.document import (
     NOTHING,
     Column,
@@ -26,9 +26,7 @@ from llamafactory_sekd.reporting.document import (
     Span,
     Table,
 )
-from llamafactory_sekd.reporting.html import render_html
-from llamafactory_sekd.reporting.latex import render_latex
-from llamafactory_sekd.reporting.markdown import render_markdown
+from llamafactory_sekd.reporting.document_files import write_document
 from llamafactory_sekd.reporting.metric_labels import (
     GUARD_LABELS,
     MARKS,
@@ -50,12 +48,7 @@ def write_report(data: Evaluated, results: dict[str, Any]) -> None:
     folder = data.settings.save_dir
     write_json(folder / "results.json", results)
     document = build_document(data, results)
-    write_atomic(folder / "report.md", render_markdown(document))
-    for plot in (plot for section in document.sections for plot in section.plots):
-        write_atomic(folder / "plots" / f"{plot.name}.png", plot.png)
-        write_atomic(folder / "plots" / f"{plot.name}.svg", plot.svg)
-    write_atomic(folder / "report.tex", render_latex(document))
-    write_atomic(folder / "report.html", render_html(document))
+    write_document(document, folder)
     print_document(document)
     if results["baseline"] is not None:
         print(f"± 95 % interval; in brackets: difference to {results['baseline']}. {MARKS}.")

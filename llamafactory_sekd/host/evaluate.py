@@ -15,6 +15,7 @@ from llamafactory_sekd.children import end_rank_with_launcher, end_with_parent
 from llamafactory_sekd.config import read_config
 from llamafactory_sekd.errors import EvaluationError, SekdError
 from llamafactory_sekd.evaluation.evaluation_settings import Settings, System, parse_settings
+from llamafactory_sekd.evaluation.harness import HarnessSettings, is_of_harness, parse_harness
 from llamafactory_sekd.evaluation.hypotheses import THOUGHT_WORDS
 from llamafactory_sekd.evaluation.translator import Description, Host, ModelSource, Request, Translator
 
@@ -36,7 +37,11 @@ def run_eval(argv: list[str]) -> None:
     logging.getLogger("llamafactory_sekd").setLevel(logging.INFO)
     end_rank_with_launcher()
     try:
-        settings = parse_settings(read_config(Path(argv[0]), argv[1:], error=EvaluationError), argv[0])
+        config = read_config(Path(argv[0]), argv[1:], error=EvaluationError)
+        if is_of_harness(config):
+            evaluate_on_tasks(parse_harness(config, argv[0]))
+            return
+        settings = parse_settings(config, argv[0])
         if wants_torchrun(settings):
             from llamafactory_sekd.evaluation.evaluation_run import prepare
 
@@ -47,6 +52,14 @@ def run_eval(argv: list[str]) -> None:
     except SekdError as error:
         print(f"llamafactory-cli eval: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def evaluate_on_tasks(asked: HarnessSettings) -> dict[str, Any]:
+    """Run an evaluation by EleutherAI's harness in this process and return the contents of ``results.json``."""
+    from llamafactory_sekd.host.harness_run import run_harness
+
+    settings = asked.settings
+    return run_harness(asked, build_host(settings), lambda system: load_model_for_generation(settings, system))
 
 
 def evaluate_settings(settings: Settings) -> dict[str, Any] | None:

@@ -114,7 +114,10 @@ def evaluation_schema() -> Schema:
         "enable_thinking": {"type": "boolean", "description": "Of templates with thoughts."},
     }
     properties: Schema = {
-        "task": {**_TEXT, "description": "wmt22, wmt21_valid, a test set of sacrebleu, or a folder of your own."},
+        "task": {
+            **_TEXT,
+            "description": "wmt22, wmt21_valid, a test set of sacrebleu, a folder of your own, or lm_eval:TASK,TASK.",
+        },
         "task_dir": {**_TEXT, "description": "Folder of the test sets."},
         "directions": {**_TEXTS, "description": "Such as [en-de, de-en]."},
         "systems": {
@@ -149,10 +152,16 @@ def evaluation_schema() -> Schema:
         "batch_tokens": {**_COUNT, "description": "Tokens of prompt and output decoded at a time, over all beams."},
         "batch_size": {**_COUNT, "description": "A limit in sentences in addition to `batch_tokens`."},
         "seed": {"type": "integer", "minimum": 0},
+        "num_fewshot": {
+            "type": "integer",
+            "minimum": 0,
+            "description": "Of `lm_eval:…`: examples shown first.",
+        },
+        "apply_chat_template": {"type": "boolean", "description": "Of `lm_eval:…`: ask by the tokenizer's template."},
         "save_dir": {**_TEXT, "description": "Where everything goes."},
     }
     complete = {name: {**_or_null(entry), **_default(defaults.get(name))} for name, entry in properties.items()}
-    return _closed("An evaluation", complete, required=["task", "directions", "systems", "save_dir"])
+    return _closed("An evaluation", complete, required=["task", "systems", "save_dir"])
 
 
 def study_schema(training_keys: list[str]) -> Schema:

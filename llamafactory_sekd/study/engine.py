@@ -144,8 +144,8 @@ def report(study: Study, console: Console | None = None) -> list[Path]:
 
     The main table is printed to ``console`` where there is one.
     """
+    from llamafactory_sekd.reporting.document_files import write_document
     from llamafactory_sekd.reporting.terminal import print_document
-    from llamafactory_sekd.study.report import write_document
     from llamafactory_sekd.study.report.cells import read_study
     from llamafactory_sekd.study.report.study_report import build_document
 
