@@ -10,12 +10,10 @@ within one turn. With ``--teacher``, a folder with a pretrained model, also what
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +23,9 @@ from unittest.mock import patch
 from rich.console import Console
 from rich.table import Table
 from support.contender import Contender
-from support.training import save_material, step_parser, surroundings, take_turns, training_config
+from support.training import run_benchmark, save_material, step_parser, surroundings, take_turns, training_config
 
 from llamafactory_sekd.cli import apply_plugin
-from llamafactory_sekd.files import write_atomic
 
 
 # Models whose teacher a reader may want to keep: width and vocabulary.
@@ -47,11 +44,7 @@ TOP = (8, 16, 32, 64, 128, 256, 512)
 def main() -> None:
     arguments = parse_arguments()
     apply_plugin()
-    with tempfile.TemporaryDirectory() as name, patch.dict(os.environ, {"DISABLE_VERSION_CHECK": "1"}):
-        result = measure(Path(name), arguments)
-
-    report(result)
-    write_atomic(arguments.out, json.dumps(result, indent=2).encode())
+    run_benchmark(measure, report, arguments)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -256,6 +249,7 @@ def report(result: dict[str, Any]) -> None:
     sizes = ", ".join(f"{name} {size / 1e6:.1f}M" for name, size in result["parameters"].items())
     console.print(f"{sizes} parameters; {result['sentences per step']} sentences a step", highlight=False)
     table = Table("", "hidden", "topk, k = 64", "online teacher", "Goal")
+    table.columns[0].no_wrap = True  # in 80 columns, too, a row is found by its name
     ratios = [f"{ratio(result, name):.2f}" if name in result["seconds"] else "" for name in (*GOALS, "online")]
     table.add_row("step / SFT step, median", *ratios, "1.25, 1.10")
     table.add_row("build / the teacher's passes", *(f"{building(result, kind):.3f}" for kind in GOALS), "", "1.10")

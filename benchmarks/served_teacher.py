@@ -10,11 +10,9 @@ of each are left out: an answer has been waiting while the other run had its tur
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
-import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,9 @@ from cache import bytes_table, timed
 from rich.console import Console
 from rich.table import Table
 from support.contender import Contender
-from support.training import save_material, step_parser, surroundings, training_config
+from support.training import run_benchmark, save_material, step_parser, surroundings, training_config
 
 from llamafactory_sekd.cli import apply_plugin
-from llamafactory_sekd.files import write_atomic
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -37,11 +34,7 @@ from helpers.servers import serving
 def main() -> None:
     arguments = parse_arguments()
     apply_plugin()
-    with tempfile.TemporaryDirectory() as name, patch.dict(os.environ, {"DISABLE_VERSION_CHECK": "1"}):
-        result = measure(Path(name), arguments)
-
-    report(result)
-    write_atomic(arguments.out, json.dumps(result, indent=2).encode())
+    run_benchmark(measure, report, arguments)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -10,19 +10,15 @@ steps of ratios within one turn. float32, gradient checkpointing and every other
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from support.contender import Contender
-from support.training import save_material, step_parser, surroundings, take_turns, training_config
-
-from llamafactory_sekd.files import write_atomic
+from support.training import run_benchmark, save_material, step_parser, surroundings, take_turns, training_config
 
 
 TIME_GOAL, MEMORY_GOAL = 1.05, 1.2
@@ -31,11 +27,7 @@ OBJECTIVES = ("self_evolution", "forward_kl")
 
 def main() -> None:
     arguments = parse_arguments()
-    with tempfile.TemporaryDirectory() as name:
-        result = measure(Path(name), arguments)
-
-    report(result)
-    write_atomic(arguments.out, json.dumps(result, indent=2).encode())
+    run_benchmark(measure, report, arguments)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from llamafactory_sekd.data.languages import Direction
+from llamafactory_sekd.files import write_atomic
 from support.contender import Contender
 from support.material import DATASET, Shape, save_llama, save_records, sentence_pairs, train_tokenizer
 
@@ -87,6 +91,19 @@ def take_turns(contenders: Sequence[Contender], turns: int) -> dict[str, list[An
         for contender in [*contenders[first:], *contenders[:first]]:
             seconds[contender.name].append(contender.step())
     return seconds
+
+
+def run_benchmark(
+    measure: Callable[[Path, argparse.Namespace], dict[str, Any]],
+    report: Callable[[dict[str, Any]], None],
+    arguments: argparse.Namespace,
+) -> None:
+    """Measure in a folder that is removed afterwards, show what was found, and write it to ``--out``."""
+    with tempfile.TemporaryDirectory() as name, patch.dict(os.environ, {"DISABLE_VERSION_CHECK": "1"}):
+        result = measure(Path(name), arguments)
+
+    report(result)
+    write_atomic(arguments.out, json.dumps(result, indent=2))
 
 
 def surroundings() -> dict[str, Any]:
