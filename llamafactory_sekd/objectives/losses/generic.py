@@ -145,8 +145,9 @@ def _side(tokens: _Tokens, side: Side) -> _Result:
         loss = value if share >= 1.0 or not mixes_losses else value + (1.0 - share) * loss
         if pull is not None:
             gradient = _to_logits(pair, pull)
-            if factor * weight * temperature != 1.0:
-                gradient.mul_(factor * weight * temperature)
+            scale = factor * weight * temperature * pair.skew
+            if scale != 1.0:
+                gradient.mul_(scale)
     if mixes_losses and share < 1.0 and block.wants_gradient:
         plain_q = tokens.of(block.plain_q)
         if gradient is None:
@@ -178,7 +179,8 @@ def _sum_of_divergences(pair: Pair, side: Side, wants_gradient: bool) -> tuple[t
 
 
 def _to_logits(pair: Pair, pull: torch.Tensor) -> torch.Tensor:
-    """`q (u - Σ q u)` from `s ∂D/∂s`; the pull is used up."""
+    """`q (u - Σ q u) / α` from `s ∂D/∂s`; the pull is used up."""
     if pair.skew < 1.0:
-        pull = pull * (pair.skew * pair.q / pair.clamped_s)
-    return pull - pair.q * row_sums(pull).unsqueeze(-1)
+        pull = (pair.q / pair.clamped_s).mul_(pull)
+    # In place and at once: two passes with a new tensor take six times as long.
+    return pull.addcmul_(pair.q, row_sums(pull).unsqueeze(-1), value=-1.0)
