@@ -4,7 +4,7 @@ import ast
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import wraps
@@ -126,6 +126,7 @@ def check_together(host_parse: Callable[..., tuple[Any, ...]]) -> Callable[..., 
             parsed = host_parse(args)
         run = HostArguments(*parsed)
         if run.finetuning.use_sekd:
+            _refuse_mistyped(_unknown_names(args), ours=True)
             check_in_effect()
             _try_own_divergences(run.finetuning)
             if run.finetuning.kd_on_policy:
@@ -163,13 +164,28 @@ def _unknown_keys_explained(args: Any) -> Iterator[None]:
             raise
         names = [str(word).lstrip("-").split("=")[0] for word in ast.literal_eval(found[1])]
         ours = (isinstance(args, Mapping) and args.get("stage") == STAGE) or versions.sekd_requested(sys.argv[1:])
-        for name in names:
-            meant = suggestion(name.lower(), KEYS)
-            if ours and "did you mean" not in meant and not name.lower().startswith(("kd_", "teacher_")):
-                meant = suggestion(name.lower(), _keys_of_the_host())
-            if "did you mean" in meant or name.startswith(("kd_", "teacher_")):
-                raise ArgumentError(f"`{name}` is not a key of `stage: {STAGE}`{meant or '.'}") from None
+        _refuse_mistyped(names, ours)
         raise
+
+
+def _refuse_mistyped(names: Iterable[str], ours: bool) -> None:
+    """Refuse the first of the unknown names that looks like a key of ours, or of the host in a run of our stage."""
+    for name in names:
+        meant = suggestion(name.lower(), KEYS)
+        if ours and "did you mean" not in meant and not name.lower().startswith(("kd_", "teacher_")):
+            meant = suggestion(name.lower(), _keys_of_the_host())
+        if "did you mean" in meant or name.lower().startswith(("kd_", "teacher_")):
+            raise ArgumentError(f"`{name}` is not a key of `stage: {STAGE}`{meant or '.'}") from None
+
+
+def _unknown_names(args: Any) -> list[str]:
+    """Return the keys that no class of arguments has, which the host drops silently with `ALLOW_EXTRA_ARGS=1`."""
+    from llamafactory.hparams.parser import read_args
+
+    given = read_args(args)
+    flags = given if isinstance(given, Mapping) else [word for word in given if word.startswith("--")]
+    known = set(_keys_of_the_host())
+    return [name for name in (str(flag).lstrip("-").split("=")[0] for flag in flags) if name not in known]
 
 
 def _keys_of_the_host() -> list[str]:

@@ -128,6 +128,17 @@ def test_a_mistyped_key_or_stage_is_answered_with_the_one_that_was_meant(tmp_pat
     assert str(caught.value) == meant
 
 
+def test_a_mistyped_key_is_refused_where_the_host_drops_unknown_ones(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALLOW_EXTRA_ARGS", "1")
+    config = base_config(tmp_path, output_dir=str(tmp_path / "out"), use_cpu=True)
+    for wrong, meant in (("kd_lamda", "kd_lambda"), ("learnin_rate", "learning_rate")):
+        with pytest.raises(ArgumentError, match=f"did you mean '{meant}'"):
+            get_train_args({**config, wrong: 0.5})
+    get_train_args({**config, "a_tracker_of_my_own": 1})  # what the variable is for
+    with pytest.raises(ArgumentError, match="did you mean 'kd_gamma'"):
+        get_train_args([word for key in config for word in (f"--{key}", str(config[key]))] + ["--kd_gama", "1"])
+
+
 def test_a_mistyped_flag_of_ours_is_answered_as_well_and_others_stay_the_hosts(tmp_path):
     flags = ["--model_name_or_path", "x", "--stage", "sekd", "--teacher_model", "y", "--output_dir", str(tmp_path)]
     with pytest.raises(ArgumentError, match="did you mean 'kd_gamma'"):
