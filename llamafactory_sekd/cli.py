@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from importlib import import_module
 from typing import Annotated, NamedTuple
@@ -20,6 +21,8 @@ class Command(NamedTuple):
     group: str
 
 
+# A full disk, a quota, the largest file that is allowed: of a library's files as well, which know no error of ours.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PREPARE, RUN = "Before a run", "Runs"
 # The modules are imported only when their command is asked for.
 COMMANDS = {
@@ -54,6 +57,15 @@ def main() -> None:
         import_module(module).app(args=sys.argv[2:], prog_name=f"sekd {name}")
     except SekdError as error:
         print(f"sekd {name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        print(
+            f"sekd {name}: error: no room to write ({error.strerror or error}): free some, or set HF_HOME and the "
+            "output to another disk, and start the same command again.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except ModuleNotFoundError as error:
         _exit_without_host(f"sekd {name}", error)

@@ -142,3 +142,15 @@ def test_two_ranks_build_fill_and_read_what_one_rank_does(tiny_root, tmp_path, w
     assert_same_content(tmp_path / "filled", whole)
     single = base_config(tiny_root, output_dir=str(tmp_path / "single"))
     assert losses(from_cache(single, tmp_path / "filled")) == pytest.approx(losses(single), rel=1e-6)
+
+
+def test_a_disk_that_a_librarys_own_files_fill_is_one_line_and_the_same_command_works_afterwards(tiny_root, tmp_path):
+    config = write_yaml(tmp_path / "x.yaml", base_config(tiny_root, output_dir=str(tmp_path / "out")))
+    build_it = [SEKD, "cache", str(config), "--out", str(tmp_path / "cache")]
+    env = {"HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    full = command(["bash", "-c", 'ulimit -f 16; exec "$@"', "bash", *build_it], env=env, cwd=tmp_path)
+    assert full.returncode == 2, full.stderr[-500:]
+    assert "sekd cache: error: no room to write (" in full.stderr
+    assert "Traceback" not in full.stderr
+    again = command(build_it, env=env, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr[-500:]
