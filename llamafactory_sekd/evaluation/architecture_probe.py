@@ -79,7 +79,7 @@ def longest_sequence(model: Any) -> int | None:
 def explaining_positions(
     groups: Iterator[_Group], model: Any, prompts: Sequence[list[int]], new_tokens: int
 ) -> Iterator[_Group]:
-    """Pass ``groups`` on; what a model raises beyond the last of its positions is said in one line.
+    """Pass ``groups`` on; what a model raises beyond the last of its positions becomes one line.
 
     Raises:
         EvaluationError: the model has failed, and prompts and translations may be longer than it can read.
