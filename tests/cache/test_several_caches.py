@@ -44,7 +44,7 @@ def root(tmp_path_factory):
 
 def config_of(root, tmp_path, **overrides):
     """A student that does not move, so that a micro-batch's loss does not depend on those before it."""
-    settings = {"dataset": "first,second", "learning_rate": 0.0, **overrides}
+    settings = {"dataset": "first,second", "learning_rate": 1e-30, **overrides}
     return base_config(root, output_dir=str(tmp_path / "out"), **settings)
 
 

@@ -229,11 +229,11 @@ def test_what_is_done_again_says_why():
 
 
 def test_another_version_of_a_package_is_another_training(monkeypatch):
-    from llamafactory_sekd.study import ingredients
+    from llamafactory_sekd import fingerprints
 
     run()
     starts()
-    monkeypatch.setattr(ingredients.metadata, "version", lambda name: "99")
+    monkeypatch.setattr(fingerprints.metadata, "version", lambda name: "99")
     _, said = run()
     assert "training.versions." in said
     assert names("train") == CELLS
