@@ -165,9 +165,9 @@ def _prepare(study: Study, devices: Sequence[str], console: Console, stop: threa
         prepare(study.spec, environment, view.preparing, stop)
         make_texts(study.spec, study.texts, study.evaluation, environment, view.preparing, stop)
         inputs = find_inputs(study)
-        distilled = [job for job in inputs.jobs if job.cell is not None and job.cell.is_distillation]
+        cached = [job for job in inputs.jobs if job.cell is not None and job.cell.reads_cache]
         # A cache takes the teacher's time and much disk: not for a study that only has to be evaluated again.
-        if any(changed(job) is not None or not is_trained(job) for job in distilled):
+        if any(changed(job) is not None or not is_trained(job) for job in cached):
             cache_teacher(study.spec, study.cells, devices, environment, view.preparing, stop)
     return inputs
 

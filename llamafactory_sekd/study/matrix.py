@@ -59,6 +59,11 @@ class Cell:
         """Tell whether the run is one of the distillation stage."""
         return self.config.get("stage") == STAGE
 
+    @property
+    def reads_cache(self) -> bool:
+        """Tell whether the study's cache answers for the teacher."""
+        return self.config != self.source
+
 
 def expand(spec: Spec) -> list[Cell]:
     """Return all cells, system by system, then along the matrix, then along the seeds.
@@ -128,7 +133,8 @@ def _cell(spec: Spec, system: str, axes: dict[str, Any], config: dict[str, Any],
 
 
 def _with_cache(config: dict[str, Any], spec: Spec) -> dict[str, Any]:
-    if spec.teacher_cache is None or not _is_ours(config):
+    # A student's own samples are new text, for which no cache has an answer.
+    if spec.teacher_cache is None or not _is_ours(config) or config.get("kd_on_policy"):
         return config
     kept = {key: value for key, value in config.items() if key not in _LOADED_TEACHER}
     folder, teachers = spec.teacher_cache.folder, config.get("teacher_model")

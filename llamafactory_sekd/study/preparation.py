@@ -76,7 +76,7 @@ def cache_teacher(
     announce: Announce,
     stop: threading.Event,
 ) -> None:
-    """Let ``sekd cache`` compute the teacher for all cells that distill, unless it did so for the same ones before."""
+    """Let ``sekd cache`` compute the teacher for all cells that read its cache, unless it has done so before."""
     record = _read(spec)
     digests = Digests(spec.output_dir / ".digests.json")
     made_of = {}
@@ -120,13 +120,13 @@ def cache_commands(spec: Spec, cells: list[Cell], devices: Sequence[str]) -> dic
     """
     if spec.teacher_cache is None:
         return {}
-    distilled = [cell for cell in cells if cell.is_distillation]
-    teachers = {str([cell.source.get(key) for key in _TEACHER]): cell for cell in distilled}
+    cached = [cell for cell in cells if cell.reads_cache]
+    teachers = {str([cell.source.get(key) for key in _TEACHER]): cell for cell in cached}
     if len(teachers) > 1:
         names = ", ".join(str(cell.source.get("teacher_model")) for cell in teachers.values())
         raise StudyError(f"`teacher_cache` holds one teacher, and the cells have several: {names}. Remove the key.")
     firsts: dict[str, Cell] = {}
-    for cell in distilled:
+    for cell in cached:
         firsts.setdefault(str([cell.source.get(key) for key in _EXAMPLES]), cell)
     options = [word for key, value in spec.teacher_cache.options.items() for word in (_option(key), str(value))]
     commands = {}

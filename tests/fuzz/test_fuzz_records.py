@@ -44,6 +44,10 @@ def test_any_text_trains_or_is_named(tiny_root, tmp_path_factory, records, batch
         with pytest.raises(DataError, match="fuzz"):
             train(config)
         return
+    if not any(record["output"].strip() for record in records):
+        with pytest.raises(DataError, match=rf"None of the {len(records)} examples has text in its response"):
+            train(config)
+        return
 
     train(config)
     assert all(loss == loss for loss in logged(directory / "out", "loss"))
