@@ -13,6 +13,7 @@ from llamafactory_sekd.ranks import on_any_rank
 from llamafactory_sekd.teacher.mixture import MixedLogits
 from llamafactory_sekd.teacher.model import Teacher
 from llamafactory_sekd.teacher.source import Answers
+from llamafactory_sekd.teacher.wrapped_collator import WrappedCollator
 
 
 TEACHER_NUMBER = "teacher_number"  # int64 [batch], in a batch: the number of each example's data set
@@ -107,17 +108,8 @@ class SeveralTeachers:
         return found
 
 
-class NumberCollator:
+class NumberCollator(WrappedCollator):
     """Wraps a collator: the numbers of the examples' data sets travel next to what the host puts together."""
-
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], Any]) -> None:
-        self.collate = collate
-
-    def __getattr__(self, name: str) -> Any:
-        # The host asks its collator for the template and the like.
-        if name.startswith("__") or name == "collate":
-            raise AttributeError(name)
-        return getattr(self.collate, name)
 
     def __call__(self, features: list[dict[str, Any]]) -> Any:
         """Collate as the host does and add the numbers."""

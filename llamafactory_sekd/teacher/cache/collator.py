@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from llamafactory_sekd.teacher.cache.formats import as_bits
 from llamafactory_sekd.teacher.cache.record_store import Key, Record
 from llamafactory_sekd.teacher.cache.segments import Segment, is_teacher_forced, segments
 from llamafactory_sekd.teacher.cache.several import OpenCache
+from llamafactory_sekd.teacher.wrapped_collator import Collate, WrappedCollator
 
 
 PREFIX = "teacher_"
@@ -24,7 +25,7 @@ def field_key(cache: int, name: str) -> str:
     return f"{PREFIX}{cache}_{name}"
 
 
-class CacheCollator:
+class CacheCollator(WrappedCollator):
     """Wraps a collator: it adds what the caches hold for the batch, in the workers of the data loader.
 
     A batch gains ``teacher_segments`` ``[batch, segments, 3 + caches]`` int64 (key, response tokens, whether each
@@ -36,15 +37,9 @@ class CacheCollator:
         caches: those of the run.
     """
 
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], Any], caches: Sequence[OpenCache]) -> None:
-        self.collate = collate
+    def __init__(self, collate: Collate, caches: Sequence[OpenCache]) -> None:
+        super().__init__(collate)
         self.caches = caches
-
-    def __getattr__(self, name: str) -> Any:
-        # The host asks its collator for the template and the like.
-        if name.startswith("__") or name == "collate":
-            raise AttributeError(name)
-        return getattr(self.collate, name)
 
     def __call__(self, features: list[dict[str, Any]]) -> Any:
         """Collate as the host does and add the records."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from llamafactory_sekd.teacher.cache.record_store import Record
 from llamafactory_sekd.teacher.cache.segments import Segment, is_teacher_forced, segments
 from llamafactory_sekd.teacher.served.protocol import ServerInfo
 from llamafactory_sekd.teacher.source import Answers, product
+from llamafactory_sekd.teacher.wrapped_collator import Collate, WrappedCollator
 
 
 TICKET = "teacher_ticket"
@@ -191,7 +192,7 @@ class ServedTeacher:
         return found
 
 
-class TicketCollator:
+class TicketCollator(WrappedCollator):
     """Wraps a collator: it asks the server about the batch as soon as the batch is put together.
 
     Args:
@@ -199,15 +200,9 @@ class TicketCollator:
         teacher: the teacher.
     """
 
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], Any], teacher: ServedTeacher) -> None:
-        self.collate = collate
+    def __init__(self, collate: Collate, teacher: ServedTeacher) -> None:
+        super().__init__(collate)
         self.teacher = teacher
-
-    def __getattr__(self, name: str) -> Any:
-        # The host asks its collator for the template and the like.
-        if name.startswith("__") or name == "collate":
-            raise AttributeError(name)
-        return getattr(self.collate, name)
 
     def __call__(self, features: list[dict[str, Any]]) -> Any:
         """Ask, and collate as the host does."""
