@@ -3,6 +3,8 @@
     python docs/data/recompute.py                        the tables of the page, from the CSV files
     python docs/data/recompute.py --export NAME FOLDER   the CSV files of a study, from its folder (then the tables)
 
+An export replaces the rows of the data that the folder's study ran on, and keeps those of other data.
+
 Each study has two files. `NAME_runs.csv`: one row a run. `NAME_differences.csv`: pairs of systems, difference, 95 %
 interval and p of the paired bootstrap over the test sentences. A block of a page starts with
 `<!-- data: NAME TABLE -->` and ends with `<!-- end -->`.
@@ -16,6 +18,7 @@ import re
 import statistics
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 
 HERE = Path(__file__).parent
@@ -34,7 +37,15 @@ PAIRS = {
     ),
     # The two questions of the study's file; they are asked of chrF2.
     "unreliable": (("Self-Evolution KD", "Forward KD"), ("Forward KD", "SFT")),
+    # The three questions of the study's file.
+    "sources": (
+        ("Sequence-level KD", "Forward KD"),
+        ("Sequence- and word-level KD", "Forward KD"),
+        ("On-policy, JSD", "Forward KD"),
+    ),
 }
+# The data that a study's questions are about, where it has others too, which are only described.
+ASKED_OF = {"unreliable": "exchanged_40"}
 # Described without a test: the control, and the size of the gap that can be distilled.
 DESCRIBED = {
     "demo": (("Teacher", "SFT"), ("Student, before", "SFT")),
@@ -45,6 +56,16 @@ DESCRIBED = {
         ("Verified reference", "Forward KD, λ 1"),
         ("Verified reference", "Self-Evolution KD"),
         ("SFT, best checkpoint", "SFT"),
+        ("Teacher", "SFT"),
+    ),
+    "sources": (
+        ("Forward KD", "SFT"),
+        ("Self-Evolution KD", "Forward KD"),
+        ("Sequence-level KD, monolingual", "Sequence-level KD"),
+        ("Sequence-level KD, monolingual", "Forward KD"),
+        ("On-policy, reverse KL", "Forward KD"),
+        ("On-policy, JSD", "On-policy, reverse KL"),
+        ("Sequence- and word-level KD", "Sequence-level KD"),
         ("Teacher", "SFT"),
     ),
 }
@@ -106,8 +127,8 @@ def export(name: str, folder: Path) -> None:
                     differences.append({**row, **{key: f"{value:.4f}" for key, value in numbers.items()}})
     if not differences:
         raise SystemExit(f"{folder}: no test set to compare systems on; run this where the study ran.")
-    _write(HERE / f"{name}_runs.csv", runs)
-    _write(HERE / f"{name}_differences.csv", differences)
+    _replace(f"{name}_runs", runs)
+    _replace(f"{name}_differences", differences)
 
 
 def _data(group: object) -> str:
@@ -115,11 +136,14 @@ def _data(group: object) -> str:
     return str(value).removesuffix("_{seed}") if value is not None else ""
 
 
-def _write(path: Path, rows: list[dict[str, object]]) -> None:
+def _replace(name: str, rows: list[dict[str, Any]]) -> None:
+    path = HERE / f"{name}.csv"
+    measured = {row["data"] for row in rows}
+    kept = [row for row in _read(name) if row["data"] not in measured] if path.exists() else []
     with open(path, "w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(sorted([*rows, *kept], key=lambda row: row["data"] != ""))  # models, then the data
 
 
 def _read(name: str) -> list[dict[str, str]]:
@@ -187,7 +211,8 @@ def tests(name: str) -> str:
 
 
 def _is_tested(name: str, row: dict[str, str]) -> bool:
-    return (row["system"], row["against"]) in PAIRS[name]
+    asked_of = ASKED_OF.get(name, row["data"])
+    return row["data"] == asked_of and (row["system"], row["against"]) in PAIRS[name]
 
 
 def _key(row: dict[str, str]) -> tuple[str, ...]:

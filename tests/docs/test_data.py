@@ -32,3 +32,15 @@ def test_another_figure_is_another_table(recompute, tmp_path, monkeypatch):
     monkeypatch.setattr(recompute, "HERE", tmp_path)
     page = recompute.PAGES[0].read_text(encoding="utf-8")
     assert recompute.recomputed(page) != page
+
+
+def test_an_export_replaces_the_rows_of_its_data_and_keeps_the_others(recompute, tmp_path, monkeypatch):
+    monkeypatch.setattr(recompute, "HERE", tmp_path)
+    recompute._replace("some", [{"system": "T", "data": ""}, {"system": "A", "data": "noisy"}])
+    recompute._replace("some", [{"system": "B", "data": "clean"}, {"system": "U", "data": ""}])
+    recompute._replace("some", [{"system": "C", "data": "clean"}])
+    assert [(row["system"], row["data"]) for row in recompute._read("some")] == [
+        ("U", ""),
+        ("C", "clean"),
+        ("A", "noisy"),
+    ]
