@@ -35,6 +35,7 @@ def can_share_cache(model: Any) -> bool:
     transformers are left to ``generate``.
     """
     config = model.config
+    # Whatever is not known to be plain is left out: a wrong mask would show as worse translations, not as an error.
     if type(inner_model(model)).__module__.startswith("transformers_modules"):
         return False
     if config.is_encoder_decoder or getattr(model, "_is_stateful", False) or config.get_text_config() is not config:
@@ -86,6 +87,7 @@ def greedy_search(
         longest = max(len(prompts[index]) for index in [*batch.places, *order[waiting : waiting + 1]])
         size = batch_size(longest, new_tokens=max_new_tokens, beams=1, limits=limits)
         free = size - len(batch.places)
+        # New sentences first: a step costs nearly the same for a full batch as for one that is half empty.
         if waiting < len(order) and free > 0:
             batch.admit(order[waiting : waiting + free])
             waiting += free
@@ -125,6 +127,7 @@ class _Batch:
         self._max_new_tokens = max_new_tokens
         self._prefix = prompts[0][:shared]
         self._prefix_cache = DynamicCache(config=model.config)
+        # Once for all sentences: an instruction in front of a short sentence is most of its prompt.
         if shared:
             prefix = torch.tensor([self._prefix], device=model.device)
             self._forward.logits(prefix, torch.ones_like(prefix, dtype=torch.bool), self._prefix_cache)
@@ -157,6 +160,7 @@ class _Batch:
         enough = max(1, int(len(self.places) * _ENDED_SHARE))
         ended = torch.zeros(len(self.places), dtype=torch.bool, device=self._last.device)
         new: list[torch.Tensor] = []
+        # No further than to the first sentence that reaches its limit, so the limit needs no look at the tokens.
         for step in range(self._max_new_tokens - max(map(len, self.made))):
             self._mask = pad(self._mask, (0, 1), value=True)
             logits = self._forward.logits(self._last[:, None], self._mask, self._cache)
@@ -199,6 +203,7 @@ class _Batch:
         if not self.places:
             self._last, self._mask, self._cache = last, mask, cache
             return
+        # On the left, so that the newest column is the same for all rows and a step appends one column to each.
         width = max(self._mask.shape[1], mask.shape[1])
         before, after = width - self._mask.shape[1], width - mask.shape[1]
         self._last = torch.cat([self._last, last])
@@ -239,6 +244,7 @@ class _Forward:
 
         ``mask`` (bool ``[rows, cached + new]``) says which columns hold a token of the row.
         """
+        # Counted over the columns that belong to the row: padding in the middle must not move the positions.
         positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         output = self._model(
             input_ids=tokens,
@@ -279,6 +285,7 @@ def _common_prefix(prompts: Sequence[list[int]]) -> int:
 
     One of each is left over, for there must be something to decode.
     """
+    # What the first and the last in alphabetical order share, all between them share.
     first, last = min(prompts), max(prompts)
     limit = min(map(len, prompts)) - 1
     return next((place for place in range(limit) if first[place] != last[place]), limit)

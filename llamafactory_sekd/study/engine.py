@@ -46,6 +46,7 @@ class Study:
     @property
     def texts(self) -> list[TeacherText]:
         """Return the data sets that the teacher has to make."""
+        # Several systems train on the same text; it is made once.
         return list({cell.text.name: cell.text for cell in self.cells if cell.text is not None}.values())
 
 
@@ -72,6 +73,7 @@ def find_inputs(study: Study) -> Inputs:
         test = with_test_sets(study.evaluation) if study.evaluation else None
         validation = with_test_sets(study.validation) if study.validation is not None else None
     except SekdError as error:
+        # A missing file is what an unfinished preparation looks like, so the message names what was not run.
         left = remaining(study.spec)
         hint = f" `prepare` was not run yet: {'; '.join(left)}" if left else ""
         raise StudyError(f"{error}{hint}") from None
@@ -83,6 +85,7 @@ def find_inputs(study: Study) -> Inputs:
 def _check_apart(test: Evaluation, validation: Evaluation) -> None:
     tested = {test_set.fingerprint for test_set in test.test_sets.values()}
     for direction, validated in validation.test_sets.items():
+        # By content: a copy under another name would leak just the same.
         if validated.fingerprint in tested:
             raise StudyError(
                 f"`select.evaluation` holds the study's own test set of {direction}, and a setting must not be chosen "
@@ -118,6 +121,7 @@ def run_one(study: Study, chosen: str, *, devices: Sequence[str], console: Conso
 
 def find_job(jobs: Sequence[Job], chosen: str) -> Job:
     """Return the job of an id or a number from 0; :class:`StudyError` where there is none."""
+    # Numbers are for Slurm arrays, whose tasks know nothing else.
     by_name = {job.id: job for job in jobs} | {str(number): job for number, job in enumerate(jobs)}
     if chosen not in by_name:
         raise StudyError(f"`--only {chosen}`: there is no such run; `--list` has them, from 0 to {len(jobs) - 1}.")
@@ -134,6 +138,7 @@ def changes(inputs: Inputs) -> Iterator[str]:
 
 def write_study(study: Study, inputs: Inputs) -> dict[str, Any]:
     """Collect what is there, write results.json and results.csv, and return the results."""
+    # From the files of the jobs alone: whoever ran them, on whatever machine, they are in the results.
     results = collect(study.spec, inputs.jobs, inputs.test)
     write_results(results, study.spec.output_dir)
     return results
@@ -213,6 +218,7 @@ def _run_all(
 ) -> list[str]:
     # A queue and not an order: jobs differ in length, and a device should not wait for the turn of another one.
     free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+    # A worker is a device or a share of one, as environment variables of the children.
     for worker in workers:
         free.put(worker)
     failed: list[str] = []
@@ -254,6 +260,7 @@ def _failure(future: Future[float]) -> str | None:
         return None
     if isinstance(error, ChildError):
         return _words(error)
+    # A full disk or a lost mount takes down one job like a failed child; the study goes on with the others.
     if isinstance(error, (SekdError, OSError)):
         return str(error)
     if isinstance(error, Stopped):
@@ -268,5 +275,6 @@ def _words(error: ChildError) -> str:
 def _reason(log: Path) -> str:
     """Return the log's last line that names an error, or its last one; launchers write more lines after it."""
     lines = [" ".join(line.split()) for line in tail(log, 100).splitlines() if line.strip()]
+    # Not the traceback's last frame and not torchrun's summary: the line with the exception says what to do.
     errors = [line for line in lines if re.search(r"(Error|Exception|error):", line)]
     return (errors or lines)[-1][-300:]
