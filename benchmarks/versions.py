@@ -1,7 +1,8 @@
-"""The paper's objectives in this checkout and in another one, in turns within one process.
+"""Objectives in this checkout and in another one, in turns within one process.
 
     git worktree add ../before 5b6260f
     python benchmarks/versions.py ../before [--vocab 32000] [--tokens 1024] [--rounds 5] [--threads 1]
+    python benchmarks/versions.py ../before --presets adaptive_kl entropy_gate
 
 Each figure is the median over the rounds of processor time here / there, forward and backward pass through both heads.
 """
@@ -26,6 +27,7 @@ HERE = Path(__file__).parents[1]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="the other checkout")
+    parser.add_argument("--presets", nargs="+", help="of both; default: the paper's objectives", metavar="NAME")
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--widths", type=int, nargs=2, default=(512, 1024), help="of student and teacher")
@@ -36,7 +38,7 @@ def main() -> None:
     here, there = (loaded(folder) for folder in (HERE, arguments.other.resolve()))
     heads = build_heads(arguments.tokens, arguments.vocab, tuple(arguments.widths), torch.float32)
     print(f"V = {arguments.vocab:,}, {arguments.tokens:,} tokens, float32: time here / in {arguments.other}")
-    for name in there.OBJECTIVES:
+    for name in arguments.presets or there.OBJECTIVES:
         ratios, losses = [], set()
         for number in range(arguments.rounds + 1):
             (ours, loss), (theirs, other_loss) = (timed(module, heads, name) for module in (here, there))
