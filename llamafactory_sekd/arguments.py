@@ -270,10 +270,12 @@ class DistillationArguments:
             move: from where a number starts and ends to where it is; without it they are as at the start, and so are
                 the keys that follow the training.
         """
-        formula = None if isinstance(self.kd_loss, str) else self.formula().at(move)
-        gate = None if formula is None else formula.gate
+        formula = self.formula()
+        # A preset goes by its name, but for one with a number of its own that moves; β moves as a key.
+        by_name = isinstance(self.kd_loss, str) and (not formula.moves or self.kd_beta_end is not None)
+        gate = formula.gate
         return {
-            "kd_loss": formula or self.kd_loss,
+            "kd_loss": self.kd_loss if by_name else formula.at(move),
             "kd_lambda": self.kd_lambda,
             "kd_beta": self.kd_beta if self.kd_beta_end is None else move(self.kd_beta, self.kd_beta_end),
             "kd_gamma": FIRST_MEANS[gate.signal if gate else "difficulty"] if self.follows_mean else self.kd_gamma,

@@ -59,10 +59,11 @@ DIVERGENCES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
 }
 PARAMETERS: dict[str, float] = {"mix": 0.5, "alpha": 0.2, "beta": 0.7, "head": 0.5}
+MOST_COOLING = 3.0  # a factor of 20 either way
 TEMPERATURES = (0.01, 1000.0)  # beyond them the distributions are one-hot or uniform, and nothing can be learned
 _FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
-_SIDE_KEYS = ("divergence", "skew", "weight", "lambda", "temperature", *PARAMETERS)
-_GATE_KEYS = ("signal", "above", "below", "share", "width")
+_SIDE_KEYS = ("divergence", "skew", "weight", "lambda", "temperature", "interpolation", *PARAMETERS)
+_GATE_KEYS = ("signal", "above", "below", "share", "width", "cooling")
 _FORMULA_KEYS = ("target", "gate", "easy", "hard")
 
 
@@ -87,6 +88,8 @@ class Gate:
         threshold: what the signal is held against; `MEAN` for its running mean, None with a share.
         share: of the tokens of a micro-batch that are hard, those with the largest signal; None with a threshold.
         width: 0 for a cut; else a token is hard to the degree sigmoid((signal - threshold) / width).
+        cooling: c; the temperature of a token is exp(-c tanh log(signal / threshold)) times that of its side, so that
+            hard tokens are cooler; with a sign of -1, exp(c …). 0 for the side's own.
     """
 
     signal: str
@@ -94,6 +97,7 @@ class Gate:
     threshold: Number | str | None
     share: Number | None
     width: Number
+    cooling: Number
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,7 @@ class Side:
         skew: α, the student's share of the proxy.
         weight: w.
         temperature: T.
+        interpolation: τ; the teacher's logits in the target are τ w + (1-τ) z.
     """
 
     divergences: tuple[tuple[str, Number], ...]
@@ -115,6 +120,7 @@ class Side:
     skew: Number
     weight: Number
     temperature: Number
+    interpolation: Number
 
     def parameter(self, name: str) -> Any:
         """Return a parameter of a divergence."""
@@ -142,6 +148,11 @@ class Formula:
         """The sides that there are."""
         return (self.easy,) if self.hard is None else (self.easy, self.hard)
 
+    def is_measured(self, side: Side) -> bool:
+        """Whether a side has the distributions of the easy side's temperature, of which the statistics are."""
+        cooling = 0.0 if self.gate is None else self.gate.cooling
+        return bool(cooling == 0.0 and side.interpolation == 1.0 and side.temperature == self.easy.temperature)
+
     def at(self, move: Callable[[float, float], float]) -> Formula:
         """Return the formula of one step; `move` goes from where a number starts and ends to where it is."""
         return _map_numbers(self, lambda number: move(number.start, number.end))
@@ -167,7 +178,8 @@ class Formula:
                 gate["above" if self.gate.sign > 0 else "below"] = _written(self.gate.threshold)
             else:
                 gate["share"] = _written(self.gate.share)
-            written["gate"] = {**gate, **({"width": _written(self.gate.width)} if self.gate.width != 0.0 else {})}
+            further = (("width", self.gate.width), ("cooling", self.gate.cooling))
+            written["gate"] = gate | {key: _written(number) for key, number in further if number != 0.0}
         for name, side in (("easy", self.easy), ("hard", self.hard)):
             if side is not None:
                 written[name] = _written_side(side)
@@ -195,6 +207,8 @@ def parse(value: Any, *, kd_lambda: float = 0.5, kd_temperature: float = 1.0) ->
     if target not in TARGETS:
         raise unknown("kd_loss.target", target, TARGETS)
     gate = None if mapping.get("gate") is None else _gate(mapping["gate"])
+    if gate is not None and gate.cooling != 0.0 and mapping.get("hard") is None:
+        mapping = {**mapping, "hard": mapping.get("easy")}  # then only the temperatures differ
     if (gate is None) != (mapping.get("hard") is None):
         present, missing = ("gate", "hard") if gate is not None else ("hard", "gate")
         raise ArgumentError(f"`kd_loss.{present}` needs `kd_loss.{missing}`: add it, or remove `{present}`.")
@@ -230,15 +244,20 @@ def _gate(value: Any) -> Gate:
     kind = kinds[0]
     where = f"kd_loss.gate.{kind}"
     width = _number(gate.get("width", 0.0), "kd_loss.gate.width", 0.0, math.inf)
+    cooling = _number(gate.get("cooling", 0.0), "kd_loss.gate.cooling", 0.0, MOST_COOLING)
     if kind == "share":
         if width != 0.0:
             _refuse("kd_loss.gate.width", _written(width), "a share has no threshold to be near; remove it")
+        if cooling != 0.0:
+            _refuse("kd_loss.gate.cooling", _written(cooling), "a share has no threshold to compare with; remove it")
         share = _number(gate[kind], where, 0.0, 1.0)
         if share == 0.0:
             _refuse(where, 0, "use a share above 0 and up to 1")
-        return Gate(signal, 1, None, share, 0.0)
+        return Gate(signal, 1, None, share, 0.0, 0.0)
     threshold = MEAN if gate[kind] == MEAN else _number(gate[kind], where, -math.inf, math.inf, or_else=MEAN)
-    return Gate(signal, 1 if kind == "above" else -1, threshold, None, width)
+    if cooling != 0.0 and threshold != MEAN and min(_ends(threshold)) <= 0.0:
+        _refuse(where, _written(threshold), "`cooling` divides the signal by it; use a number above 0")
+    return Gate(signal, 1 if kind == "above" else -1, threshold, None, width, cooling)
 
 
 def _side(value: Any, where: str, defaults: Mapping[str, float]) -> Side:
@@ -269,6 +288,7 @@ def _side(value: Any, where: str, defaults: Mapping[str, float]) -> Side:
         skew=skew,
         weight=_number(side.get("weight", 1.0), f"{where}.weight", 0.0, math.inf),
         temperature=_number(side.get("temperature", defaults["temperature"]), f"{where}.temperature", *TEMPERATURES),
+        interpolation=_number(side.get("interpolation", 1.0), f"{where}.interpolation", 0.0, 1.0),
     )
 
 
@@ -344,8 +364,9 @@ def _written_side(side: Side) -> dict[str, Any]:
         if number != default:
             written[key] = _written(number)
     written["lambda"] = _written(side.kd_lambda)
-    if side.temperature != 1.0:
-        written["temperature"] = _written(side.temperature)
+    for key, number in (("temperature", side.temperature), ("interpolation", side.interpolation)):
+        if number != 1.0:
+            written[key] = _written(number)
     return written
 
 

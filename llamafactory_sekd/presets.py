@@ -139,6 +139,22 @@ PRESETS: dict[str, Preset] = {
             "hard": {"divergence": {"reverse_kl": 1.0, "kl": 1.0}},
         },
     ),
+    "adaptive_temperature": Preset(
+        "(1-λ)(-log q_y) + λ T² KL(q ‖ p) at T = exp(-0.6 tanh log(h/mean)), h: the Hellinger distance of p and q",
+        _LAMBDA,
+        "AdaKD (arXiv 2510.11615), its temperatures",
+        {
+            "target": "teacher",
+            "gate": {"signal": "hellinger", "above": formula.MEAN, "cooling": 0.6},
+            "easy": {"divergence": "reverse_kl"},
+        },
+    ),
+    "taid": Preset(
+        "(1-λ)(-log q_y) + λ KL(p' ‖ q), p': softmax of τ · teacher's + (1-τ) · student's logits, τ from 0.4 to 1",
+        _LAMBDA,
+        "TAID (arXiv 2501.16937), its linear schedule",
+        {"target": "teacher", "divergence": "kl", "interpolation": {"from": 0.4, "to": 1.0}},
+    ),
     "verified_reference": Preset(
         "KL(y~ ‖ q), with λ = 1 where p_y < 0.01",
         _LAMBDA,
@@ -198,11 +214,11 @@ def _filled_in(value: Any, keys: Mapping[str, Any]) -> Any:
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
+    merged, kinds = dict(below), {"above", "below", "share"}
     for key, value in above.items():
-        if key == "gate" and isinstance(value, Mapping) and {"above", "below", "share"} & value.keys():
+        if key == "gate" and isinstance(value, Mapping) and kinds & value.keys():
             # One kind of threshold takes the place of another.
-            kept = {name: entry for name, entry in dict(below.get(key) or {}).items() if name in ("signal", "width")}
+            kept = {name: entry for name, entry in dict(below.get(key) or {}).items() if name not in kinds}
             merged[key] = {**kept, **value}
         elif isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key != "divergence":
             merged[key] = _merged(merged[key], value)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from llamafactory_sekd.objectives import (
     OBJECTIVES,
+    FusedOutput,
     default_chunk_size,
     distillation_loss,
     fused_linear_distillation,
@@ -96,12 +97,18 @@ def _with_gamma(heads: Heads) -> Heads:
 def objective_keys(heads: Heads, kd_loss: Any) -> dict[str, Any]:
     """The keys of an objective, with the share of hard tokens at which Γ was chosen."""
     topk = heads.hard_share if kd_loss == "self_evolution_topk" else None
-    return {"kd_loss": kd_loss, "kd_lambda": LAMBDA, "kd_beta": BETA, "kd_gamma": heads.gamma, "kd_topk": topk}
+    # In a formula Γ is at most the running mean of a signal, of which that of AdaKD starts at 0.5.
+    gamma = heads.gamma if isinstance(kd_loss, str) and kd_loss in OBJECTIVES else 0.5
+    return {"kd_loss": kd_loss, "kd_lambda": LAMBDA, "kd_beta": BETA, "kd_gamma": gamma, "kd_topk": topk}
 
 
 def fused(heads: Heads, kd_loss: Any, compile: bool = False, chunk_size: int | None = None) -> torch.Tensor:
+    return fused_output(heads, kd_loss, compile, chunk_size).loss
+
+
+def fused_output(heads: Heads, kd_loss: Any, compile: bool = False, chunk_size: int | None = None) -> FusedOutput:
     dtype, device = product_type(heads.head), heads.head.device
-    loss = fused_linear_distillation(
+    output = fused_linear_distillation(
         heads.hidden,
         heads.head,
         heads.teacher_hidden,
@@ -111,9 +118,9 @@ def fused(heads: Heads, kd_loss: Any, compile: bool = False, chunk_size: int | N
         chunk_size=chunk_size or default_chunk_size(len(heads.head), dtype, device=device),
         compile=compile,
         **objective_keys(heads, kd_loss),  # type: ignore[arg-type]
-    ).loss
-    loss.backward()
-    return loss
+    )
+    output.loss.backward()
+    return output
 
 
 def naive_logits(heads: Heads) -> tuple[torch.Tensor, torch.Tensor]:

@@ -85,12 +85,12 @@ def _formula_schema() -> Schema:
     names: Schema = {"anyOf": [{"enum": list(DIVERGENCES)}, {"type": "string", "pattern": ":"}]}
     side = {
         "divergence": {"anyOf": [*names["anyOf"], {"type": "object", "additionalProperties": number}]},
-        **dict.fromkeys(("skew", "weight", "lambda", "temperature", *PARAMETERS), number),
+        **dict.fromkeys(("skew", "weight", "lambda", "temperature", "interpolation", *PARAMETERS), number),
     }
     gate = {
         "signal": {"enum": list(SIGNALS)},
         **dict.fromkeys(("above", "below"), threshold),
-        **dict.fromkeys(("share", "width"), number),
+        **dict.fromkeys(("share", "width", "cooling"), number),
     }
     sides = {key: _object(side) for key in ("easy", "hard")}
     complete = {PRESET_KEY: {"enum": list(PRESETS)}, "target": {"enum": list(TARGETS)}, "gate": _object(gate), **sides}

@@ -7,7 +7,7 @@ from llamafactory_sekd.objectives.fused import FusedOutput, fused_distillation, 
 from llamafactory_sekd.objectives.linear_head import IDENTITY, Head, LogitsSource, LogitTransform, SomeTokens
 from llamafactory_sekd.objectives.loss_module import DistillationLoss
 from llamafactory_sekd.objectives.losses import OBJECTIVES
-from llamafactory_sekd.objectives.losses.elementwise import try_user_function
+from llamafactory_sekd.objectives.losses.users_divergence import try_user_function
 from llamafactory_sekd.objectives.plain import DistillationOutput, distillation_loss
 from llamafactory_sekd.objectives.positions import IGNORE_INDEX, response_positions
 from llamafactory_sekd.objectives.products import product_type

@@ -83,7 +83,7 @@ class BlockProcessor:
             NaN or +inf the loss and its gradient are 0 and `teacher_ce` is NaN.
         """
         blocks = (
-            (z[rows], w[rows], labels[rows], None if hard is None else hard[rows]) for rows in self._split(labels)
+            (z[rows], w[rows], labels[rows], None if hard is None else hard[rows]) for rows in self.split(labels)
         )
         return torch.cat([self.nothing, *(self._block(self, *block) for block in blocks)], dim=1)
 
@@ -93,7 +93,7 @@ class BlockProcessor:
         It is the difficulty, or the signal of the formula's gate.
         """
         scores = [self.nothing[0]]
-        for rows in self._split(labels):
+        for rows in self.split(labels):
             block = self._measure(z[rows], w[rows], labels[rows].unsqueeze(-1))
             score = block.difficulty if block.signal is None else block.signal
             scores.append(score.masked_fill(block.teacher_ce.isnan(), -math.inf))
@@ -104,7 +104,8 @@ class BlockProcessor:
         """For both logits where they have to be converted, p, q, q at T = 1, and the log ratio."""
         return self.nothing.new_empty(BUFFERS, self.rows, self._vocab_size)
 
-    def _split(self, labels: torch.Tensor) -> list[slice]:
+    def split(self, labels: torch.Tensor) -> list[slice]:
+        """Return the blocks of a chunk."""
         return [slice(start, start + self.rows) for start in range(0, len(labels), self.rows)]
 
     def _process(
@@ -144,6 +145,7 @@ class BlockProcessor:
         w = w if w.dtype == w_copy.dtype and not compiling else w_copy.copy_(w)
         temperature, formula = self.settings.kd_temperature, self.settings.formula
 
+        # Everything that is at T = 1 comes first, since at another temperature the logits are divided in place.
         # An entry that is the largest of both models is the only way to reach the sum of the two largest logits; this
         # takes a fraction of the time of an argmax. (Near-ties within the rounding of the sum count as ties.)
         largest_sum = torch.add(z, w, out=plain_q).amax(-1)
@@ -172,7 +174,7 @@ class BlockProcessor:
         signal = untempered = None
         if formula is not None:
             signal = self._signal(z, w, p, q, student_norm, teacher_norm, ce, teacher_ce, agreement)
-            if any(side.temperature != temperature for side in formula.sides):
+            if any(not formula.is_measured(side) for side in formula.sides):
                 untempered = (z.clone(), w.clone())
         if temperature == 1.0:
             plain_q = q

@@ -102,6 +102,7 @@ def fused_linear_distillation(
             work, a missing `kd_topk`, a `kd_hard_scale` for another objective.
     """
     check_tokens(student_hidden, teacher_hidden, labels, ("student_hidden", "teacher_hidden"))
+    # Models pad their vocabularies to different sizes; to cut a head would be to copy it.
     used = _used_vocabulary(student_head, teacher_head, vocab_size)
     return fused_distillation(
         student_hidden,
@@ -162,6 +163,7 @@ def fused_distillation(
         compile=compile,
         transform=student_transform,
     )
+    # One custom Function and not operations that autograd records: these would keep the logits of every chunk.
     loss, values = _FusedDistillation.apply(student_hidden, student_head, student_bias, teacher, labels, plan)
     return FusedOutput(loss=loss, statistics=TokenStatistics.from_rows(values.unbind()))
 
@@ -192,7 +194,8 @@ class _FusedDistillation(torch.autograd.Function):
                 keeps_slope=any(wants),
             )
             chunks = -(-len(labels) // plan.chunk_size)
-            # Formed here, while a chunk's logits exist: in the backward pass they would have to be computed again.
+            # Formed here, while a chunk's logits exist: in the backward pass they would have to be computed again, two
+            # products more in addition to four. The price is that both gradients exist between the passes.
             gradients = HeadGradients(student, student_weight, wants, plan.num_items, chunks)
             values = Sweep(
                 student,
@@ -205,7 +208,9 @@ class _FusedDistillation(torch.autograd.Function):
                 gradients=gradients if any(wants) else None,
                 compile=plan.compile,
             ).run()
+        # Not `save_for_backward`, which takes tensors alone and would refuse that they are changed in place.
         ctx.gradients = gradients
+        # Summed up once over all tokens, so that the loss does not depend on the size of a chunk.
         loss, statistics = values[-1].sum() / plan.num_items, values[:-1]
         # They are what is logged; a loss made of them must not look as if it could be trained on.
         ctx.mark_non_differentiable(statistics)
@@ -233,6 +238,7 @@ def _divisor(num_items: int | torch.Tensor) -> float | torch.Tensor:
 
 
 def _used_vocabulary(student_head: torch.Tensor, teacher_head: torch.Tensor, vocab_size: int | None) -> int:
+    # Which entries mean the same only the caller knows, so different heads without a size are an error.
     if vocab_size is None:
         check_same_vocabulary(
             len(student_head), len(teacher_head), "pass vocab_size, the size of the common vocabulary."

@@ -72,6 +72,7 @@ class Head:
         *,
         keeps_slope: bool = False,
     ) -> None:
+        # Detached: the products write to buffers, which autograd would have to record.
         self.hidden = hidden.detach()
         self.transform = transform
         self._keeps_slope = keeps_slope and transform.cap is not None
@@ -79,8 +80,10 @@ class Head:
         self.vocab_size = vocab_size
         self.may_be_infinite = bias is not None
         self.dtype = dtype
+        # A copy of a head takes as much memory as the head: only autocast asks for one.
         is_narrow = weight.dtype.itemsize < dtype.itemsize  # then the products convert it, a tile at a time
         self.weight = weight.detach()[:vocab_size].to(weight.dtype if is_narrow else dtype)
+        # Hidden states and bias take the scale, so the products come out scaled.
         self.bias = None if bias is None else bias.detach()[:vocab_size].to(dtype) * transform.scale
         self.bias_type = None if bias is None else bias.dtype
 
@@ -98,6 +101,7 @@ class Head:
         hidden = self.rows(tokens)
         logits = products.logits(hidden, self.weight, self.bias, out=out[: len(hidden)])
         cap = self.transform.cap
+        # In place: a second buffer of the size of a chunk's logits would double what the chunk takes.
         if cap is not None:
             logits.div_(cap).tanh_()
             if self._keeps_slope:
@@ -140,6 +144,10 @@ class SomeTokens:
 FEW_CHUNKS = 8
 
 
+# Copied at once where rows move up within a matrix: a few MiB.
+MOVED_ROWS = 8
+
+
 class HeadGradients:
     """The gradients of a head's three inputs, each only where it is wanted, summed up chunk by chunk.
 
@@ -171,19 +179,42 @@ class HeadGradients:
         self.types = (head.hidden.dtype, weight.dtype, head.bias_type)
         self.hidden = self.weight = self.bias = None
         if wants[0]:
+            # In the type of the products: one rounding at the end in place of one per use.
             self.hidden = torch.empty_like(head.hidden, dtype=head.dtype)
+        # The entries beyond the common vocabulary keep this zero, which is their gradient.
         if wants[1]:
             self.weight = torch.zeros(weight.shape, dtype=_summing_type(weight, chunks), device=weight.device)
         if wants[2]:
             summing = torch.promote_types(weight.dtype, torch.float32)
             self.bias = torch.zeros(len(weight), dtype=summing, device=weight.device)
 
-    def add(self, tokens: slice, gradient: torch.Tensor) -> None:
-        """Take in the gradient of the logits of some tokens, `[chunk, vocab]`, in the type of the products."""
+    def add(self, tokens: slice, gradient: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        """Take in the gradient of the logits of some tokens.
+
+        Args:
+            tokens: which they are.
+            gradient: `[chunk, vocab]`, in the type of the products; destroyed.
+            rows: int64, ascending, which of them have a gradient, where the others have none; None for all.
+        """
         gradient = self.head.through_transform(gradient)
+        if rows is not None:
+            self._add_some(tokens, gradient, rows)
+            return
         if self.hidden is not None:
             products.hidden_gradient(gradient, self.head.weight, out=self.hidden[tokens])
         self._add_head(gradient, tokens)
+
+    def _add_some(self, tokens: slice, gradient: torch.Tensor, rows: torch.Tensor) -> None:
+        # In place, a few at a time: no row is overwritten before it has been moved up, since none moves down.
+        for start in range(0, len(rows), MOVED_ROWS):
+            moved = rows[start : start + MOVED_ROWS]
+            gradient[start : start + len(moved)] = gradient[moved]
+        gradient = gradient[: len(rows)]
+        if self.hidden is not None:
+            part = self.hidden.new_empty(len(rows), self.hidden.shape[1])
+            products.hidden_gradient(gradient, self.head.weight, out=part)
+            self.hidden[tokens].zero_().index_copy_(0, rows, part)
+        self._add_head(gradient, rows + tokens.start)
 
     def replace(self, tokens: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
         """Take out the gradient `before` of the logits of some tokens, given by their numbers, and take in `after`."""
@@ -191,6 +222,7 @@ class HeadGradients:
         if self.hidden is not None:
             out = torch.empty_like(self.hidden[tokens])
             self.hidden[tokens] = products.hidden_gradient(after, self.head.weight, out=out)
+        # One product of the difference in place of one that takes out and one that takes in.
         self._add_head(torch.sub(after, before, out=before), tokens)
 
     def finish(self, grad_loss: torch.Tensor) -> list[torch.Tensor | None]:
@@ -198,6 +230,7 @@ class HeadGradients:
         per_token = grad_loss / self.num_items
         summed = grad_loss if self.scale != 1.0 else per_token
         scale = self.head.transform.scale
+        # The head's gradient has met the scale in the hidden states, and the divisor in the products.
         factors = (per_token * scale, summed, summed * scale)
         totals = (self.hidden, self.weight, self.bias)
         return [

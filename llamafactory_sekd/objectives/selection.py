@@ -40,7 +40,32 @@ def largest_share(difficulty: torch.Tensor, share: float) -> torch.Tensor:
     return hard
 
 
-def share_threshold(scores: torch.Tensor, share: float) -> torch.Tensor:
+class ShareGuess:
+    """The score above which a share of the tokens is, guessed from those that have been seen.
+
+    Args:
+        share: of the tokens that are hard.
+        sample: scores of a few tokens, `[some]`, forgotten when others have been seen.
+
+    Attributes:
+        threshold: 0-dimensional.
+    """
+
+    def __init__(self, share: float, sample: torch.Tensor) -> None:
+        self.share, self.threshold = share, _share_threshold(sample, share)
+        self._scores: list[torch.Tensor] = []
+        self._seen = self._rests_on = 0
+
+    def see(self, scores: torch.Tensor) -> None:
+        """Take in the scores of further tokens."""
+        self._scores.append(scores)
+        self._seen += len(scores)
+        # The guess from n tokens is off by 1/√n; to sort them again for a few more would gain nothing.
+        if self._seen > 1.1 * self._rests_on:
+            self.threshold, self._rests_on = _share_threshold(torch.cat(self._scores), self.share), self._seen
+
+
+def _share_threshold(scores: torch.Tensor, share: float) -> torch.Tensor:
     """Return a score above which about this share of these tokens is, 0-dimensional."""
     number = int(share * len(scores) + 0.5)
     # The place after the last hard token; where all are hard there is none.

@@ -9,10 +9,11 @@ from dataclasses import replace
 import torch
 
 from llamafactory_sekd.objectives.blocks import BlockProcessor
+from llamafactory_sekd.objectives.compiling import may_look
 from llamafactory_sekd.objectives.linear_head import Head, HeadGradients, LogitsSource
 from llamafactory_sekd.objectives.losses.closed_forms import Block
 from llamafactory_sekd.objectives.objective_settings import Settings
-from llamafactory_sekd.objectives.selection import select_hard, share_threshold
+from llamafactory_sekd.objectives.selection import ShareGuess, select_hard
 
 
 class Sweep:
@@ -21,6 +22,8 @@ class Sweep:
     A gate by share knows its hard tokens only when all have been seen. The pass therefore takes those above the score
     (the difficulty for `self_evolution_topk`) that the share had among the tokens before, and in the end does the few
     again that it took wrongly, so that the result is that of the exact selection.
+
+    Tokens that a gate leaves out have no gradient, and the products of the backward pass spare them.
 
     Args:
         student, teacher: where the logits come from.
@@ -51,6 +54,7 @@ class Sweep:
         self.gradients = gradients
         self.chunk = min(chunk_size, len(labels))
         vocab_size, device = teacher.vocab_size, labels.device
+        # Once for all chunks: hundreds of MiB, of which a CPU would map every page again each time.
         rows = max(self.chunk, 2)  # a token that is done again needs two
         self.student_logits = torch.empty(rows, vocab_size, dtype=student.dtype, device=device)
         self.teacher_logits = torch.empty(rows, vocab_size, dtype=teacher.dtype, device=device)
@@ -69,43 +73,65 @@ class Sweep:
 
     def run(self) -> torch.Tensor:
         """Return what `BlockProcessor.process` returns, of all tokens: `[7 to 9, tokens]`."""
-        by_share = self.settings.share is not None and len(self.labels) > 0
-        seen = self._sample() if by_share else None
+        share = self.settings.share
+        guess = None if share is None or len(self.labels) == 0 else ShareGuess(share, self._sample())
         # So that a batch without response tokens gives rows of length zero and not an error.
         results = [self.processor.nothing]
         for start in range(0, len(self.labels), max(self.chunk, 1)):
-            if seen is not None:
-                self._guess(seen)
             tokens = slice(start, start + self.chunk)
             z, w = self._logits(tokens)
-            results.append(self.processor.process(z, w, self.labels[tokens]))
+            values = self._process(z, w, self.labels[tokens], guess)
             # The pass has left the gradient in the place of the logits.
             if self.gradients is not None:
-                self.gradients.add(tokens, z)
-            if seen is not None:
-                # With every chunk the guess rests on more tokens, and fewer have to be done again.
-                seen = torch.cat([self._scores(values) for values in results])
+                self.gradients.add(tokens, z, self._rows_with_gradient(values[1]))
+            results.append(values)
         values = torch.cat(results, dim=1)
-        if by_share:
+        if guess is not None:
             self._correct(values)
         return values
+
+    def _process(
+        self, z: torch.Tensor, w: torch.Tensor, labels: torch.Tensor, guess: ShareGuess | None
+    ) -> torch.Tensor:
+        """Return what `BlockProcessor.process` returns, of a chunk."""
+        if guess is None:
+            return self.processor.process(z, w, labels)
+        results = []
+        # Each block adds to what the next one's guess rests on: the products of a token taken wrongly are done again.
+        for rows in self.processor.split(labels):
+            self.processor.settings = replace(self.settings, kd_gamma=guess.threshold)
+            results.append(self.processor.process(z[rows], w[rows], labels[rows]))
+            guess.see(self._scores(results[-1]))
+        return torch.cat(results, dim=1)
+
+    def _rows_with_gradient(self, hard: torch.Tensor) -> torch.Tensor | None:
+        """Return the tokens of a chunk that have a gradient, by their numbers, where one side of the gate weighs 0.
+
+        None where that is all of them, and where to look at them would be to wait for an accelerator.
+        """
+        formula = self.settings.formula
+        if formula is None or formula.gate is None or formula.hard is None or not may_look(hard.device):
+            return None
+        if formula.gate.width != 0.0 or (formula.easy.weight != 0.0 and formula.hard.weight != 0.0):
+            return None
+        rows = (hard.bool() ^ (formula.hard.weight == 0.0)).nonzero().squeeze(-1)
+        return rows if len(rows) < len(hard) else None
 
     def _logits(self, tokens: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of student and teacher, in the first rows of the buffers."""
         return self.student.logits(tokens, self.student_logits), self.teacher.logits(tokens, self.teacher_logits)
 
     def _sample(self) -> torch.Tensor:
-        """Return the scores of the first tokens."""
-        tokens = slice(0, sample_size(self.chunk))
+        """Return the scores of a few tokens, from everywhere: those next to each other are of the same sentence."""
+        # Of a block and not of a chunk: from the second block on the guess rests on tokens that cost nothing more.
+        number, device = sample_size(self.processor.rows), self.labels.device
+        tokens = torch.arange(number, device=device) * len(self.labels) // number
         return self.processor.scores(*self._logits(tokens), self.labels[tokens])
-
-    def _guess(self, seen: torch.Tensor) -> None:
-        assert self.settings.share is not None
-        self.processor.settings = replace(self.settings, kd_gamma=share_threshold(seen, self.settings.share))
 
     def _correct(self, values: torch.Tensor) -> None:
         """Put right, in `values` and in the gradients, the tokens that were taken for hard or easy and are not."""
         hard = select_hard(self._scores(values), self.settings)
+        # How many they are decides the shapes that follow: here the CPU waits for an accelerator, once per batch.
         wrong = (hard != values[1].bool()).nonzero().squeeze(-1)
         if len(wrong) == 0:
             return
@@ -126,10 +152,10 @@ class Sweep:
         return scores.masked_fill(values[4].isnan(), -torch.inf)
 
 
-def sample_size(chunk: int) -> int:
-    """How many tokens to look at, to guess the threshold of the first chunk.
+def sample_size(block: int) -> int:
+    """How many tokens to look at, to guess the threshold of the first block.
 
-    To look at n of them costs 0.6 n times the products of a token; the guess is then wrong for about 0.4 chunk / √n,
-    and to do one of these again costs about 1.5 times. The sum is least where n is 0.6 chunk^(2/3).
+    To look at n of them costs 0.6 n times the products of a token; the guess is then wrong for about 0.4 block / √n,
+    and to do one of these again costs about 1.5 times. The sum is least where n is 0.6 block^(2/3).
     """
-    return math.ceil(0.6 * chunk ** (2 / 3))
+    return math.ceil(0.6 * block ** (2 / 3))

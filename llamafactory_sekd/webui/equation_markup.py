@@ -61,6 +61,14 @@ _EQUATIONS = {
         r"\\ 0 & \text{else} \end{cases}",
     ),
     "adaptive_kl": (rf"\ell = {_CROSS_ENTROPY} + \lambda\,[g\,{_FORWARD} + (1-g)\,{_REVERSE}]",),
+    "adaptive_temperature": (
+        rf"\ell = {_CROSS_ENTROPY} + \lambda\,T^2\,{_REVERSE}",
+        r"T = e^{-0.6 \tanh \log (h / \bar h)} \qquad h^2 = 1 - \textstyle\sum \sqrt{p\,q}",
+    ),
+    "taid": (
+        rf"\ell = {_CROSS_ENTROPY} + \lambda\,\mathrm{{KL}}(p' \,\|\, q)",
+        r"p' = \mathrm{softmax}(\tau\,w + (1-\tau)\,z) \qquad \tau: 0.4 \to 1",
+    ),
     "verified_reference": (
         rf"\ell = {_TO_STUDENT}",
         r"\tilde y = \begin{cases} p & p_y < 0.01 \\ (1-\lambda)\,y + \lambda\,p & \text{else} \end{cases}",

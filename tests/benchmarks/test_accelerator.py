@@ -8,7 +8,7 @@ from pathlib import Path
 
 from helpers.runs import command
 
-from llamafactory_sekd.objectives import OBJECTIVES
+from llamafactory_sekd.presets import PRESETS
 
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "accelerator.py"
@@ -22,7 +22,7 @@ def test_every_preset_agrees_with_float64_in_every_type_and_the_tables_are_print
     done = command([sys.executable, "-c", f"{blocked} {start} runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"])
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(out.read_text())
-    assert {row["preset"] for row in result["correctness"]} == set(OBJECTIVES)
+    assert {row["preset"] for row in result["correctness"]} == set(PRESETS)
     assert {row["dtype"] for row in result["correctness"]} == {"float32", "bfloat16", "float16"}
     assert "| 300 | ours, self_evolution |" in done.stdout
     assert "| 300 | 64 |" in done.stdout

@@ -65,7 +65,7 @@ def side_loss(z: Row, w: Row, label: int, side: Mapping[str, Any], goal: str, he
     if weight == 0.0:
         return 0.0
     temperature, share = side.get("temperature", 1.0), side["lambda"]
-    p, q = softmax(w, temperature), softmax(z, temperature)
+    p, q = softmax(side.get("held target", w), temperature), softmax(z, temperature)
     t = p if goal == "teacher" else target(p, label, share)
     s = proxy(q, t, side.get("skew", 1.0))
     chosen = side["divergence"]
@@ -119,22 +119,42 @@ def batch(
     signals = [signal(*token, (gate or {"signal": "difficulty"})["signal"], easy) for token in tokens]
     hardness = degrees(signals, gate)
     losses, gradients = [], []
-    for (row, other, label), degree in zip(tokens, hardness, strict=True):
-        # What has no gradient by definition is held at the point: the gate, and the share of adaptive_kl.
-        held = _held(row, other, label, mapping)
+    for (row, other, label), value, degree in zip(tokens, signals, hardness, strict=True):
+        # What has no gradient by definition is held at the point: the gate with its temperatures, the student in the
+        # target, and the share of adaptive_kl.
+        sides = {name: _held_side(row, other, value, mapping, name) for name in ("easy", "hard") if name in mapping}
+        held = _held(row, other, label, {**mapping, **sides})
 
         def loss(
-            point: Row, other: Row = other, label: int = label, degree: float = degree, held: Any = held
+            point: Row,
+            other: Row = other,
+            label: int = label,
+            degree: float = degree,
+            held: Any = held,
+            sides: Any = sides,
         ) -> float:
             total = 0.0
             for name, weight in (("easy", 1 - degree), ("hard", degree)):
                 if weight > 0:
-                    total += weight * side_loss(point, other, label, mapping[name], goal, held.get(name))
+                    total += weight * side_loss(point, other, label, sides[name], goal, held.get(name))
             return total
 
         losses.append(loss(row))
         gradients.append(central_differences(loss, row))
     return losses, gradients, signals, hardness
+
+
+def _held_side(z: Row, w: Row, value: float, mapping: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The side of one token: with its temperature, and with the logits of its target."""
+    side, gate = dict(mapping[name]), mapping.get("gate") or {}
+    if "cooling" in gate:
+        sign, threshold = (1, gate["above"]) if "above" in gate else (-1, gate["below"])
+        ratio = (value / threshold) ** 2  # tanh log x = (x² - 1) / (x² + 1)
+        factor = math.exp(-sign * gate["cooling"] * (ratio - 1) / (ratio + 1))
+        side["temperature"] = side.get("temperature", 1.0) * factor
+    pace = side.get("interpolation", 1.0)
+    side["held target"] = [pace * theirs + (1 - pace) * ours for ours, theirs in zip(z, w, strict=True)]
+    return side
 
 
 def _held(z: Row, w: Row, label: int, mapping: Mapping[str, Any]) -> dict[str, float]:
@@ -143,7 +163,7 @@ def _held(z: Row, w: Row, label: int, mapping: Mapping[str, Any]) -> dict[str, f
         side: Mapping[str, Any] = mapping.get(name) or {}
         if "adaptive_kl" in str(side.get("divergence")):
             temperature = side.get("temperature", 1.0)
-            p, q = softmax(w, temperature), softmax(z, temperature)
+            p, q = softmax(side["held target"], temperature), softmax(z, temperature)
             t = p if mapping["target"] == "teacher" else target(p, label, side["lambda"])
             held[name] = head_share(t, proxy(q, t, side.get("skew", 1.0)), {**PARAMETERS, **side}["head"])
     return held

@@ -177,7 +177,8 @@ heads = [torch.nn.Linear(width, 30, bias=False) for width in (4, 6)]
 hidden = [torch.randn(2, 5, width) for width in (4, 6)]
 labels = torch.randint(30, (2, 5))
 for name in PRESETS:
-    objective = DistillationLoss(name, **({"kd_topk": 0.5} if "topk" in name else {}))
+    kd_loss = {"preset": name, "gate": {"above": 0.5}} if name == "adaptive_temperature" else name  # not the mean
+    objective = DistillationLoss(kd_loss, **({"kd_topk": 0.5} if "topk" in name else {}))
     objective(hidden[0], heads[0], hidden[1], heads[1], labels).loss.backward()
 try:
     DistillationLoss("self_evolutoin")

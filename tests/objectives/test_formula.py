@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,17 @@ import torch
 from helpers import naive_formula
 
 from llamafactory_sekd.errors import ArgumentError
-from llamafactory_sekd.formula import DIVERGENCES, SIGNALS, TARGETS, Formula, parse
-from llamafactory_sekd.objectives import OBJECTIVES, compiling, distillation_loss, fused_linear_distillation
-from llamafactory_sekd.objectives.losses.elementwise import try_user_function
+from llamafactory_sekd.formula import DIVERGENCES, MEAN, SIGNALS, TARGETS, Formula, parse
+from llamafactory_sekd.objectives import (
+    OBJECTIVES,
+    LogitTransform,
+    compiling,
+    distillation_loss,
+    fused_linear_distillation,
+    products,
+)
+from llamafactory_sekd.objectives.losses import elementwise
+from llamafactory_sekd.objectives.losses.users_divergence import try_user_function
 from llamafactory_sekd.presets import PRESETS, expand
 
 
@@ -32,6 +41,7 @@ ALONE: dict[str, Any] = {
     "a user's, skewed": {"divergence": SQUARES, "skew": 0.6, "target": "teacher", "lambda": 0.8},
     "a sum": {"divergence": {"kl": 0.5, "tvd": 2, SQUARES: 1}},
     "weights": {"divergence": "kl", "weight": 3, "temperature": 2},
+    "interpolated": {"divergence": "jsd", "interpolation": 0.3, "skew": 0.8, "temperature": 2},
     "no teacher": {"divergence": "kl", "lambda": 0},
     "no teacher next to cross-entropy": {"divergence": "tvd", "lambda": 0, "target": "teacher"},
     "no reference": {"divergence": "reverse_kl", "lambda": 1, "target": "teacher"},
@@ -50,7 +60,15 @@ GATES = {
     "agreement": {"above": 0.5},
 }
 GATED = {name: {"gate": {"signal": name, **gate}, **SIDES} for name, gate in GATES.items()}
-MAPPINGS = {**ALONE, **GATED}
+COOLED = {
+    "cooled": {"gate": {"signal": "hellinger", "above": 0.5, "cooling": 0.6}, "easy": {"divergence": "adaptive_kl"}},
+    "cooled below, smoothly": {
+        "gate": {"signal": "teacher_probability", "below": 0.2, "width": 0.1, "cooling": 1.5},
+        "easy": {"divergence": "kl", "temperature": 2, "interpolation": 0.5},
+        "hard": {"divergence": "tvd", "skew": 0.8},
+    },
+}
+MAPPINGS = {**ALONE, **GATED, **COOLED}
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +77,11 @@ def the_users_folder(monkeypatch):
 
 
 def formula_of(name: str) -> Formula:
-    return expand(name, KEYS) if name in PRESETS else parse(MAPPINGS[name], kd_lambda=0.4)
+    formula = expand(name, KEYS) if name in PRESETS else parse(MAPPINGS[name], kd_lambda=0.4)
+    gate = formula.gate
+    if gate is not None and gate.threshold == MEAN:  # which the trainer would keep
+        formula = replace(formula, gate=replace(gate, threshold=0.5))
+    return formula.at(lambda start, _: start)
 
 
 def sample(tokens=11, vocab=7, dtype=torch.float64, seed=0):
@@ -299,6 +321,70 @@ def test_a_head_of_few_entries_needs_no_sorting_and_one_of_many_gets_it(name, mo
     for entries in (1, 2, 4):
         monkeypatch.setattr("llamafactory_sekd.objectives.losses.elementwise.HEAD_ENTRIES", entries)
         close(distillation_loss(z, w, labels, kd_loss=formula_of(name)).loss, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("head", [0.02, 0.5, 0.95])
+def test_the_head_is_the_same_however_it_is_looked_for(head, dtype, monkeypatch):
+    """Rounded logits, as half precision makes them: entries of equal size are all in the head or all outside."""
+    generator = torch.Generator().manual_seed(3)
+    t = (8 * torch.randn(12, 500, generator=generator)).round().div(4).to(dtype)
+    t[0] = 0.0  # all are the largest
+    t = t.softmax(-1)
+    gaps = torch.rand(t.shape, generator=generator).to(dtype)
+    expected = []
+    for row, gap in zip(t.tolist(), gaps.tolist(), strict=True):
+        fits = [x for x in sorted(set(row)) if sum(y for y in row if y >= x) <= head]
+        smallest = min(fits, default=max(row))
+        expected.append(sum(g for x, g in zip(row, gap, strict=True) if x >= smallest))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for entries in (4, 64, 500):
+        monkeypatch.setattr(elementwise, "HEAD_ENTRIES", entries)
+        close(elementwise._sum_over_head(gaps, t, head).double(), double(expected), tolerance)
+    close(elementwise._sum_over_head_without_looking(gaps, t, head).double(), double(expected), tolerance)
+
+
+@pytest.mark.parametrize("columns", [97, 500, 8192])
+def test_the_largest_entries_are_those_of_topk(columns):
+    t = torch.randperm(6 * columns, generator=torch.Generator().manual_seed(4)).view(6, columns).double()
+    for entries in (1, 5, 64):
+        expected, found = t.topk(entries), elementwise._largest(t, entries)
+        assert torch.equal(found[0], expected.values)
+        assert torch.equal(found[1], expected.indices)
+
+
+# A side without weight.
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("name", ["entropy_gate", "acceptance_gate", "entropy turned around"])
+def test_tokens_that_a_gate_leaves_out_are_in_no_product_of_the_backward_pass(name, cap, monkeypatch):
+    turned = {
+        "gate": {"signal": "student_entropy", "above": 2.0},
+        "easy": {"divergence": "jsd"},
+        "hard": {"weight": 0},
+    }
+    formula = formula_of(name) if name in PRESETS else parse(turned)
+    trained, teacher, labels = heads()
+    student = trained[0] @ trained[1].t() + trained[2]
+    student = student if cap is None else cap * (student / cap).tanh()
+    plain = distillation_loss(student, teacher[0] @ teacher[1].t(), labels, kd_loss=formula)
+    rows = []
+    product = products.hidden_gradient
+
+    def counted(gradient, weight, *, out):
+        rows.append(len(gradient))
+        return product(gradient, weight, out=out)
+
+    monkeypatch.setattr(products, "hidden_gradient", counted)
+    output = fused(trained, teacher, labels, formula, chunk_size=23, student_transform=LogitTransform(cap=cap))
+    close(output.loss, plain.loss.sum() / 5)
+    close(torch.autograd.grad(output.loss, trained), torch.autograd.grad(plain.loss.sum() / 5, trained))
+    left_out = plain.statistics.hard == (name == "entropy turned around")
+    assert 0 < int(left_out.sum()) < len(labels)
+    if name != "entropy_gate":  # which takes a few tokens again
+        assert rows == [int((~left_out).sum())]
+    assert rows[0] < len(labels)
 
 
 def test_a_gate_by_the_running_mean_takes_it_from_the_caller():

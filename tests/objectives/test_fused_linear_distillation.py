@@ -19,14 +19,17 @@ from llamafactory_sekd.objectives import (
     OBJECTIVES,
     LogitTransform,
     TokenStatistics,
+    chunking,
     compiling,
     default_chunk_size,
     distillation_loss,
     fused_linear_distillation,
+    linear_head,
     products,
     sweep,
 )
 from llamafactory_sekd.objectives.chunking import bytes_moved, products_seconds
+from llamafactory_sekd.objectives.linear_head import Head, HeadGradients
 from llamafactory_sekd.objectives.losses import closed_forms
 
 
@@ -600,6 +603,21 @@ def test_the_default_chunk_keeps_both_logits_within_the_budget() -> None:
     for vocab_size in (3, 32_000, 151_936, 256_000):
         chunk = default_chunk_size(vocab_size)
         assert 2 * 4 * chunk * vocab_size <= 256 * 2**20 < 2 * 4 * (chunk + 64) * vocab_size
+
+
+@pytest.mark.parametrize(("free", "tokens"), [(64, 4096), (8, 2048), (1, 512), (None, 4096)])
+def test_on_an_accelerator_a_chunk_takes_an_eighth_of_the_free_memory_within_limits(monkeypatch, free, tokens):
+    monkeypatch.setattr(chunking, "free_memory", lambda _: None if free is None else free * 2**30)
+    assert default_chunk_size(128_256, torch.bfloat16, device=torch.device("cuda")) == tokens
+
+
+@pytest.mark.parametrize(("free", "summed_in"), [(None, torch.float32), (0, torch.bfloat16)])
+def test_the_heads_gradient_is_summed_in_float32_where_memory_allows(monkeypatch, free, summed_in):
+    monkeypatch.setattr(linear_head, "free_memory", lambda _: free)
+    weight = torch.zeros(40, 8, dtype=torch.bfloat16)
+    head = Head(torch.zeros(20, 8, dtype=torch.bfloat16), weight, None, 40, torch.float32)
+    assert HeadGradients(head, weight, (True, True, False), 1.0, chunks=9).weight.dtype == summed_in
+    assert HeadGradients(head, weight, (True, True, False), 1.0, chunks=8).weight.dtype == torch.bfloat16
 
 
 # Misuse.

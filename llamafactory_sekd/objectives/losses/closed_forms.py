@@ -94,6 +94,7 @@ def difficulty(kl: torch.Tensor, ce: torch.Tensor, p_label: torch.Tensor, kd_lam
     `y~` differs from `λ p` in one entry, so with `t = (1-λ) + λ p_y` the target's probability of the ground truth
     `KL(y~ ‖ q) = λ KL(p ‖ q) + (1-λ) (-log q_y) + λ log λ (1 - p_y) - λ p_y log p_y + t log t`.
     """
+    # No pass over the vocabulary: with these terms the difficulty is known before any target is formed.
     # The ends have no logarithm of λ or 1-λ; their weights are zero, and zero times -inf is NaN.
     if kd_lambda <= 0.0:
         return ce
@@ -177,6 +178,7 @@ def skew_teacher(block: Block) -> torch.Tensor:
 def forward_kl(block: Block) -> torch.Tensor:
     """Equation 3."""
     settings = block.settings
+    # Two passes at T = 1 in place of four: λ (q - p) + (1-λ) (q - y) is q - y~.
     if block.wants_gradient and settings.kd_temperature == 1.0:
         _easy_gradient(block)  # identity 1: the same gradient
     elif block.wants_gradient:
@@ -247,6 +249,7 @@ def _skewed(
     still vanishes.
     """
     beta = block.settings.kd_beta
+    # As a ratio and not as log(β q + (1-β) t) - log t: one logarithm less, and no cancellation where q is close to t.
     g = block.log_ratio if scratch is None else scratch
     torch.addcdiv(target.new_full((), 1.0 - beta), q, target, value=beta, out=g)
     # The gradient's buffer serves the logarithms first: the loss is summed up before the gradient is written.
@@ -261,6 +264,7 @@ def _skewed(
 
 def _easy_gradient(block: Block) -> None:
     """`q - y~`, without forming the target."""
+    # The target differs from λ p in one entry of each row, which is added afterwards.
     kd_lambda = block.settings.kd_lambda
     torch.sub(block.q, block.p, alpha=kd_lambda, out=block.gradient)
     _subtract_truth(block, 1.0 - kd_lambda)

@@ -6,17 +6,13 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from collections.abc import Callable
-from functools import cache, wraps
-from pathlib import Path
-from typing import Any
+from functools import wraps
+from typing import Any, NamedTuple
 
 import torch
 
-from llamafactory_sekd.errors import ArgumentError, one_line
 from llamafactory_sekd.formula import Side
 from llamafactory_sekd.objectives.compiling import may_look, row_sums
 from llamafactory_sekd.objectives.losses.closed_forms import HUGE, add_at_labels, difficulty
@@ -40,9 +36,10 @@ class Pair:
 
     Args:
         p, q: teacher and student.
-        z, w: logits of student and teacher, at least -HUGE.
-        z_norm, w_norm: such that `log q = z - z_norm` and `log p = w - w_norm`, `[rows]`.
+        log_p, log_q, log_ratio: return `log p`, `log q` and `log p - log q`, finite, each plus a number, in a new
+            matrix; called when they are needed, since most divergences need none of them.
         labels: the ground truth, `[rows, 1]`.
+        ce: `-log q` of the ground truth, `[rows]`.
         kl: `KL(p ‖ q)` where it is known, `[rows]`.
         kd_lambda: the teacher's share of the target.
         skew: the student's share of the proxy.
@@ -52,18 +49,19 @@ class Pair:
         self,
         p: torch.Tensor,
         q: torch.Tensor,
-        z: torch.Tensor,
-        w: torch.Tensor,
-        z_norm: torch.Tensor,
-        w_norm: torch.Tensor,
+        log_p: Callable[[float], torch.Tensor],
+        log_q: Callable[[float], torch.Tensor],
+        log_ratio: Callable[[float], torch.Tensor],
         labels: torch.Tensor,
+        ce: torch.Tensor,
         kl: torch.Tensor | None,
         *,
         kd_lambda: float,
         skew: float,
     ) -> None:
-        self.p, self.q, self.kl = p, q, kl
-        self._z, self._w, self._z_norm, self._w_norm = z, w, z_norm.unsqueeze(-1), w_norm.unsqueeze(-1)
+        # Functions and not matrices: each is a pass over the vocabulary, and most divergences read none of them.
+        self.p, self.q, self.ce, self.kl = p, q, ce, kl
+        self._log_p, self._log_q, self._log_ratio = log_p, log_q, log_ratio
         self.labels, self.kd_lambda, self.skew = labels, kd_lambda, skew
         self.tiny = torch.finfo(q.dtype).tiny
         self.computed: dict[str, torch.Tensor] = {}
@@ -71,6 +69,7 @@ class Pair:
     @_lazily
     def t(self) -> torch.Tensor:
         """Return the target."""
+        # At λ = 1 without a copy, so nobody may write to it.
         if self.kd_lambda >= 1.0:
             return self.p
         return add_at_labels(self.p * self.kd_lambda, self.labels, 1.0 - self.kd_lambda)
@@ -90,39 +89,43 @@ class Pair:
         """Return the same of the student."""
         return self.s.clamp_min(self.tiny)
 
-    @_lazily
+    # The logarithms are computed for whoever asks and belong to them: a pass in place spares a new matrix.
+
     def log_t(self) -> torch.Tensor:
-        """Return the target's logarithm, not below about -HUGE."""
+        """Return the target's logarithm, not below about -HUGE, in a new matrix."""
         if self.kd_lambda <= 0.0:
-            return torch.full_like(self._w, -HUGE).scatter_(-1, self.labels, 0.0)
-        log_t = self._w - (self._w_norm - math.log(self.kd_lambda))
-        return log_t if self.kd_lambda >= 1.0 else log_t.scatter_(-1, self.labels, self._at_labels(self.t).log())
+            return torch.full_like(self.p, -HUGE).scatter_(-1, self.labels, 0.0)
+        if self.kd_lambda >= 1.0:
+            return self._log_p(0.0)
+        return self._log_p(math.log(self.kd_lambda)).scatter_(-1, self.labels, self._log_target_label)
 
-    @_lazily
     def log_s(self) -> torch.Tensor:
-        """Return the logarithm of the student or its proxy, not below about -HUGE."""
-        return self._z - self._z_norm if self.skew >= 1.0 else self.clamped_s.log()
+        """Return the logarithm of the student or its proxy, not below about -HUGE, in a new matrix."""
+        return self._log_q(0.0) if self.skew >= 1.0 else self.clamped_s.log()
 
-    @_lazily
     def log_ratio(self) -> torch.Tensor:
-        """`log s - log t`; may be overwritten by whoever is the last to read it."""
+        """`log t - log s`, in a new matrix."""
         if self.skew < 1.0:
             # t times what t cannot hold is nothing, and s is not below (1-α) t.
-            return (self.clamped_s / self.clamped_t).log_()
+            return (self.clamped_t / self.clamped_s).log_()
         if self.kd_lambda <= 0.0:
-            return self.log_s - self.log_t
-        ratio = (self._z - self._w).add_(self._w_norm - self._z_norm - math.log(self.kd_lambda))
-        if self.kd_lambda < 1.0:
-            truth = self._at_labels(self._z) - self._z_norm - self._at_labels(self.t).log()
-            ratio.scatter_(-1, self.labels, truth)
-        return ratio
+            return self.log_t().sub_(self.log_s())
+        if self.kd_lambda >= 1.0:
+            return self._log_ratio(0.0)
+        # By the logits and not as log(t/s): where both underflow their ratio is still exact.
+        truth = self._log_target_label + self.ce.unsqueeze(-1)
+        return self._log_ratio(math.log(self.kd_lambda)).scatter_(-1, self.labels, truth)
+
+    @property
+    def _log_target_label(self) -> torch.Tensor:
+        return self._at_labels(self.t).log()
 
     def kl_to_student(self) -> torch.Tensor:
         """`KL(t ‖ s)`, `[rows]`."""
+        # The statistics took KL(p ‖ q); the target differs from λ p in one entry, so no pass is needed.
         if self.skew >= 1.0 and self.kl is not None:
-            ce = (self._z_norm - self._at_labels(self._z)).squeeze(-1)
-            return difficulty(self.kl, ce, self._at_labels(self.p).squeeze(-1), self.kd_lambda)
-        return -row_sums(self.t * self.log_ratio)
+            return difficulty(self.kl, self.ce, self._at_labels(self.p).squeeze(-1), self.kd_lambda)
+        return row_sums(self.log_ratio().mul_(self.t))
 
     def mixture(self, mix: float) -> torch.Tensor:
         """`m s + (1-m) t`, nowhere zero."""
@@ -132,22 +135,33 @@ class Pair:
         return matrix.gather(-1, self.labels)
 
 
-# So many entries nearly always hold the head of `adaptive_kl`; to sort all of them takes longer than everything else.
-# Where they do not hold it, so many times more are looked at.
+# So many entries nearly always hold the head of `adaptive_kl`. Where they do not, so many times more are looked at.
 HEAD_ENTRIES, HEAD_GROWTH = 64, 16
 
-Term = tuple[torch.Tensor, torch.Tensor | None]
+
+class Term(NamedTuple):
+    """A divergence of every token.
+
+    Attributes:
+        value: `[rows]`.
+        pull: `[rows, vocab]`, may be one of the pair's own matrices; None where it is not wanted.
+        factor: of the pull: a number saves a pass over the matrix.
+    """
+
+    value: torch.Tensor
+    pull: torch.Tensor | None
+    factor: float = 1.0
 
 
 def kl(pair: Pair, side: Side, wants_pull: bool) -> Term:
     """`Σ t log(t/s)`; infinite where s = 0 < t. `∂D/∂s = -t/s`."""
-    return pair.kl_to_student(), pair.t.neg() if wants_pull else None
+    return Term(pair.kl_to_student(), pair.t if wants_pull else None, -1.0)
 
 
 def reverse_kl(pair: Pair, side: Side, wants_pull: bool) -> Term:
     """`Σ s log(s/t)`; infinite, and its slope too, where t = 0 < s. `∂D/∂s = log(s/t) + 1`."""
-    weighted = pair.s * pair.log_ratio
-    return row_sums(weighted), weighted if wants_pull else None
+    weighted = pair.log_ratio().mul_(pair.s)
+    return Term(-row_sums(weighted), weighted if wants_pull else None, -1.0)
 
 
 def jsd(pair: Pair, side: Side, wants_pull: bool) -> Term:
@@ -157,33 +171,38 @@ def jsd(pair: Pair, side: Side, wants_pull: bool) -> Term:
     """
     mix = side.parameter("mix")
     mixture = pair.mixture(mix)
-    weighted = (pair.clamped_s / mixture).log_().mul_(pair.s)
-    targets = mixture.reciprocal_().mul_(pair.clamped_t).log_().mul_(pair.t)
+    # Logarithms of ratios, not differences of logarithms: s and t are close to M, and the difference would cancel.
+    weighted = (pair.s / mixture).clamp_min_(pair.tiny).log_().mul_(pair.s)
+    targets = torch.div(pair.t, mixture, out=mixture).clamp_min_(pair.tiny).log_().mul_(pair.t)
     value = (1.0 - mix) * row_sums(targets) + mix * row_sums(weighted)
-    return value, weighted.mul_(mix) if wants_pull else None
+    return Term(value, weighted if wants_pull else None, mix)
 
 
 def skew_reverse_kl(pair: Pair, side: Side, wants_pull: bool) -> Term:
     """`Σ s log(s/M)` with `M = m s + (1-m) t`; at most `-log m`. `∂D/∂s = log(s/M) + 1 - m s/M`."""
     mix = side.parameter("mix")
-    share = pair.clamped_s / pair.mixture(mix)
-    ratio = share.log()
-    value = row_sums(ratio * pair.s)
-    return value, ratio.sub_(share, alpha=mix).mul_(pair.s) if wants_pull else None
+    # One quotient for the logarithm and for the slope.
+    mixture = pair.mixture(mix)
+    share = torch.div(pair.s, mixture, out=mixture)
+    weighted = share.clamp_min(pair.tiny).log_().mul_(pair.s)
+    value = row_sums(weighted)
+    return Term(value, weighted.addcmul_(share, pair.s, value=-mix) if wants_pull else None)
 
 
 def tvd(pair: Pair, side: Side, wants_pull: bool) -> Term:
     """`½ Σ |t - s|`, at most 1. `∂D/∂s = ½ sign(s - t)`, and 0 where they are equal."""
     difference = pair.s - pair.t
-    pull = difference.sign().mul_(pair.s).mul_(0.5) if wants_pull else None
-    return 0.5 * row_sums(difference.abs_()), pull
+    # The sign is taken before the absolute values take the difference's place.
+    pull = difference.sign().mul_(pair.s) if wants_pull else None
+    return Term(0.5 * row_sums(difference.abs_()), pull, 0.5)
 
 
 def hellinger(pair: Pair, side: Side, wants_pull: bool) -> Term:
     """`½ Σ (√t - √s)²`, at most 1. `∂D/∂s = ½ (1 - √(t/s))`."""
+    # `s √(t/s)` as `√t √s`: no quotient, so nothing has to be kept from zero.
     root_t, root_s = pair.t.sqrt(), pair.s.sqrt()
-    pull = (root_t * root_s).mul_(-0.5) if wants_pull else None
-    return 0.5 * row_sums(root_t.sub_(root_s).square_()), pull
+    pull = root_t * root_s if wants_pull else None
+    return Term(0.5 * row_sums(root_t.sub_(root_s).square_()), pull, -0.5)
 
 
 def alpha_beta(pair: Pair, side: Side, wants_pull: bool) -> Term:
@@ -193,50 +212,87 @@ def alpha_beta(pair: Pair, side: Side, wants_pull: bool) -> Term:
     the same with t and s, a and b exchanged, `KL(s ‖ t)` at b = 1.
     """
     a, b = side.parameter("alpha"), side.parameter("beta")
-    powers_s = (pair.log_s * (a + b)).exp_()
-    powers_t = (pair.log_t * (a + b)).exp_()
+    log_s, log_t = pair.log_s(), pair.log_t()
+    product = (log_t * a).add_(log_s, alpha=b).exp_() if a > 0.0 and b > 0.0 else None
+    # By logarithms, which do not underflow: a probability of 1e-50 to the power 0.2 is 1e-10, that of zero is zero.
+    powers_s, powers_t = log_s.mul_(a + b).exp_(), log_t.mul_(a + b).exp_()
     if b == 0.0:
-        value = (-row_sums(powers_t * pair.log_ratio) * a - row_sums(powers_t) + row_sums(powers_s)) / a**2
-        return value, powers_s.sub_(powers_t).div_(a) if wants_pull else None
+        value = (row_sums(pair.log_ratio().mul_(powers_t)) * a - row_sums(powers_t) + row_sums(powers_s)) / a**2
+        return Term(value, powers_s.sub_(powers_t) if wants_pull else None, 1.0 / a)
     if a == 0.0:
-        weighted = powers_s * pair.log_ratio
-        value = (row_sums(weighted) * b - row_sums(powers_s) + row_sums(powers_t)) / b**2
-        return value, weighted if wants_pull else None
-    product = (pair.log_t * a).add_(pair.log_s, alpha=b).exp_()
+        weighted = pair.log_ratio().mul_(powers_s)
+        value = (-row_sums(weighted) * b - row_sums(powers_s) + row_sums(powers_t)) / b**2
+        return Term(value, weighted if wants_pull else None, -1.0)
+    assert product is not None
     value = (row_sums(powers_t) * a + row_sums(powers_s) * b) / (a + b) - row_sums(product)
-    return value / (a * b), powers_s.sub_(product).div_(a) if wants_pull else None
+    return Term(value / (a * b), powers_s.sub_(product) if wants_pull else None, 1.0 / a)
 
 
 def adaptive_kl(pair: Pair, side: Side, wants_pull: bool) -> Term:
     """`g KL(t ‖ s) + (1-g) KL(s ‖ t)` without a gradient through g.
 
     `g` is the share that the head has in `Σ |t - s|`: t's largest entries as long as they sum up to no more than
-    `head`, at least one.
+    `head`, and the largest in any case; of equal ones all or none.
     """
     gaps = (pair.t - pair.s).abs_()
     total = row_sums(gaps)
-    entries = HEAD_ENTRIES if may_look(gaps.device) else gaps.shape[-1]
-    share = torch.where(total > 0, _sum_over_head(gaps, pair.t, side.parameter("head"), entries) / total, 1.0)
-    forward, pull = kl(pair, side, wants_pull)
-    reverse, reverse_pull = reverse_kl(pair, side, wants_pull)
-    value = _times(share, forward) + _times(1.0 - share, reverse)
-    if pull is None or reverse_pull is None:
-        return value, None
-    return value, torch.lerp(reverse_pull, pull, share.unsqueeze(-1))
+    sum_over_head = _sum_over_head if may_look(gaps.device) else _sum_over_head_without_looking
+    share = torch.where(total > 0, sum_over_head(gaps, pair.t, side.parameter("head")) / total, 1.0)
+    weighted = pair.log_ratio().mul_(pair.s)  # with t it gives both pulls, in one pass
+    value = _times(share, pair.kl_to_student()) + _times(1.0 - share, -row_sums(weighted))
+    return Term(value, weighted.lerp_(pair.t, share.unsqueeze(-1)) if wants_pull else None, -1.0)
 
 
-def _sum_over_head(gaps: torch.Tensor, t: torch.Tensor, head: float, entries: int) -> torch.Tensor:
-    """Add up the gaps of t's largest entries as long as they sum up to no more than `head`, `[rows]`."""
-    entries = min(entries, t.shape[-1])
-    largest, order = t.topk(entries) if entries < t.shape[-1] else t.sort(-1, descending=True)
-    in_head = largest.cumsum(-1) <= head
-    in_head[:, 0] = True
-    sums = row_sums(gaps.gather(-1, order) * in_head)
+def _sum_over_head(gaps: torch.Tensor, t: torch.Tensor, head: float, entries: int | None = None) -> torch.Tensor:
+    """Add up the gaps of t's head, `[rows]`, from its largest entries, more where these do not hold it."""
+    entries = min(entries or HEAD_ENTRIES, t.shape[-1])
+    largest, places = _largest(t, entries)
+    edge = largest.masked_fill(largest.cumsum(-1) <= head, 0.0).amax(-1, keepdim=True)  # the largest that is left out
+    in_head = (largest > edge) | (largest == largest[:, :1])
+    sums = row_sums(gaps.gather(-1, places) * in_head)
     if entries < t.shape[-1]:
-        short = (largest.sum(-1) <= head).nonzero().squeeze(-1)
+        short = in_head[:, -1].nonzero().squeeze(-1)
         if len(short):
             sums[short] = _sum_over_head(gaps[short], t[short], head, entries * HEAD_GROWTH)
     return sums
+
+
+def _largest(t: torch.Tensor, entries: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `t.topk(entries)`.
+
+    The CPU's `topk` moves every entry together with its place, which takes longer than a divergence. The n largest
+    entries are in the n groups of columns with the largest maxima, and maxima are cheap: only these groups are sorted.
+    """
+    columns = t.shape[-1]
+    size = math.isqrt(columns // entries)  # about as many groups as entries in the chosen ones
+    if size < 2:
+        return t.topk(entries)
+    groups = columns // size
+    maxima = t[:, : size * groups].unflatten(-1, (size, groups)).amax(1)
+    chosen = maxima.topk(entries, sorted=False).indices
+    # A group's columns are a stride apart, so that the maxima are taken over rows of memory and not within them.
+    steps = torch.arange(0, size * groups, groups, device=t.device)
+    rest = torch.arange(size * groups, columns, device=t.device).expand(len(t), -1)
+    places = torch.cat([(chosen.unsqueeze(-1) + steps).flatten(1), rest], dim=-1)
+    largest, order = t.gather(-1, places).topk(entries)
+    return largest, places.gather(-1, order)
+
+
+def _sum_over_head_without_looking(gaps: torch.Tensor, t: torch.Tensor, head: float) -> torch.Tensor:
+    """Return the same for any number of entries, by bisection: a sort takes many times as long.
+
+    Numbers that are not negative are ordered as their bits are, so one step for each bit finds the smallest entry of
+    the head exactly.
+    """
+    bits = t.view(torch.int64 if t.dtype == torch.float64 else torch.int32)
+    largest = bits.amax(-1, keepdim=True)
+    # Everything from `low` on is more than the head, nothing from `high` on is.
+    low, high = torch.zeros_like(largest), largest + 1
+    for _ in range(62 if t.dtype == torch.float64 else 30):  # the bits of 1.0
+        middle = (low + high) // 2
+        fits = row_sums(t.masked_fill(bits < middle, 0.0)).unsqueeze(-1) <= head
+        low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
+    return row_sums(gaps.masked_fill(bits < torch.minimum(high, largest), 0.0))
 
 
 def _times(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -253,105 +309,3 @@ DIVERGENCES: dict[str, Callable[[Pair, Side, bool], Term]] = {
     "alpha_beta": alpha_beta,
     "adaptive_kl": adaptive_kl,
 }
-
-
-def user_divergence(name: str, pair: Pair, wants_pull: bool) -> Term:
-    """Return the sum of a user's function, with the pull by autograd, or by `<function>_derivative` of its module.
-
-    The function gets t and s, `[rows, vocab]`, nowhere zero, and returns the value of every entry.
-
-    Raises:
-        ArgumentError: it cannot be imported, or its result has the wrong shape, is NaN or has no gradient.
-    """
-    function, derivative = user_function(name)
-    by_autograd = wants_pull and derivative is None
-    # Two of its own: whatever it does to them in place does no harm.
-    target, student = pair.t.clamp_min(pair.tiny), pair.s.clamp_min(pair.tiny).detach()
-    with torch.set_grad_enabled(by_autograd):
-        value = _called(name, function, target, student.requires_grad_(by_autograd))
-        slope = None
-        if by_autograd:
-            if not value.requires_grad:
-                raise ArgumentError(f"`{name}` has no gradient: compute its result from the second argument, s.")
-            slope = torch.autograd.grad(value.sum(), student)[0]
-    if wants_pull and derivative is not None:
-        slope = _called(f"{name}_derivative", derivative, target, student)
-    value = value.detach()
-    sums = row_sums(value)
-    if may_look(value.device):
-        _refuse_nan(name, value, sums, pair)
-        if slope is not None:
-            _refuse_nan(f"the derivative of {name}", slope, row_sums(slope), pair)
-    return sums, None if slope is None else slope.detach() * pair.s
-
-
-def _called(name: str, function: Callable[..., Any], target: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    value = function(target, student)
-    if not isinstance(value, torch.Tensor) or value.shape != target.shape:
-        shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise ArgumentError(
-            f"`{name}` returned {shape} for t and s of shape {list(target.shape)}: return the value of every entry; "
-            "the sum over the vocabulary is taken afterwards."
-        )
-    return value
-
-
-def _refuse_nan(name: str, value: torch.Tensor, sums: torch.Tensor, pair: Pair) -> None:
-    if not bool(sums.isnan().any()):  # which nearly always spares passes over every entry
-        return
-    # A teacher with NaN among its logits is left out later, whatever its loss.
-    wrong = value.isnan().any(-1) & ~pair.t.isnan().any(-1) & ~pair.s.isnan().any(-1)
-    if bool(wrong.any()):
-        raise ArgumentError(
-            f"`{name}` is NaN for some t and s, which are between {pair.tiny:.0e} and 1: look for a difference of "
-            "infinities, or the root or logarithm of a negative number."
-        )
-
-
-@cache
-def user_function(name: str) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
-    """Import `module:function`, from the working directory too.
-
-    Returns:
-        The function, and `<function>_derivative` of the same module or None.
-
-    Raises:
-        ArgumentError: it cannot be imported.
-    """
-    module_name, function_name = name.split(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever a user's file raises
-        reason = one_line(f"{type(error).__name__}: {error}")
-        raise ArgumentError(
-            f"`{name}`: module `{module_name}` cannot be imported from {here} ({reason:.200})."
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ArgumentError(f"`{name}`: `{module_name}` has no function `{function_name}`.")
-    return function, getattr(module, f"{function_name}_derivative", None)
-
-
-def try_user_function(name: str) -> None:
-    """Call a user's function once on distributions of five entries, impossible ones among them.
-
-    Raises:
-        ArgumentError: it cannot be imported or does not do what it should.
-    """
-    z = torch.tensor([[2.0, 0.5, -1.0, 0.0, -1e30], [0.0, 0.0, 3.0, -1e30, 1.0]])
-    w = z.flip(0)
-    labels = torch.tensor([[0], [2]])
-    for dtype in (torch.float32, torch.float64):
-        q, p = z.to(dtype).softmax(-1), w.to(dtype).softmax(-1)
-        norms = z.to(dtype).logsumexp(-1), w.to(dtype).logsumexp(-1)
-        pair = Pair(p, q, z.to(dtype), w.to(dtype), *norms, labels, None, kd_lambda=0.5, skew=1.0)
-        try:
-            user_divergence(name, pair, wants_pull=True)
-        except ArgumentError:
-            raise
-        except Exception as error:  # whatever a user's function raises
-            reason = one_line(f"{type(error).__name__}: {error}")
-            raise ArgumentError(f"`{name}` fails on two tensors of shape [2, 5]: {reason:.300}.") from error
