@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import naive_formula
 
+from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.formula import DIVERGENCES, MEAN, SIGNALS, TARGETS, Formula, parse
 from llamafactory_sekd.objectives import (
@@ -394,6 +395,25 @@ def test_a_gate_by_the_running_mean_takes_it_from_the_caller():
     number = distillation_loss(z, w, labels, kd_loss={"gate": {**gate, "below": 0.2}, **SIDES})
     close(mean.loss, number.loss)
     assert mean.hard.any()
+
+
+@pytest.mark.parametrize("gate", [{"share": 0.3}, {"above": 0}, {"below": {"from": 0.5, "to": -1}}, {"above": "mean"}])
+def test_cooling_needs_a_threshold_above_zero(gate):
+    mapping = {"gate": {"signal": "hellinger", "cooling": 0.6, **gate}, "easy": {"divergence": "kl"}}
+    if gate == {"above": "mean"}:
+        assert parse(mapping).hard == parse(mapping).easy
+        return
+    with pytest.raises(ArgumentError, match=r"`kd_loss.gate.\w+: .*` cannot be used: .*(threshold|above 0)"):
+        parse(mapping)
+
+
+def test_a_preset_named_alone_moves_and_starts_from_its_own_signal():
+    moved = DistillationArguments(kd_loss="taid").objective_keywords(lambda start, end: (start + end) / 2)
+    assert moved["kd_loss"].easy.interpolation == pytest.approx(0.7)
+    cooled = DistillationArguments(kd_loss="adaptive_temperature")
+    assert cooled.follows_mean
+    assert cooled.objective_keywords()["kd_gamma"] == 0.5
+    assert DistillationArguments(kd_loss="jsd", kd_beta_end=1.0).objective_keywords()["kd_loss"] == "jsd"
 
 
 # A user's function.

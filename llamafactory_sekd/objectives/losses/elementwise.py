@@ -236,8 +236,8 @@ def adaptive_kl(pair: Pair, side: Side, wants_pull: bool) -> Term:
     """
     gaps = (pair.t - pair.s).abs_()
     total = row_sums(gaps)
-    sum_over_head = _sum_over_head if may_look(gaps.device) else _sum_over_head_without_looking
-    share = torch.where(total > 0, sum_over_head(gaps, pair.t, side.parameter("head")) / total, 1.0)
+    head_sums = _compiled_head_sums if torch.compiler.is_compiling() else _head_sums
+    share = torch.where(total > 0, head_sums(gaps, pair.t, float(side.parameter("head"))) / total, 1.0)
     weighted = pair.log_ratio().mul_(pair.s)  # with t it gives both pulls, in one pass
     value = _times(share, pair.kl_to_student()) + _times(1.0 - share, -row_sums(weighted))
     return Term(value, weighted.lerp_(pair.t, share.unsqueeze(-1)) if wants_pull else None, -1.0)
@@ -293,6 +293,17 @@ def _sum_over_head_without_looking(gaps: torch.Tensor, t: torch.Tensor, head: fl
         fits = row_sums(t.masked_fill(bits < middle, 0.0)).unsqueeze(-1) <= head
         low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
     return row_sums(gaps.masked_fill(bits < torch.minimum(high, largest), 0.0))
+
+
+def _head_sums(gaps: torch.Tensor, t: torch.Tensor, head: float) -> torch.Tensor:
+    return (_sum_over_head if may_look(gaps.device) else _sum_over_head_without_looking)(gaps, t, head)
+
+
+# To torch.compile one operation: its steps would take a minute to compile, and on a CPU it looks at values.
+_compiled_head_sums = torch.library.custom_op(
+    "llamafactory_sekd::head_sums", _head_sums, mutates_args=(), schema="(Tensor gaps, Tensor t, float head) -> Tensor"
+)
+_compiled_head_sums.register_fake(lambda gaps, t, head: gaps.new_empty(gaps.shape[0]))
 
 
 def _times(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
