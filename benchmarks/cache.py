@@ -285,15 +285,16 @@ def wait(result: dict[str, Any], kind: str) -> float:
     return result["reading"][kind]["seconds per batch"] / statistics.median(result["seconds"][kind])
 
 
-def bytes_table() -> Table:
+def bytes_table(log_probs: str = "float16") -> Table:
+    """What a response token takes; the type of log-probabilities is the cache's, unless another is named."""
     import torch
 
     from llamafactory_sekd.teacher.cache import HiddenFormat, TopKFormat, bytes_per_token
 
-    table = Table("Bytes per response token", "hidden, bfloat16", "top-64", "all logits, bfloat16")
+    table = Table("Bytes per response token", "hidden, bfloat16", f"top-64, {log_probs}", "all logits, bfloat16")
     for name, (width, vocab) in KNOWN.items():
         hidden = bytes_per_token(HiddenFormat(width, torch.bfloat16))
-        top = bytes_per_token(TopKFormat(64, torch.float16, vocab))
+        top = bytes_per_token(TopKFormat(64, getattr(torch, log_probs), vocab))
         table.add_row(name, f"{hidden:,}", f"{top:,}", f"{2 * vocab:,}")
 
     return table

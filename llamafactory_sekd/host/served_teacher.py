@@ -35,8 +35,13 @@ _OF_A_LOADED_TEACHER = frozenset(key for key in KEYS if key.startswith("teacher_
 }
 
 
-def connect(run: HostArguments) -> Answering:
+def connect(run: HostArguments, *, hidden: bool, model: str | None = None) -> Answering:
     """Reach the server of a run and check its tokenizer, before any weight is read.
+
+    Args:
+        run: the arguments.
+        hidden: whether hidden states will be asked for: vLLM returns them where it was started for it.
+        model: the served model on this machine, which vLLM's hidden states need; None for what the server calls it.
 
     Raises:
         TeacherError: it cannot be reached, or its teacher does not fit.
@@ -50,6 +55,8 @@ def connect(run: HostArguments) -> Answering:
     if not speaks_our_protocol(url, patience):
         vllm = VllmConnection(url, patience, used_ids(tokenizer))
         vllm.check_tokenizer(tokenizer)
+        if hidden:
+            vllm.offer_hidden_states(tokenizer, model)
         return vllm
 
     server = Connection(url, patience)
@@ -143,7 +150,7 @@ def build_from_server(
     """Let a server compute what a cache lacks of the data sets of a training configuration.
 
     Args:
-        config: the training YAML's keys; a teacher that it names is not loaded.
+        config: the training YAML's keys; a teacher that it names is not loaded (of one behind vLLM, the last layers).
         out, settings, batch_size, prompts, say: as for :func:`llamafactory_sekd.host.cache.build_cache`.
         url: of the server.
         in_flight: requests at a time.
@@ -152,12 +159,13 @@ def build_from_server(
         ArgumentError: the configuration is not one of the stage.
         TeacherError: the server does not fit or stays away, the cache is of something else, the disk is too small.
     """
+    model = config.get("teacher_model")
     config = {key: value for key, value in config.items() if key not in _OF_A_LOADED_TEACHER}
     servers: list[Answering] = []
 
     def check(run: HostArguments) -> None:
         if not servers:  # the data sets of the teacher's own prompts are read after the student's
-            servers.append(connect(run))
+            servers.append(connect(run, hidden=settings.format == HiddenFormat.name, model=model))
 
     def read(keys: dict[str, Any], tell: Callable[[str], None]) -> Tokenized:
         data = tokenized(keys, tell, check=check)

@@ -80,7 +80,9 @@ def _run_sekd(run: HostArguments, host_run: Callable[[], None]) -> None:
     if finetuning.teacher_model:
         check_fit(run)
 
-    of_server = ServerOfRun(connect(run), run) if finetuning.teacher_server else None
+    of_server = None
+    if finetuning.teacher_server:
+        of_server = ServerOfRun(connect(run, hidden=finetuning.teacher_server_topk is None), run)
     fingerprint = of_server.fingerprint if of_server else teacher_fingerprint(run)
     check_same_teacher(run, fingerprint)
     with (

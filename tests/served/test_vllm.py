@@ -1,18 +1,27 @@
-"""A teacher behind vLLM's endpoint: the records of a local top-k cache, and every known way to be wrong refused."""
+"""A teacher behind vLLM's endpoint: the records of a local cache, and every known way to be wrong refused."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from helpers.cached_runs import build, content, from_cache, losses
+from helpers.cached_runs import assert_same_content, build, content, from_cache, losses
 from helpers.runs import base_config
-from helpers.tiny import save_dataset, save_llama
+from helpers.tiny import FAMILIES, save_dataset, save_llama, save_scaled_or_capped
 from helpers.vllm_stub import vllm_stub
-from transformers import AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.host.served_teacher import build_from_server
 from llamafactory_sekd.teacher.cache import Settings
+from llamafactory_sekd.teacher.served import VllmConnection, vllm_hidden_states
+
+
+def with_a_norm_that_matters(folder, **saving):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.nn.init.uniform_(model.base_model.norm.weight, 0.2, 3.0)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, **saving)
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +31,7 @@ def tiny_root(tmp_path_factory):
     save_llama(root / "student", seed=1)
     used = len(AutoTokenizer.from_pretrained(root / "student"))
     save_llama(root / "teacher", seed=2, width=48, vocab_size=used)
+    with_a_norm_that_matters(root / "teacher", max_shard_size="50KB")
     save_dataset(root / "data")
     return root
 
@@ -65,7 +75,77 @@ def test_answers_that_are_wrong_are_refused(tiny_root, tmp_path, fault, k, words
         build_from_server(config, tmp_path / "served", Settings("topk", "float32", k), url, say=lambda _: None)
 
 
-def test_hidden_states_are_not_to_be_had(tiny_root, tmp_path):
+def test_hidden_states_of_a_server_that_does_not_extract_them_are_refused(tiny_root, tmp_path):
     config = base_config(tiny_root, output_dir=str(tmp_path / "out"))
     with vllm_stub(tiny_root / "teacher") as url, pytest.raises(TeacherError, match="--format topk"):
         build_from_server(config, tmp_path / "served", Settings(), url, say=lambda _: None)
+
+
+def test_a_cache_of_vllms_hidden_states_is_the_local_one_and_no_file_of_its_is_left(tiny_root, tmp_path):
+    config = base_config(tiny_root, output_dir=str(tmp_path / "out"))
+    local = build(config, tmp_path / "local")
+    (tmp_path / "files").mkdir()
+    with vllm_stub(tiny_root / "teacher", files=tmp_path / "files") as url:
+        build_from_server(config, tmp_path / "served", Settings(), url, say=lambda _: None)
+        assert_same_content(tmp_path / "served", local)
+        assert not list((tmp_path / "files").iterdir())
+        without = {key: value for key, value in config.items() if key != "teacher_model"}
+        live = losses({**without, "teacher_server": url})
+    heads = [load_file(folder / "head.safetensors")["weight"] for folder in (local, tmp_path / "served")]
+    assert torch.equal(*heads)
+    assert live == pytest.approx(losses(from_cache(config, local)), rel=1e-5)
+
+
+def offered(folder, files, patience=60.0, **stub):
+    """What a connection says of its server after the probe."""
+    files.mkdir()
+    student = AutoTokenizer.from_pretrained(folder)
+    with vllm_stub(folder, files=files, **stub) as url:
+        asked = VllmConnection(url, patience, len(student))
+        asked.offer_hidden_states(student, None)
+        return asked.info
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_scaled_or_capped_teacher_with_a_tied_head_is_exact_as_well(tmp_path, family):
+    info = offered(save_scaled_or_capped(tmp_path / "teacher", family), tmp_path / "files")
+    assert info.hidden
+    assert info.transform is not None
+    assert (info.rows, info.width, info.dtype) == (384, 32, "float32")
+
+
+def test_bfloat16_explains_its_own_differences(tiny_root, tmp_path):
+    assert offered(tiny_root / "teacher", tmp_path / "files", dtype=torch.bfloat16).dtype == "bfloat16"
+
+
+def test_files_without_locks_are_waited_for(tiny_root, tmp_path):
+    assert offered(tiny_root / "teacher", tmp_path / "files", fault="no locks").hidden
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("another layer", "the number of layers"),
+        ("rows off by one", "differ by"),
+        ("missing rows", "--no-enable-chunked-prefill"),
+        ("other tokens", "of other tokens"),
+        ("no file", "no complete file has been there"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_hidden_states_that_are_wrong_are_refused(tiny_root, tmp_path, monkeypatch, fault, words, dtype):
+    monkeypatch.setattr(vllm_hidden_states, "_UNTIL_A_FILE_APPEARS", 0.3)
+    with pytest.raises(TeacherError, match=words) as caught:
+        offered(tiny_root / "teacher", tmp_path / "files", fault=fault, dtype=dtype)
+    assert "\n" not in str(caught.value)
+
+
+def test_hidden_states_of_another_model_than_the_named_one_are_refused(tiny_root, tmp_path):
+    save_llama(tmp_path / "other", seed=3, width=48)
+    student = AutoTokenizer.from_pretrained(tiny_root / "student")
+    with vllm_stub(tiny_root / "teacher", files=tmp_path) as url:
+        asked = VllmConnection(url, 60, len(student))
+        with pytest.raises(TeacherError, match="differ by"):
+            asked.offer_hidden_states(student, str(tmp_path / "other"))
+        with pytest.raises(TeacherError, match="cannot be read on this machine"):
+            asked.offer_hidden_states(student, str(tmp_path / "nothing"))
