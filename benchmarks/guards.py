@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-from llamafactory_sekd.data.languages import LANGUAGE_NAMES
+from llamafactory_sekd.data import identification
+from llamafactory_sekd.data.languages import language_name
+from llamafactory_sekd.errors import DataError
 from llamafactory_sekd.evaluation import guards
 
 
@@ -51,7 +53,7 @@ def main() -> None:
             sum(map(guards.has_loop, own)) / len(own),
         )
         words = " | ".join(f"{100 * figure:.1f} %" if figure == figure else "" for figure in figures)
-        print(f"| {LANGUAGE_NAMES[language]} | {len(own)} | {needed(own[:half], language)} | {words} |", flush=True)
+        print(f"| {language_name(language)} | {len(own)} | {needed(own[:half], language)} | {words} |", flush=True)
 
 
 def read(wheel: Path, most: int) -> dict[str, list[str]]:
@@ -61,7 +63,7 @@ def read(wheel: Path, most: int) -> dict[str, list[str]]:
         for name in sorted(archive.namelist()):
             component, _, file = name.partition("/translations/")
             code = file.removesuffix(".json")
-            if file.endswith(".json") and (code := ALIASES.get(code, code)) in LANGUAGE_NAMES:
+            if file.endswith(".json") and is_known(code := ALIASES.get(code, code)):
                 found[code].update(leaves(json.loads(archive.read(name)), (component,)))
     shuffle = random.Random(SEED)
     texts = {}
@@ -70,6 +72,15 @@ def read(wheel: Path, most: int) -> dict[str, list[str]]:
         if len(usable) >= FEWEST:
             texts[code] = shuffle.sample(usable, min(most, len(usable)))
     return texts
+
+
+def is_known(code: str) -> bool:
+    """Tell whether we and the identifier know a language."""
+    try:
+        language_name(code)
+    except DataError:
+        return False
+    return identification.is_identifiable(code)
 
 
 def leaves(tree: Any, path: tuple[str, ...]) -> dict[tuple[str, ...], str]:
@@ -81,24 +92,24 @@ def leaves(tree: Any, path: tuple[str, ...]) -> dict[tuple[str, ...], str]:
 
 def is_usable(code: str, path: tuple[str, ...], text: str, english: dict[tuple[str, ...], str]) -> bool:
     """Tell whether ``text`` is plain, long enough to be judged, and translated at all."""
-    if _MARKUP.search(text) or guards.count_letters(text) < guards.MIN_LETTERS:
+    if _MARKUP.search(text) or identification.count_letters(text) < identification.MIN_LETTERS:
         return False
     return code == "en" or english.get(path) != text
 
 
 def as_one(one: str, other: str) -> bool:
     """Tell whether two languages are not told apart."""
-    return one == other or any(one in group and other in group for group in guards.CONFUSABLE)
+    return one == other or any(one in group and other in group for group in identification.CONFUSABLE)
 
 
 def share(lines: list[str], language: str) -> float:
     """Return the share of ``lines`` that is called another language than ``language``."""
-    return sum(guards.is_other_language(line, language) for line in lines) / len(lines)
+    return sum(identification.is_other_language(line, language) for line in lines) / len(lines)
 
 
 def needed(lines: list[str], language: str) -> float:
     """Return the smallest certainty with at most 1 % of false alarms in ``lines``, or the largest there is."""
-    answers = [guards._identifier().classify(line) for line in lines]
+    answers = [identification.identifier().classify(line) for line in lines]
     for certainty in CERTAINTIES:
         alarms = sum(not as_one(found, language) and sure >= certainty for found, sure in answers)
         if alarms <= 0.01 * len(lines):

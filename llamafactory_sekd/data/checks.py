@@ -9,10 +9,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import Any, NamedTuple
+
+from llamafactory_sekd.data.identification import are_swapped, is_other_language
+from llamafactory_sekd.data.languages import Direction
 
 
 class Outcome(StrEnum):
@@ -62,6 +65,21 @@ class Problem(Enum):
         "has doubled quotation marks inside of quotation marks, or all pairs are in quotation marks, as a spreadsheet "
         "writes them (--quoted reads them so)",
     )
+    VERY_LONG = (
+        "very_long",
+        Outcome.KEPT,
+        "has a side of more than 5,000 characters, which is no sentence (a line break may be missing)",
+    )
+    SWAPPED = (
+        "swapped_sides",
+        Outcome.KEPT,
+        "of the sampled ones: the source is in the target's language and the other way round (exchange the two)",
+    )
+    UNEXPECTED_LANGUAGE = (
+        "unexpected_language",
+        Outcome.KEPT,
+        "of the sampled ones: a side is in another language (`sekd data check` looks at all pairs)",
+    )
     # Of text that a model made.
     NO_TRANSLATION = ("no_translation", Outcome.LEFT_OUT, "the translation is empty")
     HIT_LIMIT = ("hit_limit", Outcome.LEFT_OUT, "the translation reached the limit of tokens without an end")
@@ -93,6 +111,10 @@ _SUSPECT = re.compile(
     "[\x00-\x08\n\r\v\f\x0e-\x1e&<\x7f-\x9f\u00ad\u00c2\u00c3\u0300-\u036f\u1100-\u11ff\u200b\u2028-\u202e\u2060"
     "\u2066-\u2069\u20ac\u3099\u309a\ud800-\udfff\ue000-\uf8ff\ufeff\ufffd]"
 )
+_VERY_LONG = 5000  # characters of a side
+_SAMPLED = 200  # pairs whose languages are looked at
+# From which number, and share of those that were looked at, other languages are more than the identifier's mistakes.
+_SEVERAL, _SHARE = 3, 0.1
 # So many lines of a finding are kept: a crawled corpus can have millions.
 KEPT_LINES = 1000
 
@@ -178,6 +200,7 @@ def clean_pair(pair: Pair, findings: Findings) -> Pair | None:
         source[:1].isalnum()  # so not empty, and no white space comes first
         and target[:1].isalnum()
         and source != target
+        and len(source) + len(target) <= _VERY_LONG
         and source.rstrip() == source
         and target.rstrip() == target
         and _SUSPECT.search(source) is None
@@ -199,12 +222,28 @@ def clean_pair(pair: Pair, findings: Findings) -> Pair | None:
         findings.add(Problem.LINE_BREAK, pair)
     if source == target:
         findings.add(Problem.IDENTICAL, pair)
+    if max(len(source), len(target)) > _VERY_LONG:
+        findings.add(Problem.VERY_LONG, pair)
     for problem, pattern in _KEPT.items():
         if pattern.search(source) or pattern.search(target):
             findings.add(problem, pair)
     if any(_COMBINING.search(side) and not unicodedata.is_normalized("NFC", side) for side in (source, target)):
         findings.add(Problem.DECOMPOSED, pair)
     return Pair(source, target, pair.file, pair.line)
+
+
+def check_languages(pairs: Sequence[Pair], direction: Direction, findings: Findings) -> None:
+    """Look at some of the pairs, evenly spread: sides that are swapped, or in other languages than the direction's."""
+    unexpected = []
+    sample = pairs[:: max(1, len(pairs) // _SAMPLED)]
+    for pair in sample:
+        if are_swapped(pair.source, pair.target, direction.source, direction.target):
+            findings.add(Problem.SWAPPED, pair)
+        elif is_other_language(pair.source, direction.source) or is_other_language(pair.target, direction.target):
+            unexpected.append(pair)
+    if len(unexpected) >= max(_SEVERAL, _SHARE * len(sample)):
+        for pair in unexpected:
+            findings.add(Problem.UNEXPECTED_LANGUAGE, pair)
 
 
 def _unusable(pair: Pair) -> Problem | None:

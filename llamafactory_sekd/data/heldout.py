@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from llamafactory_sekd.data.checks import Findings, Pair, clean_pair
 from llamafactory_sekd.errors import DataError
@@ -15,6 +15,8 @@ _ENDS = 12  # letters at the beginning and the end of a sentence
 _REACH = 24  # characters in which nearly every sentence has that many
 _SHORTEST = 6  # letters of a sentence that is worth testing on
 _ALIKE = 0.7  # the share of common letter trigrams from which two sentences count as one
+_LARGEST = 0xFFFFFFFF  # checksum
+_AS_BYTES = ("utf-8", "surrogatepass")
 _SPARE = 4  # candidates for each pair that is held out: some are unusable, or near to others
 
 
@@ -55,8 +57,12 @@ class HeldOut:
         return found
 
 
-def hold_out(pairs: Iterable[Pair], count: int) -> HeldOut:
+def hold_out(blocks: Iterable[Sequence[Pair]], count: int) -> HeldOut:
     """Choose `count` pairs by the checksum of their source, so that the same corpus gives the same ones in any order.
+
+    Args:
+        blocks: the corpus, many pairs at a time.
+        count: how many.
 
     Raises:
         DataError: the corpus has fewer that are usable and differ enough from each other.
@@ -65,15 +71,17 @@ def hold_out(pairs: Iterable[Pair], count: int) -> HeldOut:
     best: list[tuple[int, Pair]] = []
     known: set[int] = set()
     wanted = _SPARE * count + 100
-    for pair in pairs:
-        rank = -zlib.crc32(pair.source.encode("utf-8", "surrogatepass"))
-        if (len(best) == wanted and rank <= best[0][0]) or rank in known:
-            continue
-        known.add(rank)
-        if len(best) < wanted:
-            heapq.heappush(best, (rank, pair))
-        else:
-            known.discard(heapq.heapreplace(best, (rank, pair))[0])
+    for block in blocks:
+        largest = -best[0][0] if len(best) == wanted else _LARGEST
+        for place, checksum in enumerate(map(zlib.crc32, [pair.source.encode(*_AS_BYTES) for pair in block])):
+            if checksum > largest or -checksum in known:
+                continue
+            known.add(-checksum)
+            if len(best) < wanted:
+                heapq.heappush(best, (-checksum, block[place]))
+            else:
+                known.discard(heapq.heapreplace(best, (-checksum, block[place]))[0])
+            largest = -best[0][0] if len(best) == wanted else _LARGEST
 
     chosen = HeldOut()
     for _, pair in sorted(best, key=lambda item: -item[0]):

@@ -154,7 +154,10 @@ def parse_direction(text: str, source_name: str | None = None, target_name: str 
         raise DataError(f"A language code became {text} in YAML, which reads no, off, on and yes so: quote it.")
     match = _DIRECTION.fullmatch(str(text))
     if match is None or match[1] == match[2]:
-        raise DataError(f"Unknown direction {text!r}: write source-target with two language codes, such as en-de.")
+        raise DataError(
+            f"Unknown direction {text!r}: write source-target with two different language codes, such as en-de, "
+            "en-pt-BR or en-zh-Hant (capitals tell a territory or script from a language)."
+        )
     for code, name, option in zip(match.groups(), (source_name, target_name), ("--from", "--to"), strict=True):
         try:
             name or language_name(code)

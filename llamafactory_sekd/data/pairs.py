@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.data.alma import DATASET_INFO, plain_files
-from llamafactory_sekd.data.checks import Findings, Pair, Problem, clean_pair
+from llamafactory_sekd.data.checks import Findings, Pair, Problem, check_languages, clean_pairs
 from llamafactory_sekd.data.data_manifest import Product, read_manifest, same_request, verify, write_product
 from llamafactory_sekd.data.dataset_info import check_entries, merge_entries
 from llamafactory_sekd.data.heldout import HeldOut, hold_out
@@ -184,32 +184,27 @@ class _Build:
             train.discard()
             return made
 
-    def _read(self, what: str, skip: int = 0) -> Iterator[Pair]:
+    def _read(self, what: str, skip: int = 0) -> Iterator[list[Pair]]:
+        """Give the pairs after the first ``skip``, a block at a time."""
         meter, total = Meter(), self.corpus.size
-        for number, pair in enumerate(self.corpus.read(self.direction, meter), start=1):
-            if number > skip:
-                yield pair
-            if number % _BLOCK == 0:
-                self.progress(what, meter.position(), total, number)
-        self.progress(what, total, total, number)
+        pairs = self.corpus.read(self.direction, meter)
+        done = 0
+        while block := list(islice(pairs, _BLOCK)):
+            done += len(block)
+            if done > skip:
+                yield block[max(0, skip - (done - len(block))) :]
+            self.progress(what, meter.position(), total, done)
+        self.progress(what, total, total, done)
 
     def _train(self, train: ResumableFile, held: HeldOut | None, findings: Findings) -> tuple[Written, int]:
         forward, backward = self.prompt.lines(self.direction), self.prompt.lines(self.direction.reversed)
         held_lines = {pair.line for pair in held.pairs} if held is not None else set()
-        may_hold_quotes = self.corpus.may_hold_quotes
         done, records = train.noted.get("pairs", 0), train.noted.get("records", 0)
-        pairs = self._read("Writing" if not done else f"Continuing at pair {done:,}", skip=done)
-        while block := list(islice(pairs, _BLOCK)):
-            usable = []
-            all_in_marks = may_hold_quotes and len(block) >= _FEW and all(map(_in_marks, block))
-            for pair in block:
-                if pair.line in held_lines:
-                    continue
-                if all_in_marks or (may_hold_quotes and (_is_quoted(pair.source) or _is_quoted(pair.target))):
-                    findings.add(Problem.QUOTED, pair)
-                cleaned = clean_pair(pair, findings)
-                if cleaned is not None:
-                    usable.append(cleaned)
+        for block in self._read("Writing" if not done else f"Continuing at pair {done:,}", skip=done):
+            usable = self._usable(block, held_lines, findings)
+            number = done // _BLOCK + 1
+            if number & (number - 1) == 0:  # the first, second, fourth, eighth, …: few, and in all parts of a corpus
+                check_languages(usable, self.direction, findings)
             if held is not None:
                 is_near = held.near(usable)
                 for pair in compress(usable, is_near):
@@ -229,6 +224,17 @@ class _Build:
         if not records:
             raise DataError(f"{self.corpus.files[0]} has no usable pair: {findings.summary()}.")
         return train.finish({"pairs": done, "records": records, "findings": findings.as_json()}), records
+
+    def _usable(self, block: list[Pair], held_lines: set[int], findings: Findings) -> list[Pair]:
+        """Return the pairs of a block that can be learned from, but for those that are held out."""
+        if self.corpus.may_hold_quotes:
+            all_in_marks = len(block) >= _FEW and all(map(_in_marks, block))
+            for pair in block:
+                if all_in_marks or _is_quoted(pair.source) or _is_quoted(pair.target):
+                    findings.add(Problem.QUOTED, pair)
+        if held_lines:
+            block = [pair for pair in block if pair.line not in held_lines]
+        return clean_pairs(block, findings)
 
     def _held_out(self, name: str, pairs: list[Pair], *, with_records: bool) -> dict[str, tuple[bytes, int]]:
         """Return a test set in the evaluation's layout and, to validate on in training, the same as a data set."""

@@ -19,7 +19,9 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import chain, zip_longest
+from functools import partial
+from itertools import chain, count, islice, repeat
+from operator import add
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
@@ -36,6 +38,8 @@ _PACKED: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
 _SPACE = re.compile(r"[ \t\n\r]*")
 _HEAD = 4096  # bytes that tell what a file is
 _CHUNK = 1 << 18  # characters that are read at a time
+# A line, or a record of a JSON list, of more characters is none: it would be kept in memory, however long it is.
+LONGEST_LINE = 1 << 25
 _NO_TEXT: dict[bytes, str] = {
     b"PK\x03\x04": "a zip archive (unpack it first)",
     b"PAR1": "a Parquet file",
@@ -123,13 +127,19 @@ def text_pairs(
 
 
 def _side_by_side(source: Path, target: Path, name: str, meter: Meter | None) -> Iterator[Pair]:
-    lines = zip_longest(iterate_lines(source, meter), iterate_lines(target, meter))
-    for number, (left, right) in enumerate(lines, start=1):
-        if left is None or right is None:
-            raise _misaligned(source, target)
-        if number == 1 and max(left.count("\r"), right.count("\r")) > 1:
-            raise _carriage_returns(source if "\r" in left else target, 1)
-        yield Pair(left, right, name, number)
+    # Without a step of Python for each line: a corpus has millions.
+    sides = zip(iterate_lines(source, meter), iterate_lines(target, meter), strict=True)
+    pairs = map(partial(tuple.__new__, Pair), map(add, sides, zip(repeat(name), count(1))))
+    try:
+        for left, right, _, _ in (first := list(islice(pairs, 1))):
+            if max(left.count("\r"), right.count("\r")) > 1:
+                raise _carriage_returns(source if "\r" in left else target, 1)
+        yield from first
+        yield from pairs
+    except DataError:
+        raise
+    except ValueError:  # of `strict`
+        raise _misaligned(source, target) from None
 
 
 def _carriage_returns(path: Path, number: int) -> DataError:
@@ -221,17 +231,38 @@ def read_lines(path: Path) -> list[str]:
 
 def iterate_lines(path: Path, meter: Meter | None = None) -> Iterator[str]:
     r"""Read the lines of a text file without their ends; only ``\n`` and ``\r\n`` end a line."""
-    rest = ""
-    with _open_text(path, meter) as text:
-        while chunk := text.read(_CHUNK):
-            chunk = rest + chunk
-            lines = chunk.split("\n")
-            rest = lines.pop()
-            if "\r" in chunk:
+
+    def blocks() -> Iterator[list[str]]:
+        with _open_text(path, meter) as text:
+            yield from _line_blocks(text, "", str(path))
+
+    return chain.from_iterable(blocks())
+
+
+def _line_blocks(text: TextIO, start: str, name: str) -> Iterator[list[str]]:
+    """Give the lines of an open file that begins with ``start``, as many at a time as a chunk holds."""
+    chunk, number = start or text.read(_CHUNK), 1
+    rest: list[str] = []
+    while chunk:
+        if "\n" not in chunk:
+            rest.append(chunk)
+            if len(rest) * _CHUNK > LONGEST_LINE:
+                raise DataError(
+                    f"{name}:{number}: a line of more than {LONGEST_LINE:,} characters: give a text with one sentence "
+                    "on each line."
+                )
+        else:
+            whole = "".join((*rest, chunk))
+            lines = whole.split("\n")
+            rest = [lines.pop()]
+            if "\r" in whole:
                 lines = [line.removesuffix("\r") for line in lines]
-            yield from lines
-    if rest:
-        yield rest.removesuffix("\r")
+            number += len(lines)
+            yield lines
+        chunk = text.read(_CHUNK)
+    last = "".join(rest)
+    if last:
+        yield [last.removesuffix("\r")]
 
 
 @contextmanager
@@ -286,16 +317,11 @@ def _is_utf16(head: bytes) -> bool:
 
 def _json_records(path: Path, name: str, meter: Meter | None) -> Iterator[tuple[int, Any]]:
     with _open_text(path, meter) as text:
-        skipped, first = 0, ""
-        for line in text:
-            if line.strip():
-                first = line
-                break
-            skipped += 1
-        if first.lstrip().startswith("["):
-            yield from enumerate(_list_items(text, first, name, skipped + 1), start=1)
+        head = text.read(_CHUNK)
+        if head.lstrip().startswith("["):  # a list may be one line, so it is not read by lines
+            yield from enumerate(_list_items(text, head, name, 1), start=1)
             return
-        for number, line in enumerate(chain([first], text), start=skipped + 1):
+        for number, line in enumerate(chain.from_iterable(_line_blocks(text, head, name)), start=1):
             if line.strip():
                 yield number, _parse(line, name, number)
 
@@ -326,7 +352,7 @@ def _list_items(text: TextIO, first: str, name: str, line: int) -> Iterator[Any]
                 item, at = decode(buffer, at)
                 break
             except json.JSONDecodeError as error:
-                more = text.read(max(_CHUNK, len(buffer) - at))
+                more = text.read(max(_CHUNK, len(buffer) - at)) if len(buffer) - at <= LONGEST_LINE else ""
                 if not more:
                     raise wrong(error.msg, error.pos) from error
                 line += buffer.count("\n", 0, at)

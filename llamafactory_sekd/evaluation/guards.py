@@ -5,40 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llamafactory_sekd.data.languages import base_code
+from llamafactory_sekd.data.identification import is_identifiable, is_other_language
 
 
-# With fewer letters the language of a sentence is not judged. One of Chinese, Japanese or Korean counts as three.
-MIN_LETTERS = 20
-# From how much certainty on another language counts as found. benchmarks/guards.py measures what each language needs
-# for at most about 1 % of false alarms; the table is in docs/evaluation.md.
-MIN_CERTAINTY = 0.9
-NEEDED_CERTAINTY = {
-    **dict.fromkeys(("ar", "ca", "da", "de", "es", "gl", "hr", "ja", "lt", "no", "pt", "sk", "sl", "sv", "zh"), 0.99),
-    **dict.fromkeys(("bg", "et", "nl", "ru", "uk"), 0.999),
-}
-# Languages that the identifier cannot tell apart: to find one where the other was asked for means nothing.
-CONFUSABLE = (
-    frozenset({"da", "nb", "nn", "no"}),
-    frozenset({"bs", "hr", "sr"}),
-    frozenset({"id", "ms"}),
-    frozenset({"cs", "sk"}),
-    frozenset({"an", "es", "gl"}),
-    frozenset({"gl", "pt"}),
-    frozenset({"bg", "mk"}),
-    frozenset({"bg", "ru"}),
-    frozenset({"be", "ru"}),
-    frozenset({"af", "nl"}),
-    frozenset({"de", "lb"}),
-    frozenset({"fr", "oc", "wa"}),
-    frozenset({"ca", "oc"}),
-)
 # A phrase repeated this often in a row is a loop. Without a letter in it it must be more: "3 3 3 3" may be a score.
 REPEATS = 4
 REPEATS_WITHOUT_LETTERS = 8
@@ -89,8 +62,7 @@ def inspect(
 ) -> Guards:
     """Look at the translations of one system into ``language``, a code of any kind."""
     count = len(lines)
-    language = base_code(language)  # the identifier knows languages, not their scripts and territories
-    known = language in _identifier().nb_classes
+    known = is_identifiable(language)
     return Guards(
         empty=sum(not line for line in lines) / count,
         wrong_language=sum(is_other_language(line, language) for line in lines) / count if known else None,
@@ -109,29 +81,6 @@ def has_extra_text(line: str, source: str) -> bool:
         return True
     quoted = len(line) > 1 and _QUOTES.get(line[0], "") and line[-1] in _QUOTES[line[0]]
     return bool(quoted) and source[:1] not in _QUOTES
-
-
-def is_other_language(line: str, language: str) -> bool:
-    """Tell whether ``line`` is, with the certainty that ``language`` needs, in a language not to be taken for it."""
-    if count_letters(line) < MIN_LETTERS:
-        return False
-    found, certainty = _identifier().classify(line)
-    if found == language or any(found in group and language in group for group in CONFUSABLE):
-        return False
-    return certainty >= NEEDED_CERTAINTY.get(language, MIN_CERTAINTY)
-
-
-def differs_in_language(line: str, reference: str) -> bool:
-    """Tell whether ``line`` is certainly in another language than ``reference``, whose code nobody said."""
-    if count_letters(reference) < MIN_LETTERS:
-        return False
-    language, certainty = _identifier().classify(reference)
-    return certainty >= NEEDED_CERTAINTY.get(language, MIN_CERTAINTY) and is_other_language(line, language)
-
-
-def count_letters(line: str) -> int:
-    """Return how many letters ``line`` has, those of Chinese, Japanese and Korean counted three times."""
-    return sum(3 if character >= "\u2e80" else 1 for character in line if character.isalpha())
 
 
 def has_loop(line: str) -> bool:
@@ -166,11 +115,3 @@ def _longest_run(same: NDArray[np.bool_]) -> tuple[int, int]:
         return 0, 0
     longest = int((stops - starts).argmax())
     return int(stops[longest]), int(stops[longest] - starts[longest])
-
-
-@cache
-def _identifier() -> Any:
-    """Return py3langid's model with all its languages; it is part of the package."""
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    return LanguageIdentifier.from_pickled_model(MODEL_FILE, norm_probs=True)

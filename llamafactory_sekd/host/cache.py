@@ -16,6 +16,7 @@ from llamafactory_sekd.errors import ArgumentError, TeacherError
 from llamafactory_sekd.fingerprints import xxh3_of_json, xxh3_of_model, xxh3_of_models
 from llamafactory_sekd.host.cut_text import counting_cut_text
 from llamafactory_sekd.host.run_arguments import HostArguments
+from llamafactory_sekd.host.run_names import check_names
 from llamafactory_sekd.host.teacher_loading import check_fit, teacher_identity, teacher_model_arguments
 from llamafactory_sekd.host.teacher_prompts import TeacherPrompts, configurations, templates_restored
 from llamafactory_sekd.teacher import Teacher, used_ids
@@ -181,7 +182,7 @@ def tokenized(
     config: dict[str, Any],
     say: Callable[[str], None] = print,
     *,
-    check: Callable[[HostArguments], None] = check_fit,
+    check: Callable[[HostArguments], object] = check_fit,
 ) -> Tokenized:
     """Read the data sets of a configuration that names a teacher; see :func:`build_cache` for what it raises.
 
@@ -193,6 +194,7 @@ def tokenized(
     from llamafactory.model import load_config, load_tokenizer
 
     run = HostArguments(*get_train_args(_for_building(config)))
+    check_names(run)
     check(run)
     if run.model.compute_dtype is None:  # in training the student, loaded first, decides
         run.model.compute_dtype = infer_optim_dtype(getattr(load_config(run.model), "torch_dtype", None))

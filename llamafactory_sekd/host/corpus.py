@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from llamafactory_sekd.data.checks import Pair
-from llamafactory_sekd.data.languages import Direction, base_code
+from llamafactory_sekd.data.identification import is_other_language
+from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.prompts import PARROT, PLAIN
 from llamafactory_sekd.errors import ArgumentError, DataError
-from llamafactory_sekd.evaluation.guards import is_other_language
 from llamafactory_sekd.files import read_json, write_atomic, write_json
 from llamafactory_sekd.fingerprints import xxh3_of_json
+from llamafactory_sekd.host.run_names import check_template
 from llamafactory_sekd.teacher.cache.segments import Segment
 from llamafactory_sekd.teacher.doubts import Verdict, judge
 
@@ -64,7 +65,7 @@ def check_corpus(
     """
     ratios = [len(pair.target) / len(pair.source) for pair in pairs if len(pair.source) >= LONG_ENOUGH]
     usual = median(ratios) if ratios else 1.0
-    language = base_code(direction.target)
+    language = direction.target
     return [
         Judged(pair, probability, tuple(_reasons(pair, probability, usual, language, doubt)))
         for pair, probability in zip(pairs, probabilities, strict=True)
@@ -148,14 +149,12 @@ class _Reader:
     def of(cls, name: str, template: str, direction: Direction) -> _Reader:
         from accelerate import Accelerator
         from llamafactory.data import get_template_and_fix_tokenizer
-        from llamafactory.data.template import TEMPLATES
         from llamafactory.hparams import get_infer_args
         from llamafactory.model import load_model, load_tokenizer
 
         from llamafactory_sekd.teacher import Teacher
 
-        if template not in TEMPLATES:
-            raise ArgumentError(f"`--template {template}` cannot be used: LLaMA-Factory has no template of this name.")
+        check_template("--template", template)
         try:
             model_args, data_args, finetuning_args, _ = get_infer_args(
                 {"model_name_or_path": name, "template": template}

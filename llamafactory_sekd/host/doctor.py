@@ -57,6 +57,7 @@ def doctor(
 
     from llamafactory_sekd.config import read_config
     from llamafactory_sekd.host.memory_plan import parse, run_of
+    from llamafactory_sekd.host.run_names import check_names
     from llamafactory_sekd.planner import device_memory as machine
     from llamafactory_sekd.planner import estimate
     from llamafactory_sekd.planner.estimate import CONTEXT
@@ -65,6 +66,8 @@ def doctor(
 
     keys = read_config(config, overrides or [])
     parsed = parse(keys)
+    if parsed.finetuning.use_sekd:
+        check_names(parsed, planned=True)
     given = machine.parse_memory(memory) if memory is not None else machine.device_memory()
     accelerator = given is not None and not parsed.training.use_cpu
     count = devices or machine.devices_of_the_environment()
@@ -128,6 +131,7 @@ def _check_teacher(console: Console, parsed: HostArguments) -> None:
         console.print(f"Teacher: not checked, {missing}.", highlight=False, markup=False, soft_wrap=True)
         return
 
-    check_fit(parsed)
+    others = check_fit(parsed)
     line = vocabulary_line(parsed) or "its tokenizer is the student's, and so is the size of its head."
-    console.print(f"Teacher: {line}", highlight=False, markup=False, soft_wrap=True)
+    for text in (line, *others):
+        console.print(f"Teacher: {text}", highlight=False, markup=False, soft_wrap=True)

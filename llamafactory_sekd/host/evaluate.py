@@ -18,6 +18,7 @@ from llamafactory_sekd.evaluation.evaluation_settings import Settings, System, p
 from llamafactory_sekd.evaluation.harness import HarnessSettings, is_of_harness, parse_harness
 from llamafactory_sekd.evaluation.hypotheses import THOUGHT_WORDS
 from llamafactory_sekd.evaluation.translator import Description, Host, ModelSource, Request, Translator
+from llamafactory_sekd.host.run_names import check_template
 
 
 USAGE = "usage: llamafactory-cli eval CONFIG.yaml [KEY=VALUE …]   (keys: docs/evaluation.md)"
@@ -135,13 +136,11 @@ def build_host(settings: Settings) -> Host:
 def _host_arguments(settings: Settings, system: System) -> tuple[Any, Any, Any, Any]:
     """Let the host parse and check a system's arguments."""
     import transformers
-    from llamafactory.data.template import TEMPLATES
     from llamafactory.hparams import get_infer_args
     from llamafactory.model.loader import try_download_model_from_other_hub
 
     given = {"template": settings.template, **(system.model or {})}
-    if given["template"] not in TEMPLATES:
-        raise EvaluationError(f"`template`: LLaMA-Factory has no template {given['template']!r}.")
+    check_template("template", given["template"], EvaluationError)
     if _is_vllm(settings):
         given["infer_backend"] = "vllm"
     try:

@@ -18,6 +18,7 @@ from llamafactory_sekd.host.cut_text import counting_cut_text
 from llamafactory_sekd.host.own_samples import own_samples_of
 from llamafactory_sekd.host.resume import check_same_teacher, teacher_fingerprint
 from llamafactory_sekd.host.run_arguments import HostArguments
+from llamafactory_sekd.host.run_names import check_names, check_output, check_student
 from llamafactory_sekd.host.served_teacher import ServerOfRun, connect
 from llamafactory_sekd.host.start_block import print_opening
 from llamafactory_sekd.host.teacher_choice import numbered_examples
@@ -77,6 +78,10 @@ def _run_sekd(run: HostArguments, host_run: Callable[[], None]) -> None:
         host_run()
         return
 
+    check_names(run)
+    check_student(run)
+    if run.is_first_rank:
+        check_output(training.output_dir)
     if finetuning.teacher_model:
         check_fit(run)
 

@@ -108,20 +108,33 @@ def copy_model_arguments(source: Any, **changes: Any) -> Any:
     return ModelArguments.copyfrom(source, **{**texts, **changes})
 
 
-def check_fit(run: HostArguments) -> None:
+def check_fit(run: HostArguments) -> list[str]:
     """Check, before any weight is read, that each teacher exists, is a causal LM and has the student's tokenizer.
+
+    Returns:
+        What else is to be said of them, which the log has as well.
 
     Raises:
         TeacherError: one does not fit.
     """
-    for one in each_teacher(run):
-        _check_fit(one)
+    from transformers.utils import logging
+
+    lines = [line for one in each_teacher(run) if (line := _check_fit(one))]
+    for line in lines:
+        logging.get_logger(__name__).warning(line)
+    return lines
 
 
-def _check_fit(run: HostArguments) -> None:
+def _check_fit(run: HostArguments) -> str:
+    """Return what is to be said of a teacher's positions."""
     from llamafactory.model import load_config, load_tokenizer
 
-    from llamafactory_sekd.teacher.teacher_files import check_adapter_files, check_is_causal, check_teacher_files
+    from llamafactory_sekd.teacher.teacher_files import (
+        check_adapter_files,
+        check_is_causal,
+        check_teacher_files,
+        positions_line,
+    )
     from llamafactory_sekd.teacher.vocabulary import check_tokenizers
 
     name, adapters, _ = teacher_identity(run.model, run.finetuning)
@@ -143,6 +156,9 @@ def _check_fit(run: HostArguments) -> None:
     student_tokenizer = load_tokenizer(run.model)["tokenizer"]
     _apply_template(student_tokenizer, teacher_tokenizer, run.data)
     check_tokenizers(student_tokenizer, teacher_tokenizer)
+    if run.finetuning.teacher_model == SELF and run.model.rope_scaling is not None:
+        return ""  # the base has the student's positions
+    return positions_line(name, config, run.data.cutoff_len)
 
 
 def _apply_template(student: Any, teacher: Any, data_args: Any) -> None:

@@ -154,7 +154,7 @@ def common_vocabulary(student_tokenizer: Any, student_rows: int, *teachers_rows:
             )
 
     return used, (
-        f"The student's head has {student_rows:,} rows and the teacher's {teacher_rows:,}, of which the tokenizer "
-        f"uses {used:,}: the objective reads the first {used:,} of both and renormalises; the rest is padding that no "
-        "token means."
+        f"The student's head has {student_rows:,} rows and the teacher's answers are over {teacher_rows:,} ids; the "
+        f"tokenizer uses {used:,}: the objective reads the first {used:,} of both and renormalises; the rest is "
+        "padding that no token means."
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from llamafactory_sekd.data.alma import DATASET_INFO
 from llamafactory_sekd.data.readers import read_json_records
-from llamafactory_sekd.errors import DataError
+from llamafactory_sekd.errors import DataError, suggestion
 from llamafactory_sekd.files import read_json
 
 
@@ -44,8 +44,10 @@ class Declared:
             if self.is_alpaca:
                 if not isinstance(record, dict):
                     raise DataError(f"{where}: expected a record with {self.columns['prompt']!r}, got {record!r:.80}.")
-                order, sentence, answer = (record.get(self.columns[key]) or "" for key in _ALPACA)
-                yield number, order, sentence, answer
+                texts = [record.get(self.columns[key]) or "" for key in _ALPACA]
+                if not all(isinstance(text, str) for text in texts):
+                    raise DataError(f"{where}: expected texts, got {texts!r:.80}.")
+                yield number, texts[0], texts[1], texts[2]
             else:
                 yield number, *self._only_turn(record, where)
 
@@ -74,7 +76,8 @@ def declared(name: str, folder: Path) -> Declared:
     info = read_json(folder / DATASET_INFO)
     entry = info.get(name) if isinstance(info, dict) else None
     if not isinstance(entry, dict):
-        raise DataError(f"{folder / DATASET_INFO} declares no data set {name!r}.")
+        known = info if isinstance(info, dict) else {}
+        raise DataError(f"{folder / DATASET_INFO} declares no data set {name!r}{suggestion(name, known)}")
     if entry.get("formatting", "alpaca") not in ("alpaca", *_CONVERSATIONS):
         raise DataError(f"Data set {name!r}: `formatting: {entry['formatting']}` is not one of LLaMA-Factory's.")
     if not isinstance(entry.get("file_name"), str):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llamafactory_sekd.data.checks import Problem
+from llamafactory_sekd.data.identification import MIN_LETTERS, count_letters, is_other_language
 from llamafactory_sekd.errors import ArgumentError, suggestion
-from llamafactory_sekd.evaluation.guards import MIN_LETTERS, count_letters, has_loop, is_other_language
+from llamafactory_sekd.evaluation.guards import has_loop
 from llamafactory_sekd.evaluation.translator import Translation
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from llamafactory_sekd.data.checks import Findings, Pair, Problem
-from llamafactory_sekd.data.languages import base_code
+from llamafactory_sekd.data.identification import is_identifiable
 from llamafactory_sekd.evaluation.segment_scores import SegmentScorer, Texts
 from llamafactory_sekd.evaluation.translator import Translation
 from llamafactory_sekd.translation import chrf
@@ -18,6 +19,8 @@ from llamafactory_sekd.translation.filters import find_problem
 from llamafactory_sekd.translation.generated import Made
 from llamafactory_sekd.translation.source_texts import Sentence
 
+
+logger = logging.getLogger(__name__)
 
 # Sentences whose pairs of samples COMET scores before it writes them down.
 _CHUNK = 50
@@ -73,6 +76,8 @@ def select(
     if scorer is not None:
         usable = [sentence for sentence in sentences if sentence.is_translated]
         utility = _comet_utility(scorer, usable, candidates, folder)
+    if "language" in filters:
+        _warn_of_unjudged([sentence for sentence in sentences if sentence.is_translated])
     made = iter(enumerate(candidates))
     results = []
     for sentence in tqdm(sentences, desc="Choosing", unit=" sentences", disable=len(sentences) < 1000):
@@ -105,8 +110,23 @@ def findings(results: Sequence[Result]) -> Findings:
     return found
 
 
+def _warn_of_unjudged(sentences: Sequence[Sentence]) -> None:
+    """Say which sentences the filter ``language`` cannot judge."""
+    unnamed = sum(sentence.direction is None for sentence in sentences)
+    if unnamed:
+        logger.warning(
+            "The filter `language` does not judge %d of %d sentences, of no known target language: set `--to`.",
+            unnamed,
+            len(sentences),
+        )
+    targets = {sentence.direction.target for sentence in sentences if sentence.direction is not None}
+    for code in sorted(targets):
+        if not is_identifiable(code):
+            logger.warning("The filter `language` does not know %s: it finds text in another script alone.", code)
+
+
 def _looked_at(sentence: Sentence, made: Made, score: float | None, filters: Sequence[str]) -> Chosen:
-    language = base_code(sentence.direction.target) if sentence.direction is not None else None
+    language = sentence.direction.target if sentence.direction is not None else None
     problem = find_problem(sentence.source, Translation(made.text, 0, made.hit_limit), language, filters)
     return Chosen(made.text, score, problem)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.data.alma import DATASET_INFO
-from llamafactory_sekd.data.checks import Findings
+from llamafactory_sekd.data.checks import Findings, Problem, unusable_text
 from llamafactory_sekd.data.data_manifest import Product, read_manifest, same_request, verify, write_product
 from llamafactory_sekd.data.dataset_info import check_entries, merge_entries
 from llamafactory_sekd.data.readers import read_json_records, read_lines
@@ -100,7 +100,7 @@ def write_informed(
         for number, (record, prompt) in enumerate(zip(raw, prompts(records, widening), strict=True), start=1):
             lines.append(json.dumps({**record, columns["prompt"]: prompt}, ensure_ascii=False))
             progress(number, len(raw))
-        data = ("[\n" + ",\n".join(lines) + "\n]\n").encode("utf-8", "replace")
+        data = ("[\n" + ",\n".join(lines) + "\n]\n").encode()
         product = Product(
             {f"{informed_name}.json": (data, len(lines))}, Findings(), request["source"], "that of the data set"
         )
@@ -165,6 +165,8 @@ def _read(raw: Sequence[Any], columns: dict[str, str], path: Path, documents: Pa
                 f"{path}:{number}: the sentence must be in {columns['query']!r}, apart from {columns['prompt']!r}, "
                 f"and its translation in {columns['response']!r}."
             )
+        if Problem.WRONG_ENCODING in map(unusable_text, (*map(str, texts), str(target))):
+            raise DataError(f"{path}:{number}: {Problem.WRONG_ENCODING.words}: remove the record.")
         found.append(_Record(str(texts[0]), str(texts[1]), str(target), document))
     if not found:
         raise DataError(f"{path} holds no records.")

@@ -26,7 +26,7 @@ def read_samples(output_dir: Path, steps: int = _STEPS) -> list[list[str]]:
     }
     rows = []
     for step in sorted(files, reverse=True)[:steps]:
-        for line in files[step].read_text(encoding="utf-8").splitlines():
+        for line in filter(None, files[step].read_text(encoding="utf-8").split("\n")):  # a sample may hold U+2028
             entry = {"step": step, **json.loads(line)}
             rows.append([_shown(entry.get(column)) for column in _COLUMNS])
     return rows

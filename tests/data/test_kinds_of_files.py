@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from llamafactory_sekd.data.checks import Findings, Pair, Problem, clean_pairs
 from llamafactory_sekd.data.corpora_command import app
 from llamafactory_sekd.data.languages import Direction
-from llamafactory_sekd.data.readers import read_lines, read_text_pairs, read_tsv_pairs
+from llamafactory_sekd.data.readers import json_pairs, read_lines, read_text_pairs, read_tsv_pairs
 from llamafactory_sekd.errors import DataError
 
 
@@ -171,3 +171,95 @@ def test_plain_files_whose_lines_end_with_carriage_returns_are_called_what_they_
     (tmp_path / "x.de").write_bytes(b"eins\rzwei\rdrei\r")
     with pytest.raises(DataError, match="the lines end with carriage returns alone"):
         read_text_pairs(tmp_path / "x.en", tmp_path / "x.de")
+
+
+LONG = {
+    "en": "After the storm, many trees lay across the road and the fire brigade worked through the night.",
+    "de": "Nach dem Sturm lagen viele Bäume auf der Straße, und die Feuerwehr arbeitete die ganze Nacht.",
+    "fr": "Après la tempête, de nombreux arbres gisaient sur la route et les pompiers ont travaillé toute la nuit.",
+}
+
+
+def _found(folder: Path, pairs: list[tuple[str, str]], *arguments: str) -> dict[str, tuple[int, list[int]]]:
+    """Run the command on pairs that are English and German; return the findings: count and lines of each."""
+    (folder / "x.tsv").write_text("".join(f"{source}\t{target}\n" for source, target in pairs), encoding="utf-8")
+    words = ["--tsv", str(folder / "x.tsv"), *(arguments or ("--from", "en", "--to", "de"))]
+    _run(folder, *words)
+    findings = json.loads((folder / "mine.manifest.json").read_text(encoding="utf-8"))["findings"]
+    return {finding["problem"]: (finding["count"], finding["lines"]) for finding in findings}
+
+
+def test_sides_in_the_wrong_order_are_counted_and_named(tmp_path: Path) -> None:
+    right = [(f"{LONG['en']} {number}", f"{LONG['de']} {number}") for number in range(6)]
+    wrong = [(target, source) for source, target in right]
+    for number, (pairs, found) in enumerate(
+        [
+            (right, {}),
+            (wrong, {"swapped_sides": (6, [1, 2, 3, 4, 5, 6])}),
+            (right[:4] + wrong[4:], {"swapped_sides": (2, [5, 6])}),
+        ]
+    ):
+        (tmp_path / str(number)).mkdir()
+        assert _found(tmp_path / str(number), pairs) == found
+
+
+def test_another_language_than_the_one_that_was_said_is_found_where_it_is_more_than_chance(tmp_path: Path) -> None:
+    pairs = [(f"{LONG['en']} {number}", f"{LONG['fr']} {number}") for number in range(4)]
+    for name, arguments, found in (
+        ("a", ("--from", "en", "--to", "de"), {"unexpected_language": (4, [1, 2, 3, 4])}),
+        ("b", ("--from", "en", "--to", "fr"), {}),
+        ("c", ("--from", "en", "--to", "yo"), {}),  # the identifier does not know it
+    ):
+        (tmp_path / name).mkdir()
+        assert _found(tmp_path / name, pairs, *arguments) == found
+
+
+def test_a_megabyte_on_one_line_is_kept_and_counted(tmp_path: Path) -> None:
+    found = _found(tmp_path, [("Go", "Los"), ("a" * 1_000_000, "b"), ("c", "d" * 4999)])
+    assert found == {"very_long": (1, [2])}
+
+
+def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("llamafactory_sekd.data.readers.LONGEST_LINE", 1000)
+    monkeypatch.setattr("llamafactory_sekd.data.readers._CHUNK", 100)
+    (tmp_path / "x.txt").write_text("eins\n" + "a" * 5000)
+    with pytest.raises(DataError, match=r"x\.txt:2: a line of more than 1,000 characters"):
+        read_lines(tmp_path / "x.txt")
+    (tmp_path / "x.json").write_text('[{"de": "eins", "en": "one"}, {"de": "' + "a" * 5000)
+    with pytest.raises(DataError, match=r"x\.json:1: not valid JSON"):
+        list(json_pairs(tmp_path / "x.json", Direction("de", "en"), columns=True))
+
+
+def test_a_json_list_on_one_line_is_read_in_pieces(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("llamafactory_sekd.data.readers.LONGEST_LINE", 1000)
+    monkeypatch.setattr("llamafactory_sekd.data.readers._CHUNK", 100)
+    records = [{"de": f"eins {number}", "en": f"one {number}"} for number in range(100)]
+    (tmp_path / "x.json").write_text("\n\n " + json.dumps(records))
+    pairs = list(json_pairs(tmp_path / "x.json", Direction("de", "en"), columns=True))
+    assert [pair.source for pair in pairs] == [record["de"] for record in records]
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\v", "\f", "\x1c"])
+def test_what_only_some_tools_take_for_a_line_break_shifts_no_line(tmp_path: Path, inside: str) -> None:
+    found = _found(tmp_path, [("one", "eins"), (f"two{inside}and more", "zwei und mehr"), ("three", "drei")])
+    assert found == {"line_break": (1, [2])}
+    records = [json.loads(line) for line in (tmp_path / "mine.jsonl").read_text("utf-8").split("\n") if line]
+    assert [(record["input"], record["output"]) for record in records] == [
+        ("one", "eins"),
+        ("two and more", "zwei und mehr"),
+        ("three", "drei"),
+    ]
+
+
+def test_blank_lines_at_the_end_of_one_file_are_misalignment_and_of_both_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "x.en").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\r\n\r\n")
+    (tmp_path / "x.de").write_text("eins\nzwei\n")
+    with pytest.raises(DataError, match=r"x\.en has 4 lines and .*x\.de has 2"):
+        read_text_pairs(tmp_path / "x.en", tmp_path / "x.de")
+    (tmp_path / "x.de").write_text("eins\nzwei\n\n\n")
+    findings = Findings()
+    assert [pair.source for pair in clean_pairs(read_text_pairs(tmp_path / "x.en", tmp_path / "x.de"), findings)] == [
+        "one",
+        "two",
+    ]
+    assert [problem.key for problem, _, _ in findings.items] == ["blank", "blank"]

@@ -169,7 +169,7 @@ def test_held_out_pairs_are_test_sets_and_nothing_near_to_them_is_trained_on(tmp
 
 
 def test_one_changed_word_is_near_and_another_sentence_is_not() -> None:
-    held = hold_out([Pair(f"{s}", t, "f", number) for number, (s, t) in enumerate(made_up(200))], 20)
+    held = hold_out([[Pair(f"{s}", t, "f", number) for number, (s, t) in enumerate(made_up(200))]], 20)
     first = held.pairs[0]
     words = first.source.split()
     middle = Pair(" ".join([*words[:5], "etwas", *words[6:]]), "neue Zeile", "f", 1)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from helpers.sentences import ENGLISH, GERMAN
 
+from llamafactory_sekd.data.identification import is_other_language
 from llamafactory_sekd.data.testsets import load_test_set
-from llamafactory_sekd.evaluation.guards import has_loop, inspect, is_other_language
+from llamafactory_sekd.evaluation.guards import has_loop, inspect
 
 
 LONG = {
@@ -85,6 +86,33 @@ def test_languages_that_are_taken_for_each_other_count_as_one_and_english_is_sti
         assert not is_other_language(SPOKEN_AS_ONE[one], language)
         assert not is_other_language(SPOKEN_AS_ONE[other], language)
         assert is_other_language(LONG["en"], language)
+
+
+CYRILLIC = "После олује на путу је лежало много стабала, а ватрогасци су радили целу ноћ."
+YORUBA = "Lẹ́yìn ìjì náà, ọ̀pọ̀lọpọ̀ igi ni ó wà lójú ọ̀nà, àwọn panápaná sì ṣiṣẹ́ ní gbogbo òru."
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "is_other"),
+    [
+        (SPOKEN_AS_ONE["sr"], "sr-Latn", False),
+        (CYRILLIC, "sr-Latn", True),
+        (CYRILLIC, "sr_Cyrl", False),
+        (SPOKEN_AS_ONE["sr"], "srp_Cyrl", True),
+        (SPOKEN_AS_ONE["sr"], "sr", False),
+        (CYRILLIC, "sr", False),
+        (LONG["en"], "sr-Latn", True),
+        (LONG["en"], "zh-Hant", True),
+        (YORUBA, "yo", False),  # which the identifier does not know
+        (LONG["en"], "yo", False),
+        (LONG["ru"], "yo", True),
+        (LONG["de"], "deu_Latn", False),
+        (LONG["en"], "en-US", False),
+        (LONG["de"], "pt_BR", True),
+    ],
+)
+def test_another_script_is_another_language_and_what_is_not_known_is_not_judged(line, code, is_other) -> None:
+    assert is_other_language(line, code) == is_other
 
 
 def test_shares_are_of_all_sentences() -> None:

@@ -146,6 +146,44 @@ RUNS: dict[str, dict[str, Any]] = {
     },
 }
 
+RUNS |= {
+    "evaluation loop": {
+        "do_eval": True,
+        "eval_dataset": "tiny_valid",
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "compute_accuracy": True,
+        "batch_eval_metrics": True,
+        "eval_use_gather_object": True,
+        "eval_do_concat_batches": True,
+        "include_inputs_for_metrics": False,
+        "label_names": ["labels"],
+        "remove_unused_columns": True,
+        "length_column_name": "length",
+        "debug": "underflow_overflow",
+        "skip_memory_metrics": False,
+        "logging_nan_inf_filter": False,
+        "print_param_status": True,
+        "preserve_thinking": True,
+        "use_unsloth_gc": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "adafactor": True,
+        "tf32": False,
+    },
+    "bf16 evaluation": {"do_eval": True, "eval_dataset": "tiny_valid", "bf16_full_eval": True},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
+    "files": {
+        "tokenized_path": "{tmp}/tokenized",
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_safetensors": False,
+        "low_cpu_mem_usage": False,
+        "data_shared_file_system": True,
+        "enable_torch_profiler": True,
+        "profiler_output_dir": "{tmp}/profile",
+    },
+}
+
 # Refused by name: they would have no effect, or replace the loss that the stage computes.
 REFUSED: dict[str, Any] = {
     "use_kt": True,

@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, BertConfig, LlamaConfig, T5Config
 
 from llamafactory_sekd.errors import TeacherError
-from llamafactory_sekd.teacher.teacher_files import check_is_causal, check_teacher_files
+from llamafactory_sekd.teacher.teacher_files import check_is_causal, check_teacher_files, positions_line
 from llamafactory_sekd.teacher.vocabulary import check_tokenizers, common_vocabulary
 
 
@@ -111,3 +111,28 @@ def test_a_folder_with_only_an_adapter_a_missing_folder_and_an_empty_one_are_tol
     with pytest.raises(TeacherError, match=r"holds only an adapter.*teacher_model_adapters"):
         check_teacher_files(str(tmp_path))
     check_teacher_files("meta-llama/Llama-2-13b-hf")
+
+
+@pytest.mark.parametrize(
+    ("keys", "cutoff_len", "words"),
+    [
+        ({}, 64, []),
+        ({}, 65, ["`cutoff_len: 65`", "64 positions", "a guess"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 65, ["a guess"]),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 64, []),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 65, ["`rope_type: dynamic`", "64 tokens"]),
+        (
+            {
+                "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 2, "long_factor": [2.0] * 2},
+                "original_max_position_embeddings": 16,
+            },
+            32,
+            ["`rope_type: longrope`", "16 tokens"],
+        ),
+    ],
+)
+def test_examples_beyond_a_teachers_positions_are_said(keys, cutoff_len, words):
+    sizes = {"hidden_size": 16, "num_attention_heads": 4, "max_position_embeddings": 64}
+    line = positions_line("t", LlamaConfig(**sizes, **keys), cutoff_len)
+    assert bool(line) == bool(words)
+    assert all(word in line for word in words)

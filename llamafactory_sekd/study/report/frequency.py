@@ -92,7 +92,8 @@ def training_records(group: Group) -> list[Mapping[str, Any]]:
 def _parsed(text: str) -> list[Any]:
     """Read a JSON list, or one record per line."""
     try:
-        content = json.loads(text) if text.lstrip().startswith("[") else list(map(json.loads, text.splitlines()))
+        lines = [line for line in text.split("\n") if line.strip()]  # `splitlines` would cut sentences at U+2028
+        content = json.loads(text) if text.lstrip().startswith("[") else list(map(json.loads, lines))
     except ValueError:
         return [None]
     return content

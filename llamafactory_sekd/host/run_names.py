@@ -1,0 +1,121 @@
+"""The names in a YAML of our stage: template, data sets, student, output folder. What is not there is one line."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llamafactory_sekd.data.dataset_info import command_for
+from llamafactory_sekd.errors import ArgumentError, DataError, SekdError, one_line, suggestion
+from llamafactory_sekd.files import read_json
+from llamafactory_sekd.host.run_arguments import HostArguments
+
+
+_INFO = "dataset_info.json"
+# What transformers and the host read a model's weights from.
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.index.json")
+
+
+def check_names(run: HostArguments, *, planned: bool = False) -> None:
+    """Check the names in a YAML of our stage, before anything is loaded.
+
+    Args:
+        run: its arguments.
+        planned: whether files and folders may be missing still; misspelled names may not.
+
+    Raises:
+        ArgumentError: the template is unknown, or the student's folder does not exist or holds no model.
+        DataError: a data set is not declared, or its file does not exist.
+    """
+    from llamafactory_sekd.teacher import check_model_files
+
+    check_template("template", run.data.template)
+    tokenized = run.data.tokenized_path
+    if not tokenized or not Path(tokenized).is_dir():
+        for name in dict.fromkeys([*(run.data.dataset or []), *(run.data.eval_dataset or [])]):
+            _check_data_set(name, run.data.dataset_dir, planned)
+    if not planned:
+        check_model_files(run.model.model_name_or_path, "model_name_or_path", "adapter_name_or_path", ArgumentError)
+
+
+def check_template(key: str, name: str | None, error: type[SekdError] = ArgumentError) -> None:
+    """Check that the host has a template; none is the host's to choose.
+
+    Raises:
+        SekdError: of the class ``error``: it has no template of this name.
+    """
+    from llamafactory.data.template import TEMPLATES
+
+    if name is not None and name not in TEMPLATES:
+        raise error(f"`{key}`: LLaMA-Factory has no template {name!r}{suggestion(str(name), TEMPLATES)}")
+
+
+def _check_data_set(name: str, folder: Any, planned: bool) -> None:
+    """Refuse what the host would not find in a folder; it looks for data sets of its other places itself."""
+    if command_for(name) or (isinstance(folder, str) and (folder == "ONLINE" or folder.startswith("REMOTE:"))):
+        return  # of ours, `datasets.py` says which command makes it
+
+    info = folder if isinstance(folder, Mapping) else read_json(Path(folder) / _INFO)
+    if not isinstance(info, Mapping):
+        if planned:
+            return
+        raise DataError(
+            f"Data set {name!r} is not found: {Path(folder) / _INFO} does not exist or is no JSON object; set "
+            "`dataset_dir` to the folder that declares your data sets."
+        )
+    entry = info.get(name)
+    if not isinstance(entry, Mapping):
+        raise DataError(
+            f"Data set {name!r} is not declared in `dataset_dir: {folder}`{suggestion(name, map(str, info))}"
+        )
+    elsewhere = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
+    if isinstance(folder, str) and not any(key in entry for key in elsewhere):
+        path = Path(folder, str(entry.get("file_name", "")))
+        if "file_name" not in entry or not (planned or path.exists()):
+            raise DataError(
+                f"The file {path} of data set {name!r} does not exist: correct `file_name` in {Path(folder) / _INFO}."
+            )
+
+
+def check_student(run: HostArguments) -> None:
+    """Check that the student's configuration can be read and its folder has weights, which a plan does without.
+
+    Raises:
+        ArgumentError: one of them is not so.
+    """
+    from llamafactory.model import load_config, load_tokenizer
+
+    name = run.model.model_name_or_path
+    folder = Path(name).expanduser()
+    has_weights = any(next(folder.glob(kind), None) for kind in _WEIGHTS)
+    if folder.is_dir() and not run.model.train_from_scratch and not has_weights:
+        raise ArgumentError(
+            f"`model_name_or_path: {name}` holds no weights ({', '.join(_WEIGHTS[:2])}): give the folder of a saved "
+            "model, or set `train_from_scratch: true`."
+        )
+    try:
+        load_config(run.model)
+        load_tokenizer(run.model)
+    except OSError as error:
+        cause = one_line(str(error.__cause__ or error)).split(". ")[0]
+        raise ArgumentError(
+            f"`model_name_or_path: {name}` cannot be loaded ({cause}): check the path or hub id."
+        ) from error
+
+
+def check_output(output_dir: str) -> None:
+    """Make a run's output folder and write there once, rather than find out when the trained model is saved.
+
+    Raises:
+        ArgumentError: the system refuses.
+    """
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir) as stream:
+            stream.write(b"?")
+    except OSError as error:
+        raise ArgumentError(
+            f"`output_dir: {output_dir}` cannot be written to ({error.strerror}): choose another folder."
+        ) from error
