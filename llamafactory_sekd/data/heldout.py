@@ -5,6 +5,8 @@ from __future__ import annotations
 import heapq
 import zlib
 from collections.abc import Iterable, Sequence
+from functools import cache
+from itertools import compress, count
 
 from llamafactory_sekd.data.checks import Findings, Pair, clean_pair
 from llamafactory_sekd.errors import DataError
@@ -12,7 +14,7 @@ from llamafactory_sekd.errors import DataError
 
 _BETWEEN = "\ua7ff"  # a letter that no text has
 _ENDS = 12  # letters at the beginning and the end of a sentence
-_REACH = 24  # characters in which nearly every sentence has that many
+_REACH = 18  # characters in which nearly every sentence has that many
 _SHORTEST = 6  # letters of a sentence that is worth testing on
 _ALIKE = 0.7  # the share of common letter trigrams from which two sentences count as one
 _LARGEST = 0xFFFFFFFF  # checksum
@@ -48,12 +50,9 @@ class HeldOut:
         for side, texts in enumerate(([pair.source for pair in pairs], [pair.target for pair in pairs])):
             for end, ends in enumerate((_starts(texts), _ends(texts))):
                 known = self._by_end[side, end]
-                if known.keys().isdisjoint(ends):
-                    continue
-                for place, key in enumerate(ends):
-                    other = known.get(key)
-                    if other is not None and _alike(_letters(texts[place]), other):
-                        found[place] = True
+                for place in compress(count(), map(known.__contains__, ends)):
+                    if not found[place]:
+                        found[place] = _alike(_letters(texts[place]), known[ends[place]], end)
         return found
 
 
@@ -112,14 +111,20 @@ def _keys(side: int, text: str) -> tuple[tuple[int, int, str], tuple[int, int, s
 
 def _starts(texts: list[str]) -> list[str]:
     """Return the first letters of each text."""
-    found = [letters[:_ENDS] for letters in _letters_of_all([text[:_REACH] for text in texts])]
-    return [key if len(key) == _ENDS else _letters(texts[place])[:_ENDS] for place, key in enumerate(found)]
+    found = _letters_of_all([text[:_REACH] for text in texts])
+    return [
+        letters[:_ENDS] if len(letters) >= _ENDS else _letters(text)[:_ENDS]
+        for letters, text in zip(found, texts, strict=True)
+    ]
 
 
 def _ends(texts: list[str]) -> list[str]:
     """Return the last letters of each text."""
-    found = [letters[-_ENDS:] for letters in _letters_of_all([text[-_REACH:] for text in texts])]
-    return [key if len(key) == _ENDS else _letters(texts[place])[-_ENDS:] for place, key in enumerate(found)]
+    found = _letters_of_all([text[-_REACH:] for text in texts])
+    return [
+        letters[-_ENDS:] if len(letters) >= _ENDS else _letters(text)[-_ENDS:]
+        for letters, text in zip(found, texts, strict=True)
+    ]
 
 
 def _letters_of_all(texts: list[str]) -> list[str]:
@@ -142,15 +147,33 @@ def _letters(text: str) -> str:
 _NO_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha())
 
 
-def _alike(first: str, second: str) -> bool:
-    if first == second:
+def _alike(text: str, held: str, end: int) -> bool:
+    """Tell whether the letters of a text and of one that is held out are nearly the same.
+
+    ``end`` is 0 where they begin with the same ones, 1 where they end with them: the search for differences starts at
+    the other end.
+    """
+    if text == held:
         return True
-    shorter, longer = sorted((len(first), len(second)))
+    shorter, longer = sorted((len(text), len(held)))
     if 2 * shorter < _ALIKE * (shorter + longer):  # too different in length for what follows
         return False
-    ours, theirs = _trigrams(first), _trigrams(second)
-    return 2 * len(ours & theirs) >= _ALIKE * (len(ours) + len(theirs))
+    # With n trigrams, of which the other lacks k, 2 (n - k) must be `_ALIKE` of (n + m) or more. Most texts lack too
+    # many for even the largest n, which shows after a part of them.
+    theirs = _count_trigrams(held)
+    most = (1 - _ALIKE / 2) * (len(text) - 2) - _ALIKE / 2 * theirs
+    lacking: set[str] = set()
+    for place in range(len(text) - 2) if end else range(len(text) - 3, -1, -1):
+        trigram = text[place : place + 3]
+        if trigram not in held:
+            lacking.add(trigram)
+            if len(lacking) > most:
+                return False
+    ours = _count_trigrams.__wrapped__(text)
+    return 2 * (ours - len(lacking)) >= _ALIKE * (ours + theirs)
 
 
-def _trigrams(text: str) -> frozenset[tuple[str, str, str]]:
-    return frozenset(zip(text, text[1:], text[2:], strict=False))
+@cache
+def _count_trigrams(text: str) -> int:
+    """Return how many different trigrams a text has; kept for those that are held out, which are asked for often."""
+    return len({text[place : place + 3] for place in range(len(text) - 2)})

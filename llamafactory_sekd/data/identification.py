@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from llamafactory_sekd.data.languages import base_code, script_of
@@ -95,7 +95,7 @@ def is_other_language(line: str, language: str) -> bool:
     if not is_known:
         return False
     base = base_code(language)
-    found, certainty = identifier().classify(line)
+    found, certainty = identify(line)
     return not _is_taken_for(found, base) and certainty >= NEEDED_CERTAINTY.get(base, MIN_CERTAINTY)
 
 
@@ -113,7 +113,7 @@ def differs_in_language(line: str, reference: str) -> bool:
     """Tell whether ``line`` is certainly in another language than ``reference``, whose code nobody said."""
     if count_letters(reference) < MIN_LETTERS:
         return False
-    language, certainty = identifier().classify(reference)
+    language, certainty = identify(reference)
     return certainty >= NEEDED_CERTAINTY.get(language, MIN_CERTAINTY) and is_other_language(line, language)
 
 
@@ -135,10 +135,17 @@ def are_swapped(source: str, target: str, source_language: str, target_language:
     return all(
         _is_taken_for(found, other) and certainty >= NEEDED_CERTAINTY.get(language, MIN_CERTAINTY)
         for (found, certainty), language, other in (
-            (identifier().classify(source), source_language, target_language),
-            (identifier().classify(target), target_language, source_language),
+            (identify(source), source_language, target_language),
+            (identify(target), target_language, source_language),
         )
     )
+
+
+@lru_cache(maxsize=1000)
+def identify(line: str) -> tuple[str, float]:
+    """Return the language of a sentence and how certain that is; the same sentence is often asked for twice."""
+    found, certainty = identifier().classify(line)
+    return str(found), float(certainty)
 
 
 @cache

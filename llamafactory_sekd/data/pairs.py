@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress, islice
 from pathlib import Path
@@ -167,7 +169,7 @@ class _Build:
         """Write everything; return the manifest."""
         name = manifest.name.removesuffix(".manifest.json")
         out = manifest.parent
-        with ResumableFile(out / f"{name}.jsonl", request) as train:
+        with _without_cycles(), ResumableFile(out / f"{name}.jsonl", request) as train:
             if train.path.exists() and not overwrite:
                 raise DataError(
                     f"{train.path} exists without a manifest: add --overwrite to replace it, or choose another --out."
@@ -254,6 +256,18 @@ class _Build:
             ]
             files[f"{name}.jsonl"] = "".join(f"{line}\n" for line in lines).encode(), len(lines)
         return files
+
+
+@contextmanager
+def _without_cycles() -> Iterator[None]:
+    """Switch the search for cycles off, of which pairs have none: it looks at all of a block again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _is_quoted(text: str) -> bool:

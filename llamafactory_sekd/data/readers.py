@@ -318,6 +318,8 @@ def _is_utf16(head: bytes) -> bool:
 def _json_records(path: Path, name: str, meter: Meter | None) -> Iterator[tuple[int, Any]]:
     with _open_text(path, meter) as text:
         head = text.read(_CHUNK)
+        while head.isspace() and (more := text.read(_CHUNK)):
+            head += more
         if head.lstrip().startswith("["):  # a list may be one line, so it is not read by lines
             yield from enumerate(_list_items(text, head, name, 1), start=1)
             return

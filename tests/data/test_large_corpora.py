@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from llamafactory_sekd.data import pairs as pairs_module
 from llamafactory_sekd.data.checks import Findings, Pair
 from llamafactory_sekd.data.corpora_command import app
-from llamafactory_sekd.data.heldout import hold_out
+from llamafactory_sekd.data.heldout import _alike, hold_out
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.pairs import Corpus, prepare_pairs
 from llamafactory_sekd.data.readers import read_json_pairs, read_lines
@@ -180,6 +180,24 @@ def test_one_changed_word_is_near_and_another_sentence_is_not() -> None:
         False,
         False,
     ]
+
+
+def test_likeness_is_the_share_of_common_trigrams_whichever_end_is_looked_at_first() -> None:
+    draw = random.Random(0)
+
+    def trigrams(text: str) -> set[str]:
+        return {text[place : place + 3] for place in range(len(text) - 2)}
+
+    likenesses = []
+    for _ in range(500):
+        text = "".join(draw.choices("abcde", k=draw.randint(12, 60)))
+        other = "".join(letter if draw.random() < 0.93 else draw.choice("abcdefg") for letter in text)
+        other = other[: len(other) - draw.randint(0, 8)]
+        ours, theirs = trigrams(text), trigrams(other)
+        alike = 2 * len(ours & theirs) >= 0.7 * (len(ours) + len(theirs))
+        assert [_alike(text, other, end) for end in (0, 1)] == [alike, alike]
+        likenesses.append(alike)
+    assert 100 < sum(likenesses) < 400
 
 
 def test_more_to_hold_out_than_there_is_stops_with_the_numbers(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llamafactory_sekd.data import checks
 from llamafactory_sekd.data.checks import Findings, Pair, Problem, clean_pairs
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.readers import read_json_pairs, read_lines, read_text_pairs, read_tsv_pairs
@@ -171,3 +172,12 @@ def test_findings_list_every_line_for_the_manifest() -> None:
             "lines": [3, 9],
         }
     ]
+
+
+def test_no_character_with_a_finding_passes_for_harmless() -> None:
+    """The quick look of :func:`clean_pair` may not overlook what the patterns find."""
+    patterns = [checks._LINE_BREAK, checks._CONTROL, checks._SURROGATE, checks._COMBINING, *checks._KEPT.values()]
+    texts = [f"a{chr(code)}b" for code in range(0x10000)] + ["a\u00c3\u00a4b", "a\u00e2\u20acb", "a<b>c", "a&amp;b"]
+    found = [text for text in texts if any(pattern.search(text) for pattern in patterns)]
+    assert len(found) > 9000
+    assert all(text.encode("utf-8", "surrogatepass").translate(None, checks._HARMLESS) for text in found)
