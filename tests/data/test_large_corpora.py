@@ -191,13 +191,13 @@ def test_likeness_is_the_share_of_common_trigrams_whichever_end_is_looked_at_fir
     likenesses = []
     for _ in range(500):
         text = "".join(draw.choices("abcde", k=draw.randint(12, 60)))
-        other = "".join(letter if draw.random() < 0.93 else draw.choice("abcdefg") for letter in text)
+        other = "".join(letter if draw.random() < 0.86 else draw.choice("abcdefg") for letter in text)
         other = other[: len(other) - draw.randint(0, 8)]
         ours, theirs = trigrams(text), trigrams(other)
         alike = 2 * len(ours & theirs) >= 0.7 * (len(ours) + len(theirs))
         assert [_alike(text, other, end) for end in (0, 1)] == [alike, alike]
         likenesses.append(alike)
-    assert 100 < sum(likenesses) < 400
+    assert 50 < sum(likenesses) < 450
 
 
 def test_more_to_hold_out_than_there_is_stops_with_the_numbers(tmp_path: Path) -> None:

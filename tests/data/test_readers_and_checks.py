@@ -179,5 +179,5 @@ def test_no_character_with_a_finding_passes_for_harmless() -> None:
     patterns = [checks._LINE_BREAK, checks._CONTROL, checks._SURROGATE, checks._COMBINING, *checks._KEPT.values()]
     texts = [f"a{chr(code)}b" for code in range(0x10000)] + ["a\u00c3\u00a4b", "a\u00e2\u20acb", "a<b>c", "a&amp;b"]
     found = [text for text in texts if any(pattern.search(text) for pattern in patterns)]
-    assert len(found) > 9000
+    assert len(found) > 8500
     assert all(text.encode("utf-8", "surrogatepass").translate(None, checks._HARMLESS) for text in found)

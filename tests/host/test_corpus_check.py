@@ -91,7 +91,7 @@ def test_a_token_is_doubted_below_the_threshold():
 
 
 def test_a_teacher_that_cannot_be_loaded_and_an_unknown_template_are_one_line(tiny_root, tmp_path):
-    with pytest.raises(ArgumentError, match=r"^`--template nonsense` cannot be used: "):
+    with pytest.raises(ArgumentError, match=r"^`--template`: LLaMA-Factory has no template 'nonsense'"):
         read_with("x", "nonsense", PAIRS, EN_DE, batch_size=1, memory=tmp_path / "m")
     with pytest.raises(ArgumentError, match=r"^`--teacher .*nowhere` cannot be loaded: ") as caught:
         read(tmp_path / "nowhere", PAIRS, tmp_path)
