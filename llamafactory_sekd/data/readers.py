@@ -252,10 +252,10 @@ def _line_blocks(text: TextIO, start: str, name: str) -> Iterator[list[str]]:
                     "on each line."
                 )
         else:
-            whole = "".join((*rest, chunk))
-            lines = whole.split("\n")
+            joined = "".join((*rest, chunk))
+            lines = joined.split("\n")
             rest = [lines.pop()]
-            if "\r" in whole:
+            if "\r" in joined:
                 lines = [line.removesuffix("\r") for line in lines]
             number += len(lines)
             yield lines
