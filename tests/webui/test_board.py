@@ -16,6 +16,7 @@ import yaml
 from helpers import small_board_models, tiny
 from helpers.board import CHROMIUM, Board, served
 
+from llamafactory_sekd.host.phases import PHASE_FILE
 from llamafactory_sekd.presets import PRESETS
 from llamafactory_sekd.webui.labels import LANGUAGES, alert, element_labels, words
 
@@ -82,7 +83,7 @@ def picture(target: Any, name: str) -> None:
 def part(page: Any, top: Any, bottom: Any, name: str) -> None:
     """A picture of the page from one element to another, in full width."""
     if PICTURES:
-        page.wait_for_timeout(6000)  # until the messages in the corner have gone
+        page.evaluate("document.querySelectorAll('.toast-wrap').forEach(messages => messages.remove())")
         Path(PICTURES).mkdir(parents=True, exist_ok=True)
         boxes = [
             place.evaluate("e => [e.getBoundingClientRect().top, e.getBoundingClientRect().bottom]")
@@ -132,9 +133,8 @@ def distilled(browser: Any, address: str, folder: Path) -> dict[str, Any]:
     fill_in(board)
     previewed = command(board)
     board.press("Start")
-    page.wait_for_function(
-        "document.body.innerText.includes('Running') || document.querySelector('code')", timeout=1_200_000
-    )
+    for phase in ("phase_loading", "phase_training"):
+        page.get_by_text(words("en")[phase]).filter(visible=True).first.wait_for(timeout=1_200_000)
 
     colleague = browser.new_page()
     colleague.goto(address)
@@ -246,6 +246,7 @@ def test_the_page_draws_the_loss_and_below_it_hard_share_and_difficulty(distille
     lines = (distilled["output"] / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines]
     assert {"kd/hard_ratio", "kd/difficulty"} <= set(steps[0])
+    assert not (distilled["output"] / PHASE_FILE).exists()
     width, height = distilled["plot"]
     assert height > width  # the host's loss alone is drawn wider than high
     log = (distilled["output"] / "running_log.txt").read_text(encoding="utf-8")
