@@ -16,6 +16,7 @@ from llamafactory_sekd.errors import DataError, HostError
 from llamafactory_sekd.evaluation.model_card import write_training
 from llamafactory_sekd.host.cut_text import counting_cut_text
 from llamafactory_sekd.host.own_samples import own_samples_of
+from llamafactory_sekd.host.phases import LOADING, LOADING_STEPS, Phases, phases_of
 from llamafactory_sekd.host.resume import check_same_teacher, teacher_fingerprint
 from llamafactory_sekd.host.run_arguments import HostArguments
 from llamafactory_sekd.host.run_names import check_names, check_output, check_student
@@ -94,7 +95,8 @@ def _run_sekd(run: HostArguments, host_run: Callable[[], None]) -> None:
         numbered_examples(finetuning),
         counting_cut_text(finetuning.kd_max_cut, print if run.is_first_rank else None),
         of_server or nullcontext(),
-        _our_trainer(run, fingerprint, of_server) as opening,
+        phases_of(run) as phases,
+        _our_trainer(run, fingerprint, of_server, phases) as opening,
         _unusable_dataset_explained(run.data),
     ):
         host_run()
@@ -119,7 +121,9 @@ def _record_training(run: HostArguments, opening: list[str]) -> None:
 
 
 @contextmanager
-def _our_trainer(run: HostArguments, fingerprint: str | None, of_server: ServerOfRun | None) -> Iterator[list[str]]:
+def _our_trainer(
+    run: HostArguments, fingerprint: str | None, of_server: ServerOfRun | None, phases: Phases
+) -> Iterator[list[str]]:
     """For the duration, the host's SFT workflow builds our trainer where it names its own.
 
     Gives the lines of the run's opening, once the trainer is built.
@@ -138,6 +142,7 @@ def _our_trainer(run: HostArguments, fingerprint: str | None, of_server: ServerO
         distillation_stage = STAGE
 
     def build(**kwargs: Any) -> Any:
+        phases.note(LOADING, 1, LOADING_STEPS)
         cache = None
         if run.finetuning.teacher_cache:
             cache = open_things.enter_context(CacheOfRun(run, kwargs))
@@ -175,6 +180,9 @@ def _our_trainer(run: HostArguments, fingerprint: str | None, of_server: ServerO
         if isinstance(trainer.teacher, SeveralTeachers):
             trainer.data_collator = NumberCollator(trainer.data_collator)
 
+        phases.fills_cache = cache is not None and cache.needs_model
+        phases.note(LOADING, LOADING_STEPS, LOADING_STEPS)
+        trainer.add_callback(phases)
         opening.extend(print_opening(run, trainer))
         return trainer
 

@@ -27,11 +27,17 @@ def extend_runner(host_class: type) -> type:
         def _initialize(self, data: dict[Any, Any], do_train: bool, from_preview: bool) -> str:
             from llamafactory.webui.locales import ALERTS
 
+            from llamafactory_sekd.host.phases import forget_phase
+
             if self.evaluation is not None and self.evaluation.running:
                 return ALERTS["err_conflict"][data[self.manager.get_elem_by_id("top.lang")]]
 
             error = super()._initialize(data, do_train, from_preview)
-            return error or (self._refusal(data) if do_train and self._is_ours(data) else "")
+            if not error and do_train and self._is_ours(data):
+                error = self._refusal(data)
+                if not error and not from_preview:
+                    forget_phase(self._folder(data))  # of a run that was killed
+            return error
 
         def _parse_train_args(self, data: dict[Any, Any]) -> dict[str, Any]:
             args = super()._parse_train_args(data)
@@ -54,6 +60,15 @@ def extend_runner(host_class: type) -> type:
 
             stage = data.get(self.manager.get_elem_by_id("train.training_stage"))  # an evaluation has none
             return TRAINING_STAGES.get(stage) == STAGE
+
+        def _value(self, data: dict[Any, Any], name: str) -> Any:
+            return data[self.manager.get_elem_by_id(name)]
+
+        def _folder(self, data: dict[Any, Any]) -> Path | None:
+            from llamafactory_sekd.host.webui_page import output_folder
+
+            names = ("top.model_name", "top.finetuning_type", "train.output_dir")
+            return output_folder(*(self._value(data, name) for name in names))
 
         def _panel_keys(self, data: dict[Any, Any]) -> dict[str, Any]:
             from llamafactory_sekd.host.webui_page import adapter_paths, model_path
@@ -99,12 +114,20 @@ def extend_runner(host_class: type) -> type:
                 yield from super().monitor()
                 return
 
+            from llamafactory_sekd.host.phases import bar_of
+            from llamafactory_sekd.webui.labels import words
+
             self.trainer = SharedChild.of(self.trainer)
             output_box, progress_bar = (self.manager.get_elem_by_id(f"train.{name}") for name in _SHOWN_AT_THE_END)
+            folder, language = self._folder(self.running_data), self._value(self.running_data, "top.lang")
             log = ""
             try:
                 for update in super().monitor():
                     log = update.get(output_box, log)
+                    if self.running and not self.aborted:
+                        # The host's has the steps of the training alone, and those only once one is logged.
+                        bar = bar_of(folder, words(language))
+                        update = {**update, progress_bar: type(progress_bar)(visible=True, **bar)}
                     yield update
             except AttributeError:
                 if self.trainer is not None:

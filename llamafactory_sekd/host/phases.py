@@ -1,0 +1,129 @@
+"""How far a run that the web UI has started is, phase by phase: the run writes it down, the page draws its bar."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from llamafactory_sekd.files import read_json, write_json
+from llamafactory_sekd.host.run_arguments import HostArguments
+
+
+# In the folder of the run, while it lasts.
+PHASE_FILE = "phase.json"
+LOADING, FIRST_PASS, TRAINING, VALIDATION = "loading", "first_pass", "training", "validation"
+# Loading: data and student, then the teacher.
+LOADING_STEPS = 2
+# Seconds between two notes of one phase; the page looks every two seconds.
+_EVERY = 1.0
+
+
+class Phases(TrainerCallback):
+    """Notes the phase of a run: which one, how much of it is done, and how long that took.
+
+    Args:
+        folder: where to; None notes nothing.
+
+    Attributes:
+        fills_cache: whether the teacher still answers in the first epoch, which is then a phase of its own.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.fills_cache = False
+        self._name = ""
+        self._since = self._noted = 0.0
+        self._began: dict[str, int] = {}
+        self._spent: dict[str, float] = {}
+        self._batches = 0
+
+    def note(self, name: str, done: int, total: int) -> None:
+        """Note that ``done`` of ``total`` steps of a phase are done, unless that was noted a moment ago."""
+        if self.folder is None:
+            return
+        now = time.monotonic()
+        if name != self._name:
+            if self._name:
+                self._spent[self._name] = self._spent.get(self._name, 0.0) + now - self._since
+            self._name, self._since = name, now
+            self._began.setdefault(name, done)
+        elif done < total and now - self._noted < _EVERY:
+            return
+        self._noted = now
+        seconds = self._spent.get(name, 0.0) + now - self._since
+        here = done - self._began[name]  # a resumed run has begun later
+        left = seconds / here * (total - done) if here else None
+        found = {"phase": name, "done": done, "total": total, "seconds": seconds, "seconds_left": left}
+        write_json(self.folder / PHASE_FILE, found)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note that training begins, or goes on."""
+        self.on_step_end(args, state, control)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note a step of the training, or of the epoch in which the teacher answers."""
+        epoch = -(-state.max_steps // max(1, state.num_train_epochs))
+        if self.fills_cache and state.global_step <= epoch:
+            self.note(FIRST_PASS, state.global_step, epoch)
+        else:
+            self.note(TRAINING, state.global_step, state.max_steps)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note a batch of the validation."""
+        batches: Any = kwargs.get("eval_dataloader")
+        if hasattr(batches, "__len__"):
+            self._batches += 1
+            self.note(VALIDATION, self._batches, len(batches))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let the next validation begin at its start, and show the training again."""
+        self._batches = 0
+        self.on_step_end(args, state, control)
+        self._began.pop(VALIDATION, None)
+        self._spent.pop(VALIDATION, None)
+
+
+@contextmanager
+def phases_of(run: HostArguments) -> Iterator[Phases]:
+    """Give what notes the phases of a run that the web UI has started; of another run it notes nothing."""
+    from llamafactory.extras.misc import is_env_enabled
+
+    watched = is_env_enabled("LLAMABOARD_ENABLED") and run.is_first_rank
+    phases = Phases(Path(run.training.output_dir) if watched else None)
+    try:
+        phases.note(LOADING, 0, LOADING_STEPS)
+        yield phases
+    finally:
+        forget_phase(phases.folder)
+
+
+def forget_phase(folder: Path | None) -> None:
+    """Take away what a run in this folder has noted."""
+    if folder is not None:
+        (folder / PHASE_FILE).unlink(missing_ok=True)
+
+
+def bar_of(folder: Path | None, words: dict[str, str]) -> dict[str, Any]:
+    """Return label and percentage of the bar of the phase that a run is in; at first, it loads.
+
+    Args:
+        folder: the run's; None where it has none yet.
+        words: of the page's language.
+    """
+    found = (read_json(folder / PHASE_FILE) if folder is not None else None) or {}
+    done, total = found.get("done", 0), found.get("total", LOADING_STEPS)
+    label = f"{words['phase_' + found.get('phase', LOADING)]} {done}/{total}"
+    if found:
+        left = found["seconds_left"]
+        label += f": {_clock(found['seconds'])}" + (f" < {_clock(left)}" if left is not None else "")
+    return {"label": label, "value": round(100 * done / max(1, total), 2)}
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=int(seconds)))
