@@ -40,7 +40,9 @@ def run_eval(argv: list[str]) -> None:
     try:
         config = read_config(Path(argv[0]), argv[1:], error=EvaluationError)
         if is_of_harness(config):
-            evaluate_on_tasks(parse_harness(config, argv[0]))
+            asked = parse_harness(config, argv[0])
+            refuse_ranks(asked)
+            evaluate_on_tasks(asked)
             return
         settings = parse_settings(config, argv[0])
         if wants_torchrun(settings):
@@ -61,6 +63,17 @@ def evaluate_on_tasks(asked: HarnessSettings) -> dict[str, Any]:
 
     settings = asked.settings
     return run_harness(asked, build_host(settings), lambda system: load_model_for_generation(settings, system))
+
+
+def refuse_ranks(asked: HarnessSettings) -> None:
+    """Refuse an evaluation by the harness on several ranks: each of them would do all of it."""
+    from llamafactory.extras.misc import is_env_enabled
+
+    if is_env_enabled("FORCE_TORCHRUN") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise EvaluationError(
+            f"`task: {asked.settings.task}` runs in one process, which spreads a model over all visible GPUs: start "
+            "it without torchrun and unset FORCE_TORCHRUN."
+        )
 
 
 def evaluate_settings(settings: Settings) -> dict[str, Any] | None:

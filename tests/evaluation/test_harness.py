@@ -19,7 +19,7 @@ from llamafactory_sekd.evaluation.harness import (
     parse_harness,
     scores_of,
 )
-from llamafactory_sekd.host.evaluate import evaluate_on_tasks
+from llamafactory_sekd.host.evaluate import evaluate_on_tasks, run_eval
 from llamafactory_sekd.reporting.markdown import render_markdown
 
 
@@ -114,6 +114,24 @@ def test_without_the_harness_the_extra_is_named(keys: dict[str, Any], monkeypatc
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(EvaluationError, match=r"pip install 'llamafactory-sekd\[lm-eval\]'"):
         evaluate_on_tasks(parse_harness(keys, "eval.yaml"))
+
+
+@pytest.mark.parametrize("variable", [("FORCE_TORCHRUN", "1"), ("WORLD_SIZE", "2")], ids=lambda pair: pair[0])
+def test_several_ranks_are_refused_by_name(
+    variable: tuple[str, str],
+    keys: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(*variable)
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(keys))
+    with pytest.raises(SystemExit) as ended:
+        run_eval([str(tmp_path / "eval.yaml")])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("llamafactory-cli eval: error: `task: lm_eval:a,b` runs in one process")
+    assert "unset FORCE_TORCHRUN" in line
 
 
 def test_a_local_task_runs_offline_and_scores_as_the_harness_alone(
