@@ -8,6 +8,7 @@ from typing import Any
 
 from llamafactory_sekd.evaluation.cost_tables import costs_section
 from llamafactory_sekd.evaluation.evaluation_results import Evaluated
+from llamafactory_sekd.evaluation.noticed import noticed_entry, noticed_section
 from llamafactory_sekd.evaluation.part_tables import parts_section
 from llamafactory_sekd.evaluation.score_cells import columns_of, row_of, score_entry, shown_metrics
 from llamafactory_sekd.evaluation.scores import SURFACE_METRICS
@@ -59,6 +60,7 @@ def build_document(data: Evaluated, results: dict[str, Any]) -> Document:
     """Put ``results`` (the contents of results.json) into the order and the words of the report."""
     sections = [
         *_scores(results),
+        _noticed(results),
         _significance(results),
         parts_section(results),
         costs_section(results),
@@ -168,32 +170,23 @@ def _significance(results: Mapping[str, Any]) -> Section | None:
         f"p of the paired tests against the baseline {results['baseline']} ({trials}), corrected for the number of "
         "systems by Holm; below it, p of the test alone."
     )
-    if not any(results["noticed"].values()):
-        return Section("Significance", note, tables=(table,))
-    note += (
-        " “Noticed by people” is of a hundred pairs of systems with the same difference the number that people put in "
-        "the same order (Kocmi et al., 2024, over 94 languages); 50 % is a coin toss. It says nothing of this test "
-        "set's sentences, as p does; of BLEU and chrF2 it holds where systems are related, as students of one kind."
-    )
-    return Section("Significance", note, tables=(table, _noticed_table(results)))
+    return Section("Significance", note, tables=(table,))
 
 
-def _noticed_table(results: Mapping[str, Any]) -> Table:
-    first = next(iter(results["noticed"].values()))
-    metrics = [metric for metric in shown_metrics(results) if metric in first[columns_of(results)[-1]]]
-    pairs = [(column, metric) for column in columns_of(results) for metric in metrics]
-    rows = tuple(
-        row_of(results, name, [_noticed_entry(found[column].get(metric)) for column, metric in pairs])
-        for name, found in results["noticed"].items()
-    )
+def _noticed(results: Mapping[str, Any]) -> Section | None:
+    found = results["noticed"]
+    known = {metric for one in found.values() for shares in one.values() for metric in shares}
+    shown = [metric for metric in shown_metrics(results) if metric in known]
+    if not shown:
+        return None
+    pairs = [(column, metric) for column in columns_of(results) for metric in shown]
     columns = tuple(Column(metric_label(metric), column) for column, metric in pairs)
-    return Table(("system",), columns, rows, "Noticed by people")
-
-
-def _noticed_entry(share: float | None) -> Entry:
-    if share is None:
-        return NOTHING
-    return Entry(f"{100 * share:.0f} %" if share > 0.5 else "≤ 50 %")
+    shares = {
+        name: [noticed_entry(one[column].get(metric)) for column, metric in pairs] for name, one in found.items()
+    }
+    return noticed_section(
+        Table(("system",), columns, tuple(row_of(results, name, entries) for name, entries in shares.items()))
+    )
 
 
 def _p_entry(results: Mapping[str, Any], name: str, column: str, metric: str) -> Entry:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.box import ASCII2, SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -30,32 +32,35 @@ def print_document(document: Document, console: Console | None = None, notes: bo
         if not section.main:
             continue
         for table in section.tables:
-            for one in _narrow(table):
-                console.print(_rich(one, section.title, console.is_terminal))
+            for one in _narrow(table, section.title):
+                console.print(_rich(one, console.is_terminal))
         if notes and section.note:
             console.print(Text(section.note, style="dim"))
         if section.alarm:
             console.print(Text(section.alarm, style="yellow"))
 
 
-def _narrow(table: Table) -> list[Table]:
-    """Split a table with grouped columns by the columns' names: metrics times directions outgrow any terminal."""
+def _narrow(table: Table, title: str) -> list[Table]:
+    """Split a table with grouped columns by the columns' names: metrics times directions outgrow any terminal.
+
+    A table without a title has the section's, which is ``title``.
+    """
     names = dict.fromkeys(column.name for column in table.columns)
+    title = table.title or title
     if not any(column.group for column in table.columns):
-        return [table]
+        return [replace(table, title=title)]
     tables = []
     for name in names:
         kept = [index for index, column in enumerate(table.columns) if column.name == name]
         columns = tuple(type(table.columns[i])(table.columns[i].group) for i in kept)
         rows = tuple(Row(row.names, tuple(row.entries[i] for i in kept), row.role) for row in table.rows)
-        title = f"{name}, {table.title}" if table.title else name
-        tables.append(Table(table.heads, columns, rows, title))
+        tables.append(Table(table.heads, columns, rows, f"{name}, {title}"))
     return tables
 
 
-def _rich(table: Table, title: str, is_terminal: bool) -> RichTable:
+def _rich(table: Table, is_terminal: bool) -> RichTable:
     box = SIMPLE_HEAD if is_terminal else ASCII2
-    rich = RichTable(title=Text(table.title or title), title_justify="left", box=box, pad_edge=False)
+    rich = RichTable(title=Text(table.title), title_justify="left", box=box, pad_edge=False)
     for head in table.heads:
         rich.add_column(Text(head), no_wrap=True)
     for column in table.columns:

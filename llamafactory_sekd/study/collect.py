@@ -13,7 +13,7 @@ from llamafactory_sekd.evaluation.scores import mean
 from llamafactory_sekd.evaluation.segment_scores import segment_file, segment_key
 from llamafactory_sekd.evaluation.similarity import similarity
 from llamafactory_sekd.files import read_json
-from llamafactory_sekd.study.evaluation import SYSTEM, VALIDATION, Evaluation
+from llamafactory_sekd.study.evaluation import SYSTEM, VALIDATION, Evaluation, metric_models
 from llamafactory_sekd.study.jobs import Job, changed, is_evaluated, is_trained, was_resumed
 from llamafactory_sekd.study.matrix import Cell
 from llamafactory_sekd.study.spec import Spec
@@ -40,6 +40,7 @@ def collect(spec: Spec, jobs: list[Job], test: Evaluation | None) -> dict[str, A
             "task": test.config["task"],
             "task_dir": test.config.get("task_dir", "data/alma"),
             "bleu_tokenizer": test.config.get("bleu_tokenizer"),
+            "metric_models": metric_models(test.config),
         }
         if test is not None
         else None,

@@ -32,11 +32,20 @@ class Evaluation:
     test_sets: Mapping[str, TestSet]
 
 
+# In place of a model where keys are looked at before there is one.
+_NO_MODEL = {"model_name_or_path": "-"}
+
+
 def read_evaluation(path: Path) -> dict[str, Any]:
     """Return the keys of an evaluation's YAML that a study keeps; :class:`EvaluationError` where one cannot work."""
     config = {key: value for key, value in read_config(path, error=StudyError).items() if key not in _REPLACED}
-    settings(config, {"model_name_or_path": "-"}, Path("-"))
+    settings(config, _NO_MODEL, Path("-"))
     return config
+
+
+def metric_models(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return name or path of each metric that is a model, such as ``{"comet": "Unbabel/wmt22-comet-da"}``."""
+    return dict(settings(config, _NO_MODEL, Path("-")).models)
 
 
 def settings(config: Mapping[str, Any], model: Mapping[str, Any], save_dir: Path) -> Settings:

@@ -8,7 +8,9 @@ Schema 1 of ``results.json``; within a version keys are only ever added. Every p
 ``spec``                            the complete study as it ran: file, its `base`, overrides of the command line
 ``directions``, ``metrics``         of the evaluation, such as ``["en-de"]`` and ``["bleu", "chrf"]``
 ``test_set``                        ``{"task", "task_dir"}``, what ``data.testsets.load_test_set`` takes; `task_dir`
-                                    is relative to the working directory; null without an evaluation
+                                    is relative to the working directory; also ``bleu_tokenizer``, and (not in older
+                                    files) ``metric_models``, ``{"comet": "Unbabel/wmt22-comet-da"}``; null without
+                                    an evaluation
 ``cells[]``                         one per system, point of the matrix and seed, in the study's order
 - ``id``, ``system``, ``seed``      the folder's name, the name in `systems`, the seed
 - ``axes``                          ``{key: value}``; keys of the matrix that have no effect on the system are absent

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.latex_tables import faults_of
 from helpers.sentences import ENGLISH, GERMAN, write_lines
 from rich.console import Console
 
@@ -156,6 +157,7 @@ def test_every_score_table_names_its_metric_and_shows_intervals(view: Document, 
     for text in (page, markdown):
         assert f"± {half:.1f}" in text
     assert rf"$\pm$ {half:.1f}" in tex
+    assert faults_of(tex) == []
     assert all(
         column.name in ("BLEU", "chrF2") for table in section(view, "Scores").tables for column in table.columns
     )

@@ -12,13 +12,18 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from helpers.latex_tables import faults_of
 from helpers.study_results import SEEDS, SYSTEMS, without_select, write_study
 from sacrebleu.metrics.bleu import BLEU
 
+from llamafactory_sekd.evaluation.evaluation_settings import parse_settings
+from llamafactory_sekd.evaluation.noticed import noticed
 from llamafactory_sekd.reporting.document import Document, Section, Table
 from llamafactory_sekd.study.report import write
 from llamafactory_sekd.study.report.cells import read_study
+from llamafactory_sekd.study.report.paired import Difference
 from llamafactory_sekd.study.report.study_report import build_document
+from llamafactory_sekd.study.report.tables import noticed_table
 
 
 SCRIPT = "<script>document.title = 'hacked'</script> $x_1$ *fett*"
@@ -112,6 +117,47 @@ def test_a_clear_lead_gets_a_dagger_and_the_baseline_none(document: Document) ->
     assert [row.role for row in rows] == ["teacher", "baseline", "", ""]
     assert not any(entry.best for entry in rows[0].entries), "the teacher takes no part in the best"
     assert all(entry.best for entry in rows[3].entries)
+
+
+def test_what_people_notice_is_what_an_evaluation_says(document: Document, results: dict[str, Any]) -> None:
+    noticed_by_people = section(document, "Noticed by people")
+    (table,) = noticed_by_people.tables
+    assert noticed_by_people.main, "it is in the terminal and in LaTeX, too"
+    assert [(found.group, found.name) for found in table.columns] == [
+        (where, metric) for where in ("en-de", "de-en", "average") for metric in ("BLEU", "chrF2")
+    ]
+    assert [row.names[0] for row in table.rows] == ["Teacher", "Forward KD", "Self-Evolution KD"]
+    cells = averages(results)
+    mean = statistics.mean(cells["Forward KD", 0.0005, seed] - cells["SFT", 0.001, seed] for seed in SEEDS)
+    systems = {name: {"scores": {"average": {"bleu": value}}} for name, value in (("base", 0.0), ("own", mean))}
+    config = {"task": "t", "directions": ["en-de"], "metrics": ["bleu"], "save_dir": "x", "baseline": "base"}
+    settings = parse_settings({**config, "systems": {name: {"hypotheses": "x"} for name in systems}}, "eval.yaml")
+    expected = noticed(systems, settings)["own"]["average"]["bleu"]
+    assert table.rows[1].entries[column(table, "BLEU", "average")].text == f"{100 * expected:.0f} %"
+
+
+@pytest.mark.parametrize(
+    ("about", "shown"),
+    [
+        ({"metric_models": {"comet": "Unbabel/wmt22-comet-da"}}, {"BLEU": "≤ 50 %", "COMET": "91 %"}),
+        ({"metric_models": {"comet": "my/model"}}, {"BLEU": "≤ 50 %"}),
+        ({}, {"BLEU": "≤ 50 %"}),  # written by an earlier version
+        ({"metric_models": {"comet": "Unbabel/wmt22-comet-da"}, "bleu_tokenizer": "intl"}, {"COMET": "91 %"}),
+        ({"bleu_tokenizer": "intl"}, None),
+    ],
+)
+def test_only_metrics_with_a_published_relation_are_noticed(
+    about: dict[str, Any], shown: dict[str, str] | None, results: dict[str, Any], folder: Path
+) -> None:
+    one = copy.deepcopy(results)
+    one["metrics"].append("comet")
+    one["test_set"] |= about
+    for cell in (*one["cells"], *one["models"]):
+        cell["scores"]["average"]["comet"] = 0.8
+    study = read_study(one, folder)
+    table = noticed_table(study, study.groups[:1], (), lambda *_: Difference((0.01,), 0.0, 0.0, 0.01))
+    found = table and {name.name: entry.text for name, entry in zip(table.columns, table.rows[0].entries, strict=True)}
+    assert found == shown
 
 
 def test_equal_settings_are_compared_at_the_same_point(plain: Document, results: dict[str, Any]) -> None:
@@ -227,10 +273,11 @@ def test_names_are_escaped_everywhere(results: dict[str, Any], folder: Path, tmp
         cell["hypotheses"] = {direction: str(folder / path) for direction, path in cell["hypotheses"].items()}
     paths = {direction: str(folder / path) for direction, path in hostile["models"][0]["hypotheses"].items()}
     hostile["models"][0]["hypotheses"] = paths
-    markdown, page, _, *plots = [path.read_text() for path in write(hostile, tmp_path) if path.suffix != ".png"]
+    markdown, page, tex, *plots = [path.read_text() for path in write(hostile, tmp_path) if path.suffix != ".png"]
     for text in (markdown, page, *plots):
         assert "<script" not in text
         assert "hacked" in text or text in plots  # letters of a plot are shapes
+    assert faults_of(tex) == []
     assert "&lt;script&gt;document.title" in page
     assert r"\*fett\*" in markdown
     assert not re.search(r"<(script|link|iframe)|<[^>]*\s(src|href)=\"(?!data:image/svg)|url\(|@import", page)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from llamafactory_sekd.evaluation.noticed import noticed_entry, relations, share
 from llamafactory_sekd.reporting.document import NOTHING, Column, Entry, Row, Table
 from llamafactory_sekd.reporting.metric_labels import (
     AVERAGE,
@@ -151,6 +152,25 @@ def _difference(difference: Difference | None, metric: str) -> tuple[Entry, ...]
         Entry(p_text(difference.p_holm), small=p_text(difference.p)),
         Entry(f"{above} of {len(difference.seeds)}"),
     )
+
+
+def noticed_table(study: Study, groups: Sequence[Group], keys: Sequence[str], compare: Compare) -> Table | None:
+    """Return how many people would notice each difference, as `eval` has it; None where no metric has a relation."""
+    about = study.results["test_set"] or {}
+    known = relations(shown_metrics(study), about.get("bleu_tokenizer"), about.get("metric_models") or {})
+    pairs = [(column, metric) for column in columns_of(study) for metric in known]
+    found = {group: [compare(group, *pair) for pair in pairs] for group in groups}
+    compared = [group for group in groups if any(found[group])]
+    if not compared:
+        return None
+
+    def entries(group: Group) -> Iterable[Entry]:
+        for (_, metric), difference in zip(pairs, found[group], strict=True):
+            scaled = None if difference is None else difference.value * metric_look(metric).scale
+            yield noticed_entry(None if scaled is None else share(known[metric], scaled))
+
+    columns = tuple(Column(metric_label(metric), column) for column, metric in pairs)
+    return Table(heads_of(keys), columns, rows_of(study, compared, keys, entries))
 
 
 def summary_table(

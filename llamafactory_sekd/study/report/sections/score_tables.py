@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from llamafactory_sekd.evaluation.noticed import noticed_section
 from llamafactory_sekd.evaluation.significance import SAMPLES
 from llamafactory_sekd.reporting.document import Column, Entry, Row, Section, Table
 from llamafactory_sekd.reporting.metric_labels import AVERAGE, BETTER, MARKS, WORSE, metric_label, number
@@ -19,6 +20,7 @@ from llamafactory_sekd.study.report.tables import (
     entry,
     last_column,
     mark_of,
+    noticed_table,
     score_table,
     shown_metrics,
     summary_table,
@@ -39,10 +41,12 @@ def sections(views: Views) -> Iterator[Section | None]:
         yield _scores(
             views, f"Scores, each system at its own best {key}", views.groups, views.at_own_best, own_best=True
         )
+        yield _noticed(views)
         yield selection_section(views)
         yield _scores(views, "Scores at equal settings", views.study.groups, views.at_equal_settings)
     else:
         yield _scores(views, "Scores", views.groups, views.at_equal_settings)
+        yield _noticed(views)
     yield _differences(views)
     yield _over_keys(views)
     yield _progressive(views)
@@ -70,6 +74,12 @@ def _scores(views: Views, title: str, groups: Sequence[Group], compare: Compare,
         alarm += f"Significance, hard sentences and rare words are left out: {views.unreadable}"
     table = score_table(study, rows, views.keys_of(groups), compare)
     return Section(title, note, alarm.strip(), (table,), main=own_best or not views.chosen)
+
+
+def _noticed(views: Views) -> Section | None:
+    rows = (*views.study.models, *views.groups)
+    table = noticed_table(views.study, rows, views.keys_of(views.groups), views.at_own_best)
+    return noticed_section(table) if table is not None else None
 
 
 def how_it_was_tested(views: Views) -> str:
