@@ -79,7 +79,6 @@ def logged(output_dir: Path, key: str) -> list[float]:
 
 def weights(output_dir: Path) -> dict[str, torch.Tensor]:
     """The saved parameters, of the model or of its adapter."""
-    (path,) = (
-        path for path in map(output_dir.joinpath, ("model.safetensors", "adapter_model.safetensors")) if path.exists()
-    )
-    return load_file(path)
+    names = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin")
+    (path,) = (path for path in map(output_dir.joinpath, names) if path.exists())
+    return torch.load(path, weights_only=True) if path.suffix == ".bin" else load_file(path)
