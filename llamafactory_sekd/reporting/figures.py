@@ -122,3 +122,18 @@ def draw_gate(axes: Any, steps: Sequence[float], hard: Sequence[float], difficul
     right.set_ylim(0, 1.1 * max(difficulty) or 1)
     handles = [left_line, right_line]
     axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+
+
+def draw_validation(axes: Any, points: Sequence[tuple[float, float]]) -> None:
+    """Lay the NLL of the validation text over the curve of the loss, whose scale is another one.
+
+    Args:
+        axes: where the loss is; a second pair is laid over them.
+        points: (step, NLL in nats per token), at least one.
+    """
+    right = axes.twinx()
+    (line,) = right.plot(*zip(*points, strict=True), color=_COLORS[1], linestyle="--", marker=".")
+    line.set_label("validation NLL")
+    right.grid(visible=False)
+    right.set_ylabel("NLL (nats per token)")
+    axes.legend(handles=[*axes.get_legend_handles_labels()[0], line])

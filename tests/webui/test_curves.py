@@ -26,6 +26,20 @@ def test_hard_share_and_difficulty_stand_below_the_loss_at_the_hosts_steps():
     assert difficulty.lines[0].get_xydata().tolist() == [[5, 1.25], [10, 1.0]]
 
 
+def test_the_nll_of_the_validation_is_drawn_over_the_loss_on_its_own_scale():
+    figure = loss_figure()
+    gate = {"kd/hard_ratio": 0.5, "kd/difficulty": 1.0}
+    records = [{"current_steps": 1, "loss": 3.0, **gate}, {"current_steps": 1, "eval_loss": 2.5, "eval_kd/ce": 7.5}]
+    records += [{"current_steps": 2, "loss": 2.0, **gate}, {"current_steps": 2, "eval_loss": 2.4, "eval_kd/ce": 7.0}]
+    add_distillation_axes(figure, records)
+    figure.draw_without_rendering()
+    loss, nll = figure.axes[:2]
+    assert nll.get_ylabel() == "NLL (nats per token)"
+    assert nll.lines[0].get_xydata().tolist() == [[1, 7.5], [2, 7.0]]
+    assert nll.get_position().bounds == loss.get_position().bounds
+    assert nll.get_ylim()[0] > loss.get_ylim()[1]
+
+
 def test_steps_are_whole_numbers_on_both_axes():
     figure = loss_figure()
     add_distillation_axes(
