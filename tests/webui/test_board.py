@@ -133,8 +133,8 @@ def distilled(browser: Any, address: str, folder: Path) -> dict[str, Any]:
     fill_in(board)
     previewed = command(board)
     board.press("Start")
-    for phase in ("phase_loading", "phase_training"):
-        page.get_by_text(words("en")[phase]).filter(visible=True).first.wait_for(timeout=1_200_000)
+    # While it loads, so that there is time for the rest before the run ends.
+    page.get_by_text(words("en")["phase_loading"]).filter(visible=True).first.wait_for(timeout=1_200_000)
 
     colleague = browser.new_page()
     colleague.goto(address)
