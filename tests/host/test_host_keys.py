@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -307,6 +308,9 @@ def _same(sekd: Path, sft: Path, tolerance: float) -> None:
     assert len(logged(sft, "loss")) == 2
     for key in ("loss", "eval_loss", "eval_accuracy", "num_input_tokens_seen", "learning_rate"):
         assert logged(sekd, key) == pytest.approx(logged(sft, key), abs=tolerance), key
+    # What is evaluated after the last step, of which `trainer_state.json` knows nothing.
+    ends = [json.loads((folder / "all_results.json").read_text()).get("eval_loss") for folder in (sekd, sft)]
+    assert ends[0] == pytest.approx(ends[1], abs=tolerance)
     ours, theirs = weights(sekd), weights(sft)
     assert set(ours) == set(theirs)
     for name, value in theirs.items():
