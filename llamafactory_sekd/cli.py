@@ -14,25 +14,35 @@ from llamafactory_sekd.errors import SekdError
 
 
 class Command(NamedTuple):
-    """A sub-command: the module whose typer application ``app`` it is, and its line on the help page."""
+    """A sub-command: the module whose typer application ``app`` it is, and its line on the help page.
+
+    ``interrupted`` is what Ctrl-C ends with, where the command itself does not say it.
+    """
 
     module: str
     summary: str
     group: str
+    interrupted: str = ""
 
 
 # A full disk, a quota, the largest file that is allowed: of a library's files as well, which know no error of ours.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CTRL_C = 130  # the status that typer ends with, without a word
 PREPARE, RUN = "Before a run", "Runs"
+_CONTINUES = "interrupted; nothing is half-written, and the same command goes on from what is there"
 # The modules are imported only when their command is asked for.
 COMMANDS = {
     "init": Command("llamafactory_sekd.examples", "Write the example YAML files into a folder.", PREPARE),
     "schema": Command("llamafactory_sekd.host.schema", "Write JSON schemas of the YAML files, for editors.", PREPARE),
     "objectives": Command("llamafactory_sekd.presets_command", "List the objectives with their formulas.", PREPARE),
-    "data": Command("llamafactory_sekd.host.data_command", "Prepare and check parallel data.", PREPARE),
+    "data": Command("llamafactory_sekd.host.data_command", "Prepare and check parallel data.", PREPARE, _CONTINUES),
     "doctor": Command("llamafactory_sekd.host.doctor", "Check a run's data and memory before it starts.", PREPARE),
-    "cache": Command("llamafactory_sekd.host.cache_command", "Compute a teacher once, for all runs that follow.", RUN),
-    "translate": Command("llamafactory_sekd.host.translate_command", "Translate text, or make text to train on.", RUN),
+    "cache": Command(
+        "llamafactory_sekd.host.cache_command", "Compute a teacher once, for all runs that follow.", RUN, _CONTINUES
+    ),
+    "translate": Command(
+        "llamafactory_sekd.host.translate_command", "Translate text, or make text to train on.", RUN, _CONTINUES
+    ),
     "serve": Command("llamafactory_sekd.host.serve", "Serve a teacher to runs on other machines.", RUN),
     "study": Command(
         "llamafactory_sekd.study.study_command", "Run a matrix of trainings, its tables and figures.", RUN
@@ -69,6 +79,10 @@ def main() -> None:
         sys.exit(2)
     except ModuleNotFoundError as error:
         _exit_without_host(f"sekd {name}", error)
+    except SystemExit as end:
+        if end.code == _CTRL_C and COMMANDS[name].interrupted:
+            print(f"\nsekd {name}: {COMMANDS[name].interrupted}.", file=sys.stderr)
+        raise
 
 
 def root() -> typer.Typer:

@@ -274,7 +274,7 @@ def _datasets(module: dict[str, Any], *, skip_evaluation: bool) -> list[Any]:
 def teacher_fields(model: str, adapters: str | None, quantization_bit: int | None, model_args: Any) -> dict[str, Any]:
     """Return what decides a teacher's answers, as a cache's manifest records it."""
     return {
-        "teacher_weights": _weights_of(model),
+        "teacher_weights": weights_of(model),
         "teacher_adapters": xxh3_of_models([Path(name.strip()) for name in (adapters or "").split(",") if name]),
         "teacher_model_quantization_bit": quantization_bit,
         "compute_dtype": str(model_args.compute_dtype).removeprefix("torch."),
@@ -283,7 +283,7 @@ def teacher_fields(model: str, adapters: str | None, quantization_bit: int | Non
     }
 
 
-def _weights_of(name: str) -> str:
+def weights_of(name: str) -> str:
     """Return the content of a local folder; of a hub id the commit, which identifies the content."""
     if Path(name).expanduser().is_dir():
         return xxh3_of_model(Path(name).expanduser())

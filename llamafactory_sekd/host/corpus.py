@@ -19,6 +19,7 @@ from llamafactory_sekd.data.prompts import PARROT, PLAIN
 from llamafactory_sekd.errors import ArgumentError, DataError
 from llamafactory_sekd.files import read_json, write_atomic, write_json
 from llamafactory_sekd.fingerprints import xxh3_of_json
+from llamafactory_sekd.host.cache import weights_of
 from llamafactory_sekd.host.run_names import check_template
 from llamafactory_sekd.teacher.cache.segments import Segment
 from llamafactory_sekd.teacher.doubts import Verdict, judge
@@ -110,7 +111,11 @@ def read_with(
         DataError: the file is of another teacher, template or corpus.
     """
     reader = _Reader.of(teacher, template, direction)
-    identity = {"teacher": teacher, "template": template, "corpus": xxh3_of_json(_texts(pairs))}
+    identity = {
+        "teacher": f"{teacher} {weights_of(teacher)}",
+        "template": template,
+        "corpus": xxh3_of_json(_texts(pairs)),
+    }
     known = _remembered(memory, identity)
     progress(len(known))
     while len(known) < len(pairs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 
 import pytest
@@ -59,6 +60,12 @@ def test_what_was_read_is_not_read_again_and_another_teacher_or_corpus_is_refuse
         read(tiny_root / "student", PAIRS[:12], tmp_path)
     with pytest.raises(DataError, match="is of another corpus"):
         read(tiny_root / "teacher", PAIRS[:13], tmp_path)
+    shutil.copytree(tiny_root / "student", tmp_path / "teacher")
+    (tmp_path / "memory.json").unlink()
+    read(tmp_path / "teacher", PAIRS[:2], tmp_path)
+    shutil.copytree(tiny_root / "teacher", tmp_path / "teacher", dirs_exist_ok=True)  # trained further, say
+    with pytest.raises(DataError, match=r"memory\.json is of another teacher"):
+        read(tmp_path / "teacher", PAIRS[:2], tmp_path)
 
 
 def test_each_reason_is_found_and_a_good_pair_has_none():

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from helpers.runs import command
 
-from llamafactory_sekd import __version__
+from llamafactory_sekd import __version__, cli
 from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.cli import COMMANDS
 from llamafactory_sekd.presets import PRESETS
@@ -44,6 +45,20 @@ def test_a_mistyped_command_is_refused_with_the_nearest_name():
     done = command([*SEKD, "stdy", "x.yaml"])
     assert done.returncode == 2
     assert "No such command 'stdy'. Did you mean 'study'?" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["cache", "translate", "data"])
+def test_ctrl_c_says_that_the_same_command_goes_on(monkeypatch, capsys, name):
+    def app(**_):
+        sys.exit(130)  # what typer makes of it, without a word
+
+    monkeypatch.setattr(sys, "argv", ["sekd", name])
+    monkeypatch.setattr(cli, "apply_plugin", lambda: None)
+    monkeypatch.setattr(cli, "import_module", lambda _: SimpleNamespace(app=app))
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err.startswith(f"\nsekd {name}: interrupted; nothing is half-written, and the same ")
 
 
 def test_the_version_is_the_packages():
