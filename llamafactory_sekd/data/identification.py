@@ -35,6 +35,8 @@ CONFUSABLE = (
     frozenset({"fr", "oc", "wa"}),
     frozenset({"ca", "oc"}),
 )
+# Where it has another code than ours.
+_OTHER_CODES = {"fil": "tl"}
 # A script in a code, as in sr-Latn and zho_Hant.
 _SCRIPT = re.compile(r"[-_][A-Z][a-z]{3}(?![A-Za-z])")
 # With a smaller share of letters of its own script a sentence is in another one: names and brands may be in Latin.
@@ -76,7 +78,13 @@ _LETTERS_OF: dict[str, tuple[str, ...]] = {
 
 def is_identifiable(language: str) -> bool:
     """Tell whether the identifier knows a language, given by a code of any kind."""
-    return base_code(language) in identifier().nb_classes
+    return _base(language) in identifier().nb_classes
+
+
+def _base(language: str) -> str:
+    """Return the identifier's code of a language."""
+    base = base_code(language)
+    return _OTHER_CODES.get(base, base)
 
 
 def is_other_language(line: str, language: str) -> bool:
@@ -94,7 +102,7 @@ def is_other_language(line: str, language: str) -> bool:
         return True
     if not is_known:
         return False
-    base = base_code(language)
+    base = _base(language)
     found, certainty = identify(line)
     return not _is_taken_for(found, base) and certainty >= NEEDED_CERTAINTY.get(base, MIN_CERTAINTY)
 
@@ -129,7 +137,7 @@ def _is_taken_for(found: str, language: str) -> bool:
 
 def are_swapped(source: str, target: str, source_language: str, target_language: str) -> bool:
     """Tell whether two sides are certainly in each other's language; languages by codes of any kind."""
-    source_language, target_language = base_code(source_language), base_code(target_language)
+    source_language, target_language = _base(source_language), _base(target_language)
     if _is_taken_for(source_language, target_language) or min(map(count_letters, (source, target))) < MIN_LETTERS:
         return False
     return all(

@@ -43,6 +43,8 @@ _NAMES: dict[str, str] = {
     "cmn-Hans": "Simplified Chinese",
     "cmn-Hant": "Traditional Chinese",
 }
+# Codes for several languages, for none, for unknown ones: nobody translates into them.
+_NO_LANGUAGES = frozenset({"mis", "mul", "und", "zxx"})
 
 
 @cache
@@ -160,6 +162,8 @@ def parse_direction(text: str, source_name: str | None = None, target_name: str 
         )
     for code, name, option in zip(match.groups(), (source_name, target_name), ("--from", "--to"), strict=True):
         try:
+            if name is None and re.split("[-_]", code)[0] in _NO_LANGUAGES:
+                raise DataError(code)
             name or language_name(code)
         except DataError:
             raise DataError(

@@ -99,6 +99,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         try:
             return super().train(*args, **kwargs)
         except Finished:
+            self._restore_sums(self.args.resume_from_checkpoint)  # for what is written at the end
             self.callback_handler.on_train_end(self.args, self.state, self.control)
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
                 self._load_best_model()
@@ -318,6 +319,9 @@ class DistillationTrainer(Seq2SeqTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
+        self._restore_sums(checkpoint)
+
+    def _restore_sums(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
 

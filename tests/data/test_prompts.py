@@ -54,6 +54,13 @@ def test_direction_of_another_form_is_refused_with_an_example(text: str) -> None
         parse_direction(text)
 
 
+@pytest.mark.parametrize("code", ["und", "mul", "zxx_Zxxx"])
+def test_a_code_of_no_language_is_refused(code: str) -> None:
+    with pytest.raises(DataError, match="is not known"):
+        parse_direction(f"en-{code}")
+    assert parse_direction(f"en-{code}", target_name="Old Elvish").target_language == "Old Elvish"
+
+
 def test_unknown_language_is_named() -> None:
     with pytest.raises(DataError, match="Unknown direction 'en-xx': the language code 'xx' is not known"):
         parse_direction("en-xx")

@@ -107,6 +107,12 @@ YORUBA = "Lẹ́yìn ìjì náà, ọ̀pọ̀lọpọ̀ igi ni ó wà lójú ọ
         (LONG["en"], "yo", False),
         (LONG["ru"], "yo", True),
         (LONG["de"], "deu_Latn", False),
+        (
+            "Pagkatapos ng bagyo, maraming puno ang nakahiga sa kalsada at magdamag na nagtrabaho ang mga bumbero.",
+            "fil",
+            False,
+        ),
+        (LONG["en"], "tgl", True),
         (LONG["en"], "en-US", False),
         (LONG["de"], "pt_BR", True),
     ],

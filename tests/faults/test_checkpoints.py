@@ -104,11 +104,14 @@ def test_a_finished_run_that_is_started_again_trains_no_further_step(tiny_root, 
     train(config)
     before = weights(tmp_path / "out")
     results = (tmp_path / "out" / "train_results.json").read_text()
+    tokens = (tmp_path / "out" / "token_difficulty.csv").read_text()
     train(config)
     assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 2
     after = weights(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert json.loads((tmp_path / "out" / "train_results.json").read_text()) == json.loads(results)
+    assert (tmp_path / "out" / "token_difficulty.csv").read_text() == tokens
+    assert tokens.count("\n") > 10
 
 
 @pytest.mark.parametrize("stage", ["sekd", "sft"])
