@@ -19,6 +19,7 @@ from llamafactory_sekd.teacher.cache import DTYPES, Format, HiddenFormat, Plan, 
 from llamafactory_sekd.teacher.served import (
     Answering,
     Connection,
+    NoAnswerError,
     ServedTeacher,
     TicketCollator,
     VllmConnection,
@@ -33,6 +34,7 @@ _OF_A_LOADED_TEACHER = frozenset(key for key in KEYS if key.startswith("teacher_
     "teacher_offload",
     "teacher_deepspeed",
 }
+_A_FEW_SECONDS = 3.0
 
 
 def connect(run: HostArguments, *, hidden: bool, model: str | None = None) -> Answering:
@@ -49,14 +51,44 @@ def connect(run: HostArguments, *, hidden: bool, model: str | None = None) -> An
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.model import load_tokenizer
 
-    url, patience = str(run.finetuning.teacher_server), run.finetuning.teacher_server_patience
     tokenizer = load_tokenizer(run.model)["tokenizer"]
     get_template_and_fix_tokenizer(tokenizer, run.data)
+    server = _reach(str(run.finetuning.teacher_server), run.finetuning.teacher_server_patience, tokenizer)
+    if hidden and isinstance(server, VllmConnection):
+        server.offer_hidden_states(tokenizer, model)
+    return server
+
+
+def server_problem(url: str, model: str | None) -> str:
+    """Return what keeps a server from being a student's teacher, as far as a few seconds show it; "" for nothing.
+
+    Args:
+        url: of the server.
+        model: the student, whose tokenizer is compared where it is on this machine.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True) if model else None
+        except (OSError, ValueError):  # not here yet, or none: the run says so
+            tokenizer = None
+        if tokenizer is None:
+            speaks_our_protocol(url, _A_FEW_SECONDS)
+        else:
+            _reach(url, _A_FEW_SECONDS, tokenizer).close()
+    except NoAnswerError as error:
+        return f"`teacher_server: {url}` {error.problem}: start it before the run, or correct the address."
+    except TeacherError as error:
+        return str(error)
+    return ""
+
+
+def _reach(url: str, patience: float, tokenizer: Any) -> Answering:
+    """Reach a server, whatever it speaks, and compare its tokenizer with the student's."""
     if not speaks_our_protocol(url, patience):
         vllm = VllmConnection(url, patience, used_ids(tokenizer))
         vllm.check_tokenizer(tokenizer)
-        if hidden:
-            vllm.offer_hidden_states(tokenizer, model)
         return vllm
 
     server = Connection(url, patience)

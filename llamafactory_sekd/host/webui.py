@@ -16,6 +16,7 @@ def extend_create_train_tab(host_create: Callable[[Any], dict[str, Any]]) -> Cal
         from gradio.context import Context
 
         from llamafactory_sekd.host.patches import STAGE_LABEL
+        from llamafactory_sekd.host.served_teacher import server_problem
         from llamafactory_sekd.host.webui_page import list_adapters, list_teachers, output_folder
         from llamafactory_sekd.webui.own_samples_table import build_samples_table
         from llamafactory_sekd.webui.panel import build_panel
@@ -26,7 +27,8 @@ def extend_create_train_tab(host_create: Callable[[Any], dict[str, Any]]) -> Cal
 
         _move_after(Context.block, panel.accordion, elements["rlhf_tab"])
         elements["training_stage"].scale = 2  # our stage's name is the longest
-        panel.connect(elements["training_stage"], STAGE_LABEL, list_teachers, list_adapters)
+        student = engine.manager.get_elem_by_id("top.model_path")
+        panel.connect(elements["training_stage"], STAGE_LABEL, list_teachers, list_adapters, student, server_problem)
         top = [engine.manager.get_elem_by_id(f"top.{name}") for name in ("lang", "model_name", "finetuning_type")]
         samples = build_samples_table(panel.accordion, [*top, elements["output_dir"]], output_folder)
         return {**elements, **panel.elements(), **samples}

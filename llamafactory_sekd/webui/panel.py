@@ -48,14 +48,18 @@ class Panel:
         stage_label: str,
         list_teachers: Callable[[], Sequence[str]],
         list_adapters: Callable[[str | None], Sequence[str]],
+        student: gr.Textbox,
+        server_problem: Callable[[str, str | None], str],
     ) -> None:
-        """Show the panel where the stage is ours, with the suggestions of that moment.
+        """Show the panel where the stage is ours, with the suggestions of that moment, and check a server once named.
 
         Args:
             training_stage: the host's dropdown.
             stage_label: what it calls our stage.
             list_teachers: checkpoints and models to offer as a teacher.
             list_adapters: from the chosen teacher to the adapters that were trained for it.
+            student: the host's field with the path of the model.
+            server_problem: from a server's address and the student to what is wrong with it, "" for nothing.
         """
         teacher, adapters = self.fields["teacher_model"], self.fields["teacher_model_adapters"]
 
@@ -63,9 +67,16 @@ class Panel:
             ours = label == stage_label
             return gr.Accordion(visible=ours), gr.Dropdown(choices=list(list_teachers()) if ours else [])
 
+        def warn(url: str, model: str | None) -> None:
+            if url and (problem := server_problem(url.strip(), model)):
+                gr.Warning(problem)
+
         # Not when the field is opened: Gradio filters new suggestions by the text in it.
         training_stage.change(show, [training_stage], [self.accordion, teacher], queue=False)
         adapters.focus(lambda name: gr.Dropdown(choices=list(list_adapters(name))), [teacher], [adapters], queue=False)
+        # In the queue, through which warnings come; it waits for the server while the page goes on.
+        server = self.fields["teacher_server"]
+        server.blur(warn, [server, student], None, show_progress="hidden", concurrency_limit=None)
 
 
 def build_panel() -> Panel:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from helpers.cached_runs import assert_same_content, build, content, from_cache, losses
 from helpers.runs import base_config
-from helpers.tiny import FAMILIES, save_dataset, save_llama, save_scaled_or_capped
+from helpers.tiny import FAMILIES, save_dataset, save_llama, save_scaled_or_capped, save_tokenizer
 from helpers.vllm_stub import vllm_stub
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_sekd.errors import TeacherError
-from llamafactory_sekd.host.served_teacher import build_from_server
+from llamafactory_sekd.host.served_teacher import build_from_server, server_problem
 from llamafactory_sekd.teacher.cache import Settings
 from llamafactory_sekd.teacher.served import VllmConnection, vllm_hidden_states
 
@@ -149,3 +151,18 @@ def test_hidden_states_of_another_model_than_the_named_one_are_refused(tiny_root
             asked.offer_hidden_states(student, str(tmp_path / "other"))
         with pytest.raises(TeacherError, match="cannot be read on this machine"):
             asked.offer_hidden_states(student, str(tmp_path / "nothing"))
+
+
+def test_the_page_says_in_seconds_what_is_wrong_with_a_server(tiny_root, tmp_path):
+    student = str(tiny_root / "student")
+    started = time.monotonic()
+    gone = server_problem("http://127.0.0.1:9", student)
+    assert gone.startswith("`teacher_server: http://127.0.0.1:9` cannot be reached (")
+    assert gone.endswith("start it before the run, or correct the address.")
+    assert time.monotonic() - started < 30
+    assert "use http://HOST:PORT" in server_problem("127.0.0.1:9", None)
+    save_tokenizer(tmp_path / "other", vocab_size=262)
+    with vllm_stub(tiny_root / "teacher") as url:
+        assert server_problem(url, student) == ""
+        assert server_problem(url, str(tmp_path / "not here yet")) == ""
+        assert "is not the student's" in server_problem(url, str(tmp_path / "other"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llamafactory_sekd.teacher.served.connection import TOKEN, Connection, speaks_our_protocol
+from llamafactory_sekd.teacher.served.connection import TOKEN, Connection, NoAnswerError, speaks_our_protocol
 from llamafactory_sekd.teacher.served.live_teacher import Answering, ServedTeacher, TicketCollator
 from llamafactory_sekd.teacher.served.protocol import ServerInfo
 from llamafactory_sekd.teacher.served.remote_fill import fill_from_server
@@ -14,6 +14,7 @@ __all__ = [
     "TOKEN",
     "Answering",
     "Connection",
+    "NoAnswerError",
     "ServedTeacher",
     "ServerInfo",
     "TicketCollator",

@@ -50,6 +50,14 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+class NoAnswerError(TeacherError):
+    """The patience is at its end; `problem` says in a few words what kept the last try from an answer."""
+
+    def __init__(self, message: str, problem: str) -> None:
+        super().__init__(message)
+        self.problem = problem
+
+
 class HttpConnection:
     """Requests with patience; safe to use from several threads.
 
@@ -102,7 +110,8 @@ class HttpConnection:
             absent: returned where the server does not know the path; None raises.
 
         Raises:
-            TeacherError: the server refuses the request, or the patience is at its end.
+            TeacherError: the server refuses the request.
+            NoAnswerError: the patience is at its end.
         """
         started, pause, garbage, limit = time.monotonic(), 1.0, 0, _FIRST_ANSWER
         while True:
@@ -114,7 +123,7 @@ class HttpConnection:
                     self.url + path,
                     content=content,
                     headers={"Content-Type": "application/json"} if content is not None else {},
-                    timeout=httpx.Timeout(max(1.0, min(limit, remaining)), connect=_CONNECT),
+                    timeout=httpx.Timeout(max(1.0, min(limit, remaining)), connect=max(1.0, min(_CONNECT, remaining))),
                 )
                 if response.status_code == 404 and absent is not None:
                     return absent
@@ -143,10 +152,11 @@ class HttpConnection:
             pause = min(max(pause, wanted_pause), _LONGEST_PAUSE)
             waited = time.monotonic() - started
             if waited + pause > self.patience:
-                raise TeacherError(
+                raise NoAnswerError(
                     f"`teacher_server: {self.url}` {problem}, and that for {waited:.0f} s "
                     f"(`teacher_server_patience: {self.patience:g}`): start it again with the same model, and then "
-                    "this command, which goes on where it stopped."
+                    "this command, which goes on where it stopped.",
+                    problem,
                 )
 
             self.say(f"The teacher's server {self.url} {problem}; the next try is in {pause:.0f} s.")
