@@ -50,8 +50,9 @@ def build_heads(
     *,
     gamma: float | None = None,
     device: torch.device | None = None,
+    alike: bool = False,
 ) -> Heads:
-    """Random heads whose logits spread by about 3.5, as those of trained models do."""
+    """Random heads whose logits spread by about 3.5, as those of trained models do; alike: with much in common."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -62,6 +63,9 @@ def build_heads(
     head = normal(vocab, student_width).mul_(3.5 / student_width**0.5)
     teacher_head = normal(vocab, teacher_width).mul_(3.5 / teacher_width**0.5)
     labels = torch.randint(vocab, (tokens,), generator=generator)
+    if alike:  # a teacher that often has the same most probable token
+        teacher_hidden[:, :student_width] = hidden
+        teacher_head[:, :student_width] = head * (student_width / teacher_width) ** 0.5
     heads = Heads(
         hidden.to(device, dtype).requires_grad_(),
         head.to(device, dtype).requires_grad_(),
