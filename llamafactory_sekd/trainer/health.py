@@ -84,17 +84,18 @@ class WarnOfIdleRun(TrainerCallback):
         if not before or not state.is_world_process_zero:
             return
         rate = next((log["learning_rate"] for log in reversed(state.log_history) if "learning_rate" in log), None)
+        at = f" (learning rate {rate})" if rate is not None else ""
         moved = sum(int((_some_values(weight) != old).sum()) for weight, old in before)
         share = moved / max(1, sum(old.numel() for _, old in before))
         if moved == 0:
             logger.warning_once(
-                f"No weight has moved in {state.global_step} steps (learning rate {rate}): the student learns "
+                f"No weight has moved in {state.global_step} steps{at}: the student learns "
                 "nothing. Look at `learning_rate` and what divides the step (`adam_epsilon`, `max_grad_norm`), and at "
                 "`pure_bf16`, in which a step that is small next to its weight is rounded away."
             )
         elif share < _MOVED and all(_is_its_own_master(weight) for weight, _ in before):
             logger.warning_once(
-                f"Only {share:.1%} of the weights have moved in {state.global_step} steps (learning rate {rate}): "
+                f"Only {share:.1%} of the weights have moved in {state.global_step} steps{at}: "
                 "their precision rounds steps away that are small next to a weight. Set `bf16: true` in place of "
                 "`pure_bf16`, or raise `learning_rate`."
             )

@@ -51,6 +51,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "use_reentrant_gc": False,
         "flash_attn": "disabled",
         "rope_scaling": "linear",
+        "cutoff_len": 4096,  # beyond the models' positions, or the host leaves them as they are
         "torch_empty_cache_steps": 1,
         "auto_find_batch_size": True,
         "full_determinism": False,
