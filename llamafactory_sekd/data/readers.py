@@ -130,6 +130,7 @@ def _side_by_side(source: Path, target: Path, name: str, meter: Meter | None) ->
     # Without a step of Python for each line: a corpus has millions.
     sides = zip(iterate_lines(source, meter), iterate_lines(target, meter), strict=True)
     pairs = map(partial(tuple.__new__, Pair), map(add, sides, zip(repeat(name), count(1))))
+    first: list[Pair] = []
     try:
         for left, right, _, _ in (first := list(islice(pairs, 1))):
             if max(left.count("\r"), right.count("\r")) > 1:
@@ -139,6 +140,9 @@ def _side_by_side(source: Path, target: Path, name: str, meter: Meter | None) ->
     except DataError:
         raise
     except ValueError:  # of `strict`
+        for path, text in zip((source, target), first[0] if first else (), strict=False):
+            if "\r" in str(text):
+                raise _carriage_returns(path, 1) from None
         raise _misaligned(source, target) from None
 
 
@@ -353,6 +357,8 @@ def _list_items(text: TextIO, first: str, name: str, line: int) -> Iterator[Any]
             try:
                 item, at = decode(buffer, at)
                 break
+            except RecursionError:
+                raise wrong("lists or objects inside each other without end", at) from None
             except json.JSONDecodeError as error:
                 more = text.read(max(_CHUNK, len(buffer) - at)) if len(buffer) - at <= LONGEST_LINE else ""
                 if not more:
@@ -379,6 +385,10 @@ def _parse(text: str, name: str, number: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{name}:{number}: not valid JSON ({error.msg}).") from error
+    except RecursionError:
+        raise DataError(
+            f"{name}:{number}: not a record, but lists or objects inside each other without end."
+        ) from None
 
 
 def _not_empty(pairs: Iterator[Pair], path: Path) -> Iterator[Pair]:

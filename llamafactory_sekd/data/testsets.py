@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from llamafactory_sekd.data.checks import Findings, Outcome, Pair, check_languages, clean_pairs
+from llamafactory_sekd.data.checks import Findings, Outcome, Pair, Problem, check_languages, clean_pairs
 from llamafactory_sekd.data.languages import Direction, parse_direction
 from llamafactory_sekd.data.layout import (
     TASKS,
@@ -95,11 +95,12 @@ def load_test_set(
     for problem, file, line in findings.items:
         if problem.outcome is Outcome.LEFT_OUT:
             raise DataError(f"{file}:{line}: {problem.words}; a test set must be complete: fix it or remove the pair.")
-    languages = Findings()
+    noted = Findings([item for item in findings.items if item[0] is Problem.VERY_LONG])
+    noted.counts.update((problem, file) for problem, file, _ in noted.items)
     if found.has_references:
-        check_languages(pairs, parsed, languages)
-    if languages.items:
-        found = replace(found, notes=(*found.notes, f"{languages.summary()}."))
+        check_languages(pairs, parsed, noted)
+    if noted.items:
+        found = replace(found, notes=(*found.notes, f"{noted.summary()}."))
     return _test_set(task, parsed, pairs, found)
 
 

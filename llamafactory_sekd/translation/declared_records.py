@@ -80,6 +80,8 @@ def declared(name: str, folder: Path) -> Declared:
         raise DataError(f"{folder / DATASET_INFO} declares no data set {name!r}{suggestion(name, known)}")
     if entry.get("formatting", "alpaca") not in ("alpaca", *_CONVERSATIONS):
         raise DataError(f"Data set {name!r}: `formatting: {entry['formatting']}` is not one of LLaMA-Factory's.")
+    if not all(isinstance(entry.get(key) or {}, Mapping) for key in ("columns", "tags")):
+        raise DataError(f"Data set {name!r}: `columns` and `tags` of {folder / DATASET_INFO} must be mappings.")
     if not isinstance(entry.get("file_name"), str):
         raise DataError(f"Data set {name!r} is not in a file: give its text with --in.")
     columns = {**_ALPACA, "messages": "conversations", **(entry.get("columns") or {})}

@@ -16,6 +16,7 @@ from llamafactory_sekd.data.checks import Findings, Pair, Problem, clean_pairs
 from llamafactory_sekd.data.corpora_command import app
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.readers import json_pairs, read_lines, read_text_pairs, read_tsv_pairs
+from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.errors import DataError
 
 
@@ -263,3 +264,25 @@ def test_blank_lines_at_the_end_of_one_file_are_misalignment_and_of_both_are_cou
         "two",
     ]
     assert [problem.key for problem, _, _ in findings.items] == ["blank", "blank"]
+
+
+def test_lists_inside_lists_without_end_are_one_line(tmp_path: Path) -> None:
+    for text in ("[" * 100_000, '{"de": ' * 100_000):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(DataError, match=r"x\.json:1: .*inside each other without end"):
+            list(json_pairs(tmp_path / "x.json", Direction("de", "en")))
+
+
+def test_two_lines_that_end_with_carriage_returns_alone_are_called_so(tmp_path: Path) -> None:
+    (tmp_path / "x.en").write_bytes(b"one\rtwo\r")
+    (tmp_path / "x.de").write_bytes(b"eins\nzwei\n")
+    with pytest.raises(DataError, match=r"x\.en:1: the lines end with carriage returns alone"):
+        read_text_pairs(tmp_path / "x.en", tmp_path / "x.de")
+
+
+def test_a_test_set_notes_swapped_sides_and_lines_that_are_no_sentence(tmp_path: Path) -> None:
+    (tmp_path / "en-de.en").write_text(f"{LONG['de']} 1\n{LONG['de']} 2\n{'a ' * 5000}\n", encoding="utf-8")
+    (tmp_path / "en-de.de").write_text(f"{LONG['en']} 1\n{LONG['en']} 2\nx\n", encoding="utf-8")
+    (note,) = load_test_set("own", tmp_path, "en-de").notes
+    assert note.startswith("1 times: has a side of more than 5,000 characters")
+    assert "2 times: of the sampled ones: the source is in the target's language" in note
