@@ -7,6 +7,8 @@ import json
 import pytest
 
 from llamafactory_sekd.errors import DataError
+from llamafactory_sekd.translation.generated import Made
+from llamafactory_sekd.translation.picking import Choice, select
 from llamafactory_sekd.translation.source_texts import read_dataset
 
 
@@ -76,3 +78,35 @@ def test_columns_that_are_not_passed_on_and_unknown_formats_are_refused(tmp_path
         save(tmp_path, [], **entry)
         with pytest.raises(DataError, match=words):
             read_dataset("talk", tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("records", "entry", "words"),
+    [
+        ([{"instruction": 5, "input": "b"}], {}, r"talk\.json:1: expected texts, got \[5, 'b', ''\]"),
+        ([{"instruction": "a"}], {"columns": "prompt"}, "`columns` and `tags` .* must be mappings"),
+    ],
+)
+def test_records_and_entries_of_another_kind_are_one_line(tmp_path, records, entry, words):
+    save(tmp_path, records, **entry)
+    with pytest.raises(DataError, match=words):
+        read_dataset("talk", tmp_path, None)
+
+
+def test_a_misspelled_data_set_is_answered_with_the_one_that_was_meant(tmp_path):
+    save(tmp_path, [])
+    with pytest.raises(DataError, match=r"declares no data set 'tallk': did you mean 'talk'"):
+        read_dataset("tallk", tmp_path, None)
+
+
+def test_sentences_whose_language_cannot_be_judged_are_counted(tmp_path, caplog):
+    records = [{"instruction": PROMPT.format("Go."), "input": ""}, {"instruction": "Tell me a joke.", "input": ""}]
+    save(tmp_path, records)
+    sentences = read_dataset("talk", tmp_path, None).sentences
+    made = [[Made("x", hit_limit=False)] for _ in sentences]
+    choice = Choice(n_best=1, consensus=None, closest=False)
+    with caplog.at_level("WARNING"):
+        select(sentences, made, choice, ["language"], None, tmp_path)
+        select(read_dataset("talk", tmp_path, "yo").sentences, made, choice, ["language"], None, tmp_path)
+    assert "does not judge 1 of 2 sentences, of no known target language" in caplog.text
+    assert "does not know yo: it finds text in another script alone" in caplog.text

@@ -109,3 +109,11 @@ def test_a_record_whose_sentence_is_inside_its_instruction_is_refused_with_its_n
     )
     with pytest.raises(DataError, match=r"pairs.json:1: the sentence must be in 'input'"):
         write_informed("pairs", folder, "wide", Widening(previous=1))
+
+
+def test_a_record_that_is_not_valid_unicode_is_refused_by_its_number(folder):
+    records = json.loads((folder / "pairs.json").read_text())
+    records[2]["output"] = "\ud83d"
+    (folder / "pairs.json").write_text(json.dumps(records))
+    with pytest.raises(DataError, match=r"pairs\.json:3: not valid UTF-8 .*: remove the record"):
+        made(folder, previous=1)

@@ -21,6 +21,9 @@ def test_the_newest_steps_come_first_and_a_sample_that_nobody_judged_has_a_dash(
     assert rows[0] == ["10", "a", "b 10", "c", "-1.23"]
     assert rows[1][-1] == "–"
     assert read_samples(tmp_path / "other") == []
+    entry = {"source": "a", "sample": "one\u2028line\x85only", "reference": "c", "teacher_logprob": None}
+    (folder / "step-11.jsonl").write_text(json.dumps(entry, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [row[0] for row in read_samples(tmp_path, steps=1)] == ["11"]
 
 
 def test_the_page_shows_what_the_run_of_its_fields_wrote(tmp_path, monkeypatch):
