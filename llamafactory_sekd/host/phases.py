@@ -109,19 +109,24 @@ def forget_phase(folder: Path | None) -> None:
         (folder / PHASE_FILE).unlink(missing_ok=True)
 
 
-def bar_of(folder: Path | None, words: dict[str, str]) -> dict[str, Any]:
-    """Return label and percentage of the bar of the phase that a run is in; at first, it loads.
+def first_bar(words: dict[str, str]) -> dict[str, Any]:
+    """Return label and percentage of the bar of a run that has noted nothing yet; ``words`` are the page's."""
+    return {"label": f"{words['phase_' + LOADING]} 0/{LOADING_STEPS}", "value": 0.0}
+
+
+def bar_of(folder: Path | None, words: dict[str, str]) -> dict[str, Any] | None:
+    """Return label and percentage of the bar of the phase that a run is in; None without one, as after its end.
 
     Args:
-        folder: the run's; None where it has none yet.
+        folder: the run's.
         words: of the page's language.
     """
-    found = (read_json(folder / PHASE_FILE) if folder is not None else None) or {}
-    done, total = found.get("done", 0), found.get("total", LOADING_STEPS)
-    label = f"{words['phase_' + found.get('phase', LOADING)]} {done}/{total}"
-    if found:
-        left = found["seconds_left"]
-        label += f": {_clock(found['seconds'])}" + (f" < {_clock(left)}" if left is not None else "")
+    found = read_json(folder / PHASE_FILE) if folder is not None else None
+    if not found:
+        return None
+    done, total, left = found["done"], found["total"], found["seconds_left"]
+    label = f"{words['phase_' + found['phase']]} {done}/{total}: {_clock(found['seconds'])}"
+    label += f" < {_clock(left)}" if left is not None else ""
     return {"label": label, "value": round(100 * done / max(1, total), 2)}
 
 

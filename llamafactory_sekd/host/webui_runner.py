@@ -114,19 +114,19 @@ def extend_runner(host_class: type) -> type:
                 yield from super().monitor()
                 return
 
-            from llamafactory_sekd.host.phases import bar_of
+            from llamafactory_sekd.host.phases import bar_of, first_bar
             from llamafactory_sekd.webui.labels import words
 
             self.trainer = SharedChild.of(self.trainer)
             output_box, progress_bar = (self.manager.get_elem_by_id(f"train.{name}") for name in _SHOWN_AT_THE_END)
-            folder, language = self._folder(self.running_data), self._value(self.running_data, "top.lang")
-            log = ""
+            folder, shown = self._folder(self.running_data), words(self._value(self.running_data, "top.lang"))
+            log, bar = "", first_bar(shown)
             try:
                 for update in super().monitor():
                     log = update.get(output_box, log)
                     if self.running and not self.aborted:
                         # The host's has the steps of the training alone, and those only once one is logged.
-                        bar = bar_of(folder, words(language))
+                        bar = bar_of(folder, shown) or bar  # the last one while the run's process ends
                         update = {**update, progress_bar: type(progress_bar)(visible=True, **bar)}
                     yield update
             except AttributeError:

@@ -10,7 +10,7 @@ import pytest
 
 from llamafactory_sekd.files import read_json
 from llamafactory_sekd.host import phases
-from llamafactory_sekd.host.phases import LOADING, LOADING_STEPS, PHASE_FILE, Phases, bar_of, forget_phase
+from llamafactory_sekd.host.phases import LOADING, LOADING_STEPS, PHASE_FILE, Phases, bar_of, first_bar, forget_phase
 from llamafactory_sekd.webui.labels import LANGUAGES, words
 
 
@@ -82,12 +82,13 @@ def test_a_fast_phase_is_noted_once_a_second_and_at_its_end(tmp_path: Path, cloc
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_a_run_that_has_noted_nothing_is_loading(language: str, tmp_path: Path) -> None:
-    expected = {"label": f"{words(language)['phase_loading']} 0/2", "value": 0.0}
-    assert bar_of(None, words(language)) == bar_of(tmp_path, words(language)) == expected
+def test_a_run_that_has_noted_nothing_has_no_bar_of_its_own(language: str, tmp_path: Path) -> None:
+    assert first_bar(words(language)) == {"label": f"{words(language)['phase_loading']} 0/2", "value": 0.0}
+    assert bar_of(None, words(language)) is bar_of(tmp_path, words(language)) is None
     Phases(None).note(LOADING, 1, LOADING_STEPS)
     Phases(tmp_path).note(LOADING, 1, LOADING_STEPS)
     assert bar_of(tmp_path, words(language))["value"] == 50.0
     forget_phase(tmp_path)
     forget_phase(None)
+    assert bar_of(tmp_path, words(language)) is None
     assert not list(tmp_path.iterdir())
