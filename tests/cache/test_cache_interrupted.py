@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import engines
 from helpers.cached_runs import assert_same_content, build, content, from_cache, losses
+from helpers.forks import forked, forked_ranks
 from helpers.runs import CLI, base_config, command, logged, train, write_yaml
 
 from llamafactory_sekd.teacher.cache.record_store import damaged_shards
@@ -67,7 +69,7 @@ def as_json(path: Path, config: dict) -> str:
 def test_a_killed_build_is_continued_by_the_real_command(tiny_root, tmp_path, whole):
     config = base_config(tiny_root, output_dir=str(tmp_path / "out"))
     arguments = [as_json(tmp_path / "x.json", config), str(tmp_path / "cache")]
-    assert command([sys.executable, "-c", KILLED_BUILD, *arguments]).returncode == -signal.SIGKILL
+    assert forked([sys.executable, "-c", KILLED_BUILD, *arguments]).returncode == -signal.SIGKILL
     before = content(tmp_path / "cache")
     assert len(before) == 12  # three rounds of four
 
@@ -79,7 +81,7 @@ def test_a_killed_build_is_continued_by_the_real_command(tiny_root, tmp_path, wh
     assert_same_content(tmp_path / "cache", whole)
     assert damaged_shards(tmp_path / "cache") == {}
 
-    refused = command([SEKD, "cache", yaml, "--out", str(tmp_path / "cache"), "--format", "topk"])
+    refused = forked([SEKD, "cache", yaml, "--out", str(tmp_path / "cache"), "--format", "topk"])
     assert refused.returncode == 2
     assert refused.stderr.strip().splitlines()[-1].startswith("sekd cache: error: `--out ")
     assert "Traceback" not in refused.stderr
@@ -94,7 +96,7 @@ def test_a_run_killed_in_its_filling_epoch_is_continued(tiny_root, tmp_path, who
         save_steps=2,
         max_steps=16,
     )
-    killed = command([sys.executable, "-c", KILLED_FILL, as_json(tmp_path / "x.json", config)])
+    killed = forked([sys.executable, "-c", KILLED_FILL, as_json(tmp_path / "x.json", config)])
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert len(content(tmp_path / "cache")) == 16  # what was there at the checkpoint of step 4
 
@@ -109,20 +111,11 @@ def test_a_run_killed_in_its_filling_epoch_is_continued(tiny_root, tmp_path, who
 def test_two_ranks_build_fill_and_read_what_one_rank_does(tiny_root, tmp_path, whole, sharded):
     config = base_config(tiny_root, output_dir=str(tmp_path / "out"), ddp_backend="gloo")
     if sharded:
-        zero = {
-            "train_batch_size": "auto",
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto",
-            "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
-        }
-        config["deepspeed"] = as_json(tmp_path / "zero3.json", zero)
+        config["deepspeed"] = engines.zero_config(tmp_path, 3)
 
-    two = [str(Path(CLI).with_name("torchrun")), "--nproc-per-node", "2", "--master-port", "29611"]
     yaml = str(write_yaml(tmp_path / "x.yaml", config))
     built = tmp_path / "built"
-    result = command([*two, "-m", "llamafactory_sekd.cli", "cache", yaml, "--out", str(built)], cwd=tmp_path)
+    result = forked_ranks([SEKD, "cache", yaml, "--out", str(built)], cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-6000:]
     assert len(list(built.glob("index-*.json"))) == 2
     assert_same_content(built, whole)
@@ -132,10 +125,8 @@ def test_two_ranks_build_fill_and_read_what_one_rank_does(tiny_root, tmp_path, w
         "read": from_cache(config, built),
         "fill": {**config, "teacher_cache": str(tmp_path / "filled"), "output_dir": str(tmp_path / "fill")},
     }
+    engines.launch(list(runs.values()), tmp_path)
     for name, run in runs.items():
-        path = str(write_yaml(tmp_path / f"{name}.yaml", run))
-        result = command([CLI, "train", path], env={"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr[-6000:]
         for key in ("loss", "kd/difficulty", "kd/hard_ratio"):
             assert logged(Path(run["output_dir"]), key) == pytest.approx(logged(reference, key), abs=2e-4), (name, key)
 

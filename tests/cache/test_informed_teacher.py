@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 
 import pytest
 import torch
 from helpers import tiny
 from helpers.cached_runs import content, losses
-from helpers.runs import base_config, command, logged, train, write_yaml
+from helpers.forks import forked
+from helpers.runs import base_config, logged, train, write_yaml
 
 from llamafactory_sekd.errors import ArgumentError, TeacherError
 
@@ -178,7 +178,7 @@ def test_the_command_takes_data_sets_for_training_and_for_evaluation(root, tmp_p
     config = config_of(root, tmp_path, dataset="held_out", eval_dataset="plain")
     path = write_yaml(tmp_path / "run.yaml", config)
     cache = tmp_path / "cache"
-    sekd = ["-m", "llamafactory_sekd.cli", "cache", str(path), "--out", str(cache), "--teacher-dataset"]
-    result = command([sys.executable, *sekd, "held_out_informed,informed"])
+    sekd = ["sekd", "cache", str(path), "--out", str(cache), "--teacher-dataset"]
+    result = forked([*sekd, "held_out_informed,informed"])
     assert result.returncode == 0, result.stderr[-2000:]
     assert len(content(cache)) == 40

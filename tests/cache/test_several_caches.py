@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from unittest.mock import patch
 
 import pytest
 import torch
 from helpers import tiny
 from helpers.cached_runs import assert_same_content, build
-from helpers.runs import base_config, command, logged, train, write_yaml
+from helpers.forks import forked
+from helpers.runs import base_config, logged, train, write_yaml
 
 from llamafactory_sekd.argument_checks import check_distillation_arguments
 from llamafactory_sekd.arguments import DistillationArguments
@@ -209,8 +209,8 @@ def test_one_call_fills_a_cache_for_each_data_set_and_its_last_line_trains(root,
     config = {key: value for key, value in config_of(root, tmp_path).items() if key != "teacher_model"}
     teachers = {"first": str(root / "teacher"), "second": str(root / "other")}
     path = write_yaml(tmp_path / "run.yaml", {**config, "teachers": teachers})
-    sekd = [sys.executable, "-m", "llamafactory_sekd.cli", "cache", str(path), "--out", str(tmp_path / "filled")]
-    result = command(sekd)
+    sekd = ["sekd", "cache", str(path), "--out", str(tmp_path / "filled")]
+    result = forked(sekd)
     assert result.returncode == 0, result.stderr[-2000:]
     folders = result.stdout.strip().splitlines()[-1].rpartition("teacher_cache: ")[2]
     for name in teachers:

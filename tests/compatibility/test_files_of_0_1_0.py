@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.runs import command, logged, train
+from helpers.forks import forked
+from helpers.runs import logged, train
 
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "v0_1_0"
@@ -56,7 +57,7 @@ def test_its_checkpoint_is_resumed_to_the_end_that_it_reached(place):
 def test_its_evaluation_scores_the_same(place):
     old = json.loads(Path("evaluated/results.json").read_text())
     shutil.rmtree("evaluated")
-    done = command(["llamafactory-cli", "eval", "eval.yaml"], cwd=place)
+    done = forked(["llamafactory-cli", "eval", "eval.yaml"], cwd=place)
     assert done.returncode == 0, done.stderr
     new = json.loads(Path("evaluated/results.json").read_text())
     for name, system in old["systems"].items():
@@ -65,7 +66,7 @@ def test_its_evaluation_scores_the_same(place):
 
 
 def test_its_results_folder_is_continued(place):
-    done = command(["llamafactory-cli", "eval", "eval.yaml"], cwd=place)
+    done = forked(["llamafactory-cli", "eval", "eval.yaml"], cwd=place)
     assert done.returncode == 0, done.stderr
     assert Path("evaluated/report.html").is_file()
 
@@ -74,7 +75,7 @@ def test_its_study_trains_nothing_again_and_is_reported(place):
     models = {path: path.read_bytes() for path in Path("study").glob("cells/*/model/model.safetensors")}
     written = {path: path.stat().st_mtime_ns for path in models}
     old = json.loads(Path("study/results.json").read_text())
-    done = command(["sekd", "study", "study.yaml"], cwd=place)
+    done = forked(["sekd", "study", "study.yaml"], cwd=place)
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in models} == written
     assert len(models) == 2

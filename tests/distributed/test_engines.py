@@ -6,13 +6,12 @@ The reference is one rank with the whole batch, except for the test that compare
 from __future__ import annotations
 
 import csv
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import engines
-from helpers.runs import base_config, logged, train, weights
+from helpers.runs import base_config, command, logged, train, weights
 
 from llamafactory_sekd.arguments import TOKEN_TABLE
 
@@ -57,7 +56,7 @@ def under_torchrun(root, tmp_path_factory) -> Path:
         jobs += engines.trainings(root, out / f"zero{stage}", **engine)
         if stage > 1:
             jobs += engines.teachers(root, out / f"zero{stage}", zero=stage, **engine)
-    engines.launch(engines.torchrun, jobs, out)
+    engines.launch(jobs, out)
     return out
 
 
@@ -76,7 +75,11 @@ def under_fsdp(version: int, root: Path, out: Path) -> Path:
     jobs = engines.trainings(root, out, fsdp1=version == 1, **engine)
     if version == 2:
         jobs += [config for config in engines.teachers(root, out, **engine) if config["teacher_model"] == "self"]
-    engines.launch(partial(engines.accelerate, engines.fsdp_config(out, version)), jobs, out)
+    if version == 1:  # the launcher itself, once
+        launched = command(engines.accelerate(engines.fsdp_config(out, 1), *engines.sequence(jobs, out)), cwd=out)
+        assert launched.returncode == 0, launched.stderr[-6000:]
+    else:
+        engines.launch(jobs, out, env=engines.fsdp_environment(out, 2))
     return out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def under_torchrun(tiny_root, tmp_path_factory) -> Path:
     engine = {"ranks": 2, "ddp_backend": "gloo"}
     both = jobs(tiny_root, out / "ddp", **engine)
     both += jobs(tiny_root, out / "zero3", **engine, deepspeed=engines.zero_config(out, 3))
-    engines.launch(engines.torchrun, both, out)
+    engines.launch(both, out)
     return out
 
 
@@ -68,8 +67,7 @@ def under_torchrun(tiny_root, tmp_path_factory) -> Path:
 def under_accelerate(tiny_root, tmp_path_factory) -> Path:
     out = working_directory(tmp_path_factory.mktemp("accelerate"))
     engine = {"ranks": 2, "ddp_backend": "gloo", "use_cpu": True}
-    launcher = partial(engines.accelerate, engines.fsdp_config(out, 2))
-    engines.launch(launcher, jobs(tiny_root, out / "fsdp2", **engine), out)
+    engines.launch(jobs(tiny_root, out / "fsdp2", **engine), out, env=engines.fsdp_environment(out, 2))
     return out
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.forks import Fork, forked
 from helpers.sentences import ENGLISH, write_lines
 
 from llamafactory_sekd.host.evaluate import run_eval
@@ -102,18 +102,18 @@ def test_the_two_directions_and_the_two_models_translate_differently(finished: t
 def test_a_killed_run_continues_to_the_same_result(
     finished: tuple[Path, str], config: dict[str, Any], write_config: Write
 ) -> None:
-    words, variables = command(str(write_config({**config, "batch_size": 1})))
-    with subprocess.Popen(words, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        partial = Path(config["save_dir"]) / "hypotheses" / "one" / ".en-de.partial.0.jsonl"
-        deadline = time.monotonic() + 1200
-        while time.monotonic() < deadline and not (partial.is_file() and partial.read_bytes().count(b"\n") > 3):
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
+    process = Fork(command(str(write_config({**config, "batch_size": 1})))[0])
+    partial = Path(config["save_dir"]) / "hypotheses" / "one" / ".en-de.partial.0.jsonl"
+    deadline = time.monotonic() + 1200
+    while time.monotonic() < deadline and not (partial.is_file() and partial.read_bytes().count(b"\n") > 3):
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
     kept = partial.read_bytes().count(b"\n") - 1
     assert 3 <= kept < len(ENGLISH), "killed too early or too late to show anything"
     assert not (Path(config["save_dir"]) / "results.json").exists()
 
-    continued = run(str(write_config(config)))
+    continued = forked(command(str(write_config(config)))[0])
     assert continued.returncode == 0, continued.stderr
     assert f"one en-de: continuing, {kept} of {len(ENGLISH)} are done." in continued.stderr
     assert hypotheses(Path(config["save_dir"])) == hypotheses(finished[0])

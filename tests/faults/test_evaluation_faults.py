@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 from helpers import tiny
-from helpers.runs import command
+from helpers.forks import forked
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tmpfs and the kernel's death signal are Linux's")
@@ -74,7 +74,7 @@ def test_a_full_disk_is_one_line_leaves_nothing_behind_and_the_same_command_work
     free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
     ballast.write_bytes(bytes(free - left))
     path = write(tmp_path / "eval.yaml", config(inputs, small_disk / "results"))
-    full = command([CLI, "eval", str(path)])
+    full = forked([CLI, "eval", str(path)])
     assert full.returncode == 2, full.stderr[-3000:]
     assert "Traceback" not in full.stderr
     said = [line for line in full.stderr.splitlines() if "error:" in line]
@@ -83,7 +83,7 @@ def test_a_full_disk_is_one_line_leaves_nothing_behind_and_the_same_command_work
     assert not [found for found in small_disk.rglob("*") if found.name.endswith((".partial", ".tmp"))]
 
     ballast.unlink()
-    again = command([CLI, "eval", str(path)])
+    again = forked([CLI, "eval", str(path)])
     assert again.returncode == 0, again.stderr[-3000:]
     assert json.loads((small_disk / "results" / "results.json").read_text())["systems"]["one"]["scores"]
 
@@ -106,6 +106,6 @@ def test_ranks_end_with_a_command_that_is_killed_and_the_same_command_continues(
     assert not alive
     assert not (tmp_path / "results" / "results.json").exists()
 
-    again = command([CLI, "eval", str(path)])
+    again = forked([CLI, "eval", str(path)])
     assert again.returncode == 0, again.stderr[-3000:]
     assert f"of {len(SENTENCES)} are done" in again.stderr

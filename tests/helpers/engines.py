@@ -6,16 +6,17 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from helpers.runs import CLI, base_config, command
+from helpers.forks import forked_ranks
+from helpers.runs import CLI, base_config
 
 
 SEQUENCE = str(Path(__file__).with_name("run_sequence.py"))
@@ -168,12 +169,28 @@ def accelerate(config_file: str, *arguments: str) -> list[str]:
     return [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", config_file, *arguments]
 
 
-def launch(launcher: Callable[..., list[str]], jobs: list[dict[str, Any]], directory: Path) -> None:
-    """Run all trainings on two ranks in one launch."""
+def fsdp_environment(directory: Path, version: int) -> dict[str, str]:
+    """What `accelerate launch` tells its ranks, by its own function."""
+    from accelerate.commands import launch as command_line
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    arguments = ["--config_file", fsdp_config(directory, version), SEQUENCE]
+    arguments = command_line.launch_command_parser().parse_args(arguments)
+    with patch.dict(os.environ):
+        environment = prepare_multi_gpu_env(command_line._validate_launch_command(arguments)[0])
+    return {key: value for key, value in environment.items() if os.environ.get(key) != value}
+
+
+def launch(jobs: list[dict[str, Any]], directory: Path, env: dict[str, str] | None = None) -> None:
+    """Run all trainings on two ranks, one after the other."""
+    result = forked_ranks([sys.executable, *sequence(jobs, directory)], env=env, cwd=directory)
+    assert result.returncode == 0, result.stderr[-6000:]
+
+
+def sequence(jobs: list[dict[str, Any]], directory: Path) -> list[str]:
     path = directory / "jobs.json"
     path.write_text(json.dumps([{"config": config} for config in jobs]))
-    result = command(launcher(SEQUENCE, str(path)), cwd=directory, timeout=1800)
-    assert result.returncode == 0, result.stderr[-6000:]
+    return [SEQUENCE, str(path)]
 
 
 def environment() -> dict[str, str]:

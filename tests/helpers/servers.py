@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
-import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from helpers.forks import Fork, text
 from helpers.runs import CLI
 
 
@@ -24,14 +22,14 @@ class Server:
     """A running server: its address, and its process."""
 
     def __init__(self, arguments: list[str], env: dict[str, str] | None = None) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
-        self.process = subprocess.Popen(
-            [SEKD, "serve", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        self.lines: list[str] = []
+        self.process = Fork([SEKD, "serve", *arguments], env={"CUDA_VISIBLE_DEVICES": "", **(env or {})}, merged=True)
         self.url = self._address()
         self.port = int(self.url.rsplit(":", 1)[1])
-        threading.Thread(target=self._read_on, daemon=True).start()
+
+    @property
+    def lines(self) -> list[str]:
+        """What it has printed so far."""
+        return text(self.process.out).splitlines()
 
     def get(self, path: str, **more: Any) -> httpx.Response:
         return httpx.get(self.url + path, timeout=1200, trust_env=False, **more)
@@ -40,21 +38,17 @@ class Server:
         return httpx.post(f"{self.url}/v1/answers", json=question, timeout=1200, trust_env=False, **more)
 
     def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
+        self.process.kill()
         self.process.wait()
 
     def _address(self) -> str:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line)
-            found = re.search(r"^Serving .* at (http://\S+)", line)
-            if found:
+        while True:
+            ended = self.process.poll() is not None
+            printed = text(self.process.out)
+            if found := re.search(r"^Serving .* at (http://\S+) .*\n", printed, re.MULTILINE):
                 return found.group(1)
-        raise AssertionError("".join(self.lines))
-
-    def _read_on(self) -> None:
-        assert self.process.stdout is not None
-        self.lines.extend(self.process.stdout)
+            assert not ended, printed
+            time.sleep(0.02)
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from helpers.runs import CLI, base_config, command, logged, write_yaml
+from helpers.forks import forked
+from helpers.runs import CLI, base_config, logged, write_yaml
 from helpers.tiny import SENTENCES
 
 
@@ -90,7 +91,7 @@ def test_chats_of_three_formats_are_distilled_validated_and_answered(data, tiny_
         greater_is_better=False,
         output_dir=str(out),
     )
-    done = command([CLI, "train", str(write_yaml(tmp_path / "train.yaml", config))])
+    done = forked([CLI, "train", str(write_yaml(tmp_path / "train.yaml", config))])
     assert done.returncode == 0, done.stderr
     losses = logged(out, "eval_kd/ce")
     assert len(losses) == 2
@@ -109,7 +110,7 @@ def test_chats_of_three_formats_are_distilled_validated_and_answered(data, tiny_
         **{"eval_dataset": "my_openai"},
         **{"max_new_tokens": 8, "output_dir": str(tmp_path / "predicted")},
     }
-    done = command([CLI, "train", str(write_yaml(tmp_path / "predict.yaml", predict))])
+    done = forked([CLI, "train", str(write_yaml(tmp_path / "predict.yaml", predict))])
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "predicted" / "generated_predictions.jsonl").read_text().splitlines()
     assert len(lines) == len(PAIRS)

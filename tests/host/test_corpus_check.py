@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import sys
 
 import pytest
 import torch
-from helpers.runs import command
+from helpers.forks import forked
 from helpers.tiny import SENTENCES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -108,9 +107,9 @@ def test_a_teacher_that_cannot_be_loaded_and_an_unknown_template_are_one_line(ti
 def test_the_command_lists_the_suspicious_pairs_and_keeps_the_others(tiny_root, tmp_path):
     corpus = tmp_path / "corpus.tsv"
     corpus.write_text("".join(f"{pair.source}\t{pair.target}\n" for pair in PAIRS) + "Only this\tOnly this\n")
-    done = command(
+    done = forked(
         [
-            *(sys.executable, "-m", "llamafactory_sekd.cli", "data", "check", "--from", "en", "--to", "de"),
+            *("sekd", "data", "check", "--from", "en", "--to", "de"),
             *("--teacher", str(tiny_root / "teacher"), "--tsv", str(corpus), "--below", "0"),
             *("--out", str(tmp_path / "suspects.tsv"), "--keep", str(tmp_path / "kept.tsv")),
         ]

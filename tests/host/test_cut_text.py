@@ -8,7 +8,8 @@ import sys
 from contextlib import nullcontext
 
 import pytest
-from helpers.runs import CLI, base_config, command, train, write_yaml
+from helpers.forks import forked
+from helpers.runs import CLI, base_config, train, write_yaml
 
 from llamafactory_sekd.errors import DataError
 from llamafactory_sekd.host.cut_text import counting_cut_text
@@ -121,7 +122,7 @@ def test_several_workers_and_a_second_run_from_the_hosts_cache_count_alike(long_
 
 def test_a_run_with_most_examples_cut_is_refused_before_it_starts_unless_a_key_says_so(tiny_root, tmp_path):
     config = base_config(tiny_root, output_dir=str(tmp_path / "out"), cutoff_len=40, max_steps=1)
-    refused = command([CLI, "train", str(write_yaml(tmp_path / "x.yaml", config))], cwd=tmp_path)
+    refused = forked([CLI, "train", str(write_yaml(tmp_path / "x.yaml", config))], cwd=tmp_path)
     assert refused.returncode != 0
     assert "32 examples for training" in refused.stdout
     assert "`cutoff_len: 40` cuts 32 of 32 examples" in refused.stderr
@@ -133,13 +134,13 @@ def test_doctor_and_cache_say_it_too(tiny_root, tmp_path):
     config = base_config(tiny_root, output_dir=str(tmp_path / "out"), cutoff_len=66)
     path = str(write_yaml(tmp_path / "x.yaml", config))
     keys = ["kd_max_cut=1"]
-    doctor = command([*SEKD, "doctor", path, *keys, "--devices", "1"], cwd=tmp_path)
-    cache = command([*SEKD, "cache", path, *keys, "--out", str(tmp_path / "cache")], cwd=tmp_path)
+    doctor = forked([*SEKD, "doctor", path, *keys, "--devices", "1"], cwd=tmp_path)
+    cache = forked([*SEKD, "cache", path, *keys, "--out", str(tmp_path / "cache")], cwd=tmp_path)
     assert doctor.returncode == cache.returncode == 0, doctor.stderr + cache.stderr
     (line,) = (line for line in doctor.stdout.splitlines() if line.startswith("Data: "))
     assert "exceed `cutoff_len: 66`" in line
     assert line.removeprefix("Data: ") in cache.stdout
     for program in (["doctor", path], ["cache", path, "--out", str(tmp_path / "other")]):
-        refused = command([*SEKD, *program], cwd=tmp_path)
+        refused = forked([*SEKD, *program], cwd=tmp_path)
         assert refused.returncode != 0
         assert "kd_max_cut: 0.5" in refused.stderr

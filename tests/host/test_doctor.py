@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from helpers import tiny
+from helpers.forks import forked
 from helpers.runs import base_config, command, write_yaml
 from transformers import AutoTokenizer
 
@@ -178,7 +179,7 @@ def test_the_command_prints_table_and_fit_without_weights(weightless, tmp_path):
 
 def test_the_command_shows_remedies_where_the_device_is_too_small(weightless, tmp_path):
     path = write_yaml(tmp_path / "x.yaml", base_config(weightless, disable_gradient_checkpointing=True))
-    done = command([*SEKD, str(path), "--memory", "1GB", "--devices", "2", "per_device_train_batch_size=128"])
+    done = forked([*SEKD, str(path), "--memory", "1GB", "--devices", "2", "per_device_train_batch_size=128"])
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1].startswith("Verdict: this run does not fit, ")
     assert "remove disable_gradient_checkpointing" in done.stdout
@@ -187,7 +188,7 @@ def test_the_command_shows_remedies_where_the_device_is_too_small(weightless, tm
 
 def test_an_error_is_one_line_and_status_2(weightless, tmp_path):
     path = write_yaml(tmp_path / "x.yaml", base_config(weightless, kd_loss="magic"))
-    done = command([*SEKD, str(path)])
+    done = forked([*SEKD, str(path)])
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("sekd doctor: error: `kd_loss: magic`")
 

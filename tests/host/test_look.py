@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers.runs import base_config, command, write_yaml
+from helpers.forks import forked
+from helpers.runs import base_config, write_yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_sekd.errors import ArgumentError
@@ -68,7 +68,7 @@ def test_a_teacher_that_is_the_students_own_base_is_refused(tiny_root):
 
 def test_the_doctor_looks_only_where_it_is_asked_to(tiny_root, tmp_path):
     path = write_yaml(tmp_path / "run.yaml", base_config(tiny_root, output_dir=str(tmp_path / "out")))
-    done = command([sys.executable, "-m", "llamafactory_sekd.cli", "doctor", str(path), "--look", "4"])
+    done = forked(["sekd", "doctor", str(path), "--look", "4"])
     assert done.returncode == 0, done.stderr
     assert re.search(r"^Start: \d+% of the tokens are hard .* of 4 references", done.stdout, re.MULTILINE)
     assert "Advice: " in done.stdout

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
-from helpers.runs import command
+from helpers.forks import forked
 from jsonschema import Draft7Validator
 from referencing import Registry, Resource
 
@@ -32,7 +31,7 @@ def test_the_committed_schemas_are_what_the_command_writes(tmp_path):
     pinned = dict(re.findall(r"^(\S+)==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), flags=re.MULTILINE))
     if any(version(name) != pinned[name] for name in ("llamafactory", "transformers")):
         pytest.skip("the committed schemas are those of the versions in constraints.txt")
-    done = command([sys.executable, "-m", "llamafactory_sekd.cli", "schema", str(tmp_path)])
+    done = forked(["sekd", "schema", str(tmp_path)])
     assert done.returncode == 0, done.stderr
     for path in FOLDER.glob("*.json"):
         assert (tmp_path / path.name).read_text() == path.read_text(), "run `sekd schema`"

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 import torch
+from helpers.forks import forked
 from helpers.runs import command
 from helpers.servers import SEKD, serving
 from safetensors.torch import load
@@ -132,7 +133,7 @@ def test_what_cannot_be_served_is_one_line(tiny_root, server):
         ["--model", str(tiny_root / "teacher"), "--port", "0", "no_such_argument=1"],
         *([] if torch.cuda.is_available() else [["--model", str(tiny_root / "teacher"), "--quantization-bit", "4"]]),
     ):
-        result = command([SEKD, "serve", *arguments])
+        result = forked([SEKD, "serve", *arguments])
         assert result.returncode == 2, result.stderr
         assert result.stderr.strip().splitlines()[-1].startswith("sekd serve: error: ")
         assert "Traceback" not in result.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.cached_runs import build, content, from_cache, losses
-from helpers.runs import base_config, command, write_yaml
+from helpers.forks import Fork, forked
+from helpers.runs import base_config, write_yaml
 from helpers.servers import SEKD, serving
 
 from llamafactory_sekd.teacher.cache.cache_manifest import Manifest
@@ -65,18 +65,18 @@ def test_a_cache_through_the_server_is_the_local_one_to_the_bit(tiny_root, tmp_p
     options = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     yaml = str(write_yaml(tmp_path / "x.yaml", config))
     served = tmp_path / "served"
-    result = command([SEKD, "cache", yaml, "--out", str(served), "--server", server.url, *options], cwd=tmp_path)
+    result = forked([SEKD, "cache", yaml, "--out", str(served), "--server", server.url, *options], cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert_same_bits(served, local)
     assert Manifest.load(served) == Manifest.load(local)
     assert losses(from_cache(config, served)) == losses(from_cache(config, local))
 
 
-def slow_build(tmp_path: Path, config: dict, url: str) -> subprocess.Popen[str]:
+def slow_build(tmp_path: Path, config: dict, url: str) -> Fork:
     path = tmp_path / "x.json"
     path.write_text(json.dumps(config))
     arguments = [sys.executable, "-c", SLOW_BUILD, str(path), str(tmp_path / "cache"), url]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return Fork(arguments, merged=True)
 
 
 def wait_for_shards(folder: Path, count: int) -> None:
@@ -92,13 +92,13 @@ def test_a_killed_client_is_continued_and_computes_only_what_is_missing(tiny_roo
     client = slow_build(tmp_path, config, server.url)
     wait_for_shards(tmp_path / "cache", 4)
     client.send_signal(signal.SIGKILL)
-    client.communicate()
+    client.wait()
     there = len(content(tmp_path / "cache"))
     assert 4 <= there < len(content(local))
 
     yaml = str(write_yaml(tmp_path / "x.yaml", config))
     arguments = [SEKD, "cache", yaml, "--out", str(tmp_path / "cache"), "--server", server.url, "--batch-size", "2"]
-    result = command(arguments, cwd=tmp_path)
+    result = forked(arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert f"({there} are there already)" in result.stdout
     assert_same_bits(tmp_path / "cache", local)
@@ -113,7 +113,7 @@ def test_a_killed_server_that_comes_back_costs_no_example(tiny_root, tmp_path):
         first.kill()
         time.sleep(2)
         with serving(tiny_root / "teacher", port=first.port):
-            output, _ = client.communicate(timeout=1200)
+            output = client.completed().stdout
 
     assert client.returncode == 0, output[-3000:]
     assert "cannot be reached" in output
@@ -128,14 +128,14 @@ def test_another_model_in_the_servers_place_is_one_clear_error_and_what_is_there
         wait_for_shards(tmp_path / "cache", 4)
         first.kill()
         with serving(tiny_root / "student", port=first.port):
-            output, _ = client.communicate(timeout=1200)
+            output = client.completed().stdout
             assert client.returncode != 0
             assert "this server has the teacher" in output.strip().splitlines()[-1]
             before = content(tmp_path / "cache")
             assert before
             yaml = str(write_yaml(tmp_path / "x.yaml", config))
             arguments = [SEKD, "cache", yaml, "--out", str(tmp_path / "cache"), "--server", first.url]
-            result = command(arguments, cwd=tmp_path)
+            result = forked(arguments, cwd=tmp_path)
 
     assert result.returncode == 2
     assert "teacher_weights" in result.stderr.strip().splitlines()[-1]

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import threading
 import time
 from pathlib import Path
 
 import pytest
 from helpers import engines
 from helpers.cached_runs import losses
-from helpers.runs import CLI, base_config, command, logged, train, write_yaml
+from helpers.forks import Fork, forked
+from helpers.runs import CLI, base_config, logged, train, write_yaml
 from helpers.servers import serving
 
 from llamafactory_sekd.errors import SekdError
@@ -141,16 +140,16 @@ def test_two_ranks_with_a_server_are_one_rank_with_its_model(tiny_root, tmp_path
         train(base_config(tiny_root, output_dir=str(tmp_path / name), **keys, **more))
         config = base_config(tiny_root, output_dir=str(tmp_path / name), **two, **more)
         jobs.append(served(config, server.url))
-    engines.launch(engines.torchrun, jobs, tmp_path)
+    engines.launch(jobs, tmp_path)
     for name in ("plain", "own"):
         for key in ("loss", "kd/teacher_kl", "kd/teacher_ce"):
             ours, expected = (logged(tmp_path / folder, key) for folder in (f"{name}_served", name))
             assert ours == pytest.approx(expected, abs=2e-4), (name, key)
 
 
-def started(tmp_path: Path, config: dict) -> subprocess.Popen[str]:
+def started(tmp_path: Path, config: dict) -> Fork:
     yaml = str(write_yaml(tmp_path / "x.yaml", config))
-    return subprocess.Popen([CLI, "train", yaml], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return Fork([CLI, "train", yaml], merged=True)
 
 
 def wait_for(path: Path) -> None:
@@ -168,15 +167,13 @@ def test_a_server_killed_while_training_and_started_again_loses_no_step(tiny_roo
     reference = train(served(config, server.url, output_dir=str(tmp_path / "reference"), save_strategy="no"))
     with serving(tiny_root / "teacher") as first:
         run = started(tmp_path, served(config, first.url))
-        lines: list[str] = []
-        threading.Thread(target=lambda: lines.extend(run.stdout), daemon=True).start()
         wait_for(tmp_path / "out_served" / "checkpoint-5")
         first.kill()
         time.sleep(3)
         with serving(tiny_root / "teacher", port=first.port):
-            assert run.wait(timeout=1200) == 0, "".join(lines)[-3000:]
+            assert run.wait() == 0, run.completed().stdout[-3000:]
 
-    assert "cannot be reached" in "".join(lines)
+    assert "cannot be reached" in run.completed().stdout
     assert logged(tmp_path / "out_served", "loss") == pytest.approx(logged(reference, "loss"), abs=1e-4)
 
 
@@ -189,16 +186,16 @@ def test_a_killed_training_resumes_with_the_same_server_and_refuses_another(tiny
     run = started(tmp_path, served(config, server.url))
     wait_for(tmp_path / "out_served" / "checkpoint-5" / "trainer_state.json")
     run.send_signal(signal.SIGKILL)
-    run.communicate()
+    run.wait()
 
     again = {**served(config, server.url), "resume_from_checkpoint": True, "overwrite_output_dir": False}
     yaml = str(write_yaml(tmp_path / "again.yaml", again))
     with serving(tiny_root / "student") as other:
-        refused = command([CLI, "train", yaml, f"teacher_server={other.url}"], cwd=tmp_path)
+        refused = forked([CLI, "train", yaml, f"teacher_server={other.url}"], cwd=tmp_path)
     assert refused.returncode != 0
     assert "is not the teacher that" in refused.stderr
 
-    result = command([CLI, "train", yaml], cwd=tmp_path)
+    result = forked([CLI, "train", yaml], cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert logged(tmp_path / "out_served", "loss") == pytest.approx(logged(reference, "loss"), abs=1e-4)
     assert json.loads((tmp_path / "out_served" / "trainer_state.json").read_text())["global_step"] == 30

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from functools import partial
 
 import pytest
 import torch
 from helpers import engines, tiny
 from helpers.cached_runs import assert_same_content, build, losses
-from helpers.runs import CLI, base_config, command, logged, train, weights, write_yaml
+from helpers.forks import forked
+from helpers.runs import CLI, base_config, logged, train, weights, write_yaml
 
 from llamafactory_sekd.argument_checks import check_distillation_arguments
 from llamafactory_sekd.arguments import DistillationArguments
@@ -132,9 +131,9 @@ def test_two_ranks_are_one_where_a_rank_has_no_example_of_a_teacher(root, tmp_pa
     two = {**keys, "per_device_train_batch_size": 4, "ddp_backend": "gloo"}
     jobs = [config_of(root, tmp_path / "ddp", **two)]
     jobs.append(config_of(root, tmp_path / "zero3", deepspeed=engines.zero_config(tmp_path, 3), **two))
-    engines.launch(engines.torchrun, jobs, tmp_path)
+    engines.launch(jobs, tmp_path)
     fsdp = [config_of(root, tmp_path / "fsdp2", use_cpu=True, **two)]
-    engines.launch(partial(engines.accelerate, engines.fsdp_config(tmp_path, 2)), fsdp, tmp_path)
+    engines.launch(fsdp, tmp_path, env=engines.fsdp_environment(tmp_path, 2))
     for engine in ("ddp", "zero3", "fsdp2"):
         out = tmp_path / engine / "out"
         for key in ("loss", "kd/first/share", "kd/first/teacher_kl", "kd/second/teacher_ce"):
@@ -166,7 +165,7 @@ def test_the_command_line_names_them_dotted_and_the_start_block_names_each(root,
     config = {**config_of(root, tmp_path, max_steps=1), "teacher_model": None}
     path = write_yaml(tmp_path / "run.yaml", config)
     dotted = [f"teacher_model.{name}={model}" for name, model in models(root, "first", "second").items()]
-    result = command([CLI, "train", str(path), *dotted])
+    result = forked([CLI, "train", str(path), *dotted])
     assert result.returncode == 0, result.stderr[-2000:]
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("  teacher ")]
     assert f"{root / 'teacher'} for first, {root / 'other'} for second" in line
@@ -175,8 +174,7 @@ def test_the_command_line_names_them_dotted_and_the_start_block_names_each(root,
 
 def test_sekd_cache_fills_a_cache_for_each_from_the_same_yaml(root, tmp_path, caches):
     path = write_yaml(tmp_path / "run.yaml", config_of(root, tmp_path))
-    sekd = [sys.executable, "-m", "llamafactory_sekd.cli"]
-    result = command([*sekd, "cache", str(path), "--out", str(tmp_path / "filled")])
+    result = forked(["sekd", "cache", str(path), "--out", str(tmp_path / "filled")])
     assert result.returncode == 0, result.stderr[-2000:]
     for name in ("first", "second"):
         assert_same_content(tmp_path / "filled" / name, caches / name)

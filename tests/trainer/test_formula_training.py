@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import engines
+from helpers.forks import forked
 from helpers.runs import CLI, base_config, command, logged, train, weights, write_yaml
 
 from llamafactory_sekd.errors import ArgumentError
@@ -21,9 +23,9 @@ MAPPING = {
 }
 
 
-def run_cli(tmp_path: Path, config: dict, *overrides: str, env: dict | None = None):
+def run_cli(tmp_path: Path, config: dict, *overrides: str, run=forked):
     path = write_yaml(tmp_path / "run.yaml", config)
-    return command([CLI, "train", str(path), *overrides], cwd=tmp_path, env=env)
+    return run([CLI, "train", str(path), *overrides], cwd=tmp_path)
 
 
 def same_weights(first: Path, second: Path, tolerance: float = 1e-5) -> None:
@@ -47,7 +49,7 @@ def test_every_preset_lowers_its_loss(tiny_root, tmp_path, kd_loss):
 
 def test_a_mapping_in_the_yaml_trains_through_the_real_command_and_prints_its_expansion(tiny_root, tmp_path):
     config = base_config(tiny_root, output_dir=str(tmp_path / "out"), kd_loss=MAPPING, max_samples=4)
-    result = run_cli(tmp_path, config, "kd_loss.hard.mix=0.4", "kd_loss.gate.width=0.05")
+    result = run_cli(tmp_path, config, "kd_loss.hard.mix=0.4", "kd_loss.gate.width=0.05", run=command)
     assert result.returncode == 0, result.stderr[-2000:]
     printed = (
         "kd_loss: {target: teacher, gate: {signal: teacher_probability, below: mean, width: 0.05}, "
@@ -151,7 +153,7 @@ def test_on_own_samples_lambda_is_1_on_both_sides_of_the_gate(tiny_root, tmp_pat
 def test_two_ranks_are_one_for_a_gate_by_mean_and_select_for_themselves_for_a_gate_by_share(tiny_root, tmp_path):
     """A share is that of the micro-batch of a rank: with two ranks it is what two accumulated micro-batches select."""
     share = {**MAPPING, "gate": {"signal": "teacher_entropy", "share": 0.3}}
-    ranks = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "MASTER_ADDR": "127.0.0.1"}
+    jobs = []
     for name, kd_loss in (("mean", MAPPING), ("share", share)):
         common = {"kd_loss": kd_loss, "max_steps": 3, "optim": "sgd", "learning_rate": 0.05, "disable_shuffling": True}
         one = base_config(
@@ -164,8 +166,9 @@ def test_two_ranks_are_one_for_a_gate_by_mean_and_select_for_themselves_for_a_ga
         train(one)
         # Ranks take turns at the samples, and so do the accumulated micro-batches of one rank.
         two = {**one, "output_dir": str(tmp_path / f"{name}2"), "gradient_accumulation_steps": 1}
-        result = run_cli(tmp_path, {**two, "ddp_backend": "gloo"}, env=ranks)
-        assert result.returncode == 0, result.stderr[-2000:]
+        jobs.append({**two, "ddp_backend": "gloo"})
+    engines.launch(jobs, tmp_path)
+    for name in ("mean", "share"):
         for key in ("loss", "kd/ce", "kd/hard_ratio"):
             expected = logged(tmp_path / f"{name}1", key)
             assert logged(tmp_path / f"{name}2", key) == pytest.approx(expected, abs=2e-4)

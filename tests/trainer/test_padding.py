@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
-from helpers.runs import base_config, command, logged, train, weights, write_yaml
+from helpers.forks import forked
+from helpers.runs import base_config, logged, train, weights, write_yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
 
@@ -73,7 +73,7 @@ def test_the_cut_run_is_that_of_a_teacher_with_a_head_of_the_tokenizers_size(roo
 def test_a_cached_run_decides_as_the_online_one(root, tmp_path):
     config = base_config(root, output_dir=str(tmp_path / "online"), kd_loss="reverse_kl")
     path = str(write_yaml(tmp_path / "x.yaml", config))
-    made = command([sys.executable, "-m", "llamafactory_sekd.cli", "cache", path, "--out", str(tmp_path / "cache")])
+    made = forked(["sekd", "cache", path, "--out", str(tmp_path / "cache")])
     assert made.returncode == 0, made.stderr[-2000:]
     train(config)
     run(root, tmp_path / "cached", kd_loss="reverse_kl", teacher_model=None, teacher_cache=str(tmp_path / "cache"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.forks import Fork, forked
 from helpers.sentences import ENGLISH, GERMAN
 
 from llamafactory_sekd.data.languages import parse_direction
@@ -61,11 +61,11 @@ def test_stdin_to_stdout_keeps_every_line_in_its_place(model: Path, text: Path, 
     clean = lines(text.with_name("clean.txt"))
     mixed = [*ENGLISH[:3], "", "\x00", *ENGLISH[3:6], "\ufeff", *ENGLISH[6:]]
     data = "\r\n".join(mixed).encode().replace("\ufeff".encode(), b"\xff\xfe bytes")
-    done = subprocess.run(command(model), input=data, capture_output=True, check=False, timeout=1800)
-    assert done.returncode == 0, done.stderr.decode()
+    done = forked(command(model), stdin=data)
+    assert done.returncode == 0, done.stderr
     expected = [*clean[:3], "", "", *clean[3:6], "", *clean[6:]]
-    assert done.stdout.decode().split("\n") == [*expected, ""]
-    assert "1 times: not valid UTF-8" in done.stderr.decode()
+    assert done.stdout.split("\n") == [*expected, ""]
+    assert "1 times: not valid UTF-8" in done.stderr
 
 
 def test_greedy_translations_are_those_of_the_evaluation(
@@ -98,16 +98,12 @@ def test_a_killed_run_continues_to_the_same_samples(
     sekd_translate(*LANGUAGES, *keys, "--out", tmp_path / "once.jsonl")
     out = tmp_path / "killed.jsonl"
     partial = tmp_path / "killed.jsonl.work" / ".1-of-1.partial.0.jsonl"
-    with subprocess.Popen(
-        command(model, *keys, "--out", out),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as process:
-        deadline = time.monotonic() + 1200
-        while time.monotonic() < deadline and not (partial.is_file() and partial.read_bytes().count(b"\n") > 4):
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
+    process = Fork(command(model, *keys, "--out", out))
+    deadline = time.monotonic() + 1200
+    while time.monotonic() < deadline and not (partial.is_file() and partial.read_bytes().count(b"\n") > 4):
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
     kept = partial.read_bytes().count(b"\n") - 1
     assert 4 <= kept < 3 * len(ENGLISH), "killed too early or too late to show anything"
     assert not out.exists()
