@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from contextlib import nullcontext
 
 import pytest
@@ -15,7 +14,7 @@ from llamafactory_sekd.errors import DataError
 from llamafactory_sekd.host.cut_text import counting_cut_text
 
 
-SEKD = [sys.executable, "-m", "llamafactory_sekd.cli"]
+SEKD = ["sekd"]
 PROMPT, RESPONSE = " house dog tree" * 30, " Haus Hund Baum" * 30
 
 

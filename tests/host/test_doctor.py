@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from llamafactory_sekd.planner import TeacherPlace, estimate
 from llamafactory_sekd.planner.rehearsal import rehearse
 
 
-SEKD = [sys.executable, "-m", "llamafactory_sekd.cli", "doctor"]
+SEKD = ["sekd", "doctor"]
 ROOT = Path(__file__).parents[2]
 TRAINING = sorted(
     path for path in (ROOT / "examples" / "yamls").glob("*.yaml") if "stage" in yaml.safe_load(path.read_text())
