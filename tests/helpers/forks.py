@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # before any test changes it
+# Before any test changes it; where there is CUDA, a look for devices must not start it before the forks.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 _TURN = threading.Lock()  # of threads of a test
 
 
