@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 
-from llamafactory_sekd.objectives.compiling import compiled, may_look, row_sums
+from llamafactory_sekd.objectives.compiling import compiled, may_look, row_sums, softmax_and_norm
 from llamafactory_sekd.objectives.losses.closed_forms import HUGE, INFINITE, Block, Logits, difficulty
 from llamafactory_sekd.objectives.objective_settings import Settings
 from llamafactory_sekd.objectives.selection import above_threshold
@@ -159,7 +159,7 @@ class BlockProcessor:
                 z.clamp_min_(-HUGE)
                 w.clamp_min_(-HUGE)
 
-        student_norm, teacher_norm = _softmax(z, z_largest, q, exact), _softmax(w, w_largest, p, exact)
+        student_norm, teacher_norm = softmax_and_norm(z, z_largest, q, exact), softmax_and_norm(w, w_largest, p, exact)
         ce = student_norm - _pick(z, labels)
         teacher_ce = teacher_norm - _pick(w, labels)
         if formula is not None and self.may_be_infinite:
@@ -175,14 +175,15 @@ class BlockProcessor:
         if formula is not None:
             signal = self._signal(z, w, p, q, student_norm, teacher_norm, ce, teacher_ce, agreement)
             if any(not formula.is_measured(side) for side in formula.sides):
-                untempered = (z.clone(), w.clone())
+                # At T = 1 they stay as they are until the gradient takes their place.
+                untempered = (z, w) if temperature == 1.0 else (z.clone(), w.clone())
         if temperature == 1.0:
             plain_q = q
         else:
             # The buffers change names in place of a copy. Everything at T = 1 has been taken, so z and w may go.
             plain_q, q = q, plain_q
-            student_norm = _softmax(z.div_(temperature), z_largest / temperature, q, exact)
-            teacher_norm = _softmax(w.div_(temperature), w_largest / temperature, p, exact)
+            student_norm = softmax_and_norm(z.div_(temperature), z_largest / temperature, q, exact)
+            teacher_norm = softmax_and_norm(w.div_(temperature), w_largest / temperature, p, exact)
             shift = student_norm - teacher_norm
             tempered_ce = student_norm - _pick(z, labels)
             spare = w if formula is None else torch.empty_like(w)
@@ -248,23 +249,6 @@ class BlockProcessor:
         """`KL(p ‖ q) = Σ p (log p - log q)`, `[rows]`."""
         kl = row_sums(torch.mul(p, log_ratio, out=spare)) + shift
         return kl.masked_fill_(kl > INFINITE, math.inf) if self.may_be_infinite else kl
-
-
-def _softmax(logits: torch.Tensor, largest: torch.Tensor, out: torch.Tensor, exact: bool) -> torch.Tensor:
-    """Write the softmax to `out` and return `log Σ exp(logits)`, `[rows]`; on the CPU with full precision if `exact`.
-
-    The softmax kernel knows the sum but does not tell; the largest logit and its probability, which cannot underflow,
-    give it back for less than another pass of exponentials.
-    """
-    if torch.compiler.is_compiling():
-        norm = largest + row_sums((logits - largest.unsqueeze(-1)).exp()).log()
-        torch.exp(logits - norm.unsqueeze(-1), out=out)
-        return norm
-    torch.softmax(logits, -1, out=out)
-    if exact and out.device.type == "cpu":
-        # The CPU's kernel adds a row up in a few long chains, which at 128,256 entries is off by 1e-5; `sum` is not.
-        out.div_(out.sum(-1, keepdim=True))
-    return largest - out.amax(-1).log()
 
 
 def _clear(gradient: torch.Tensor, rows: torch.Tensor) -> None:

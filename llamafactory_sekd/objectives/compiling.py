@@ -64,3 +64,20 @@ def row_sums(matrix: torch.Tensor) -> torch.Tensor:
     if matrix.device.type == "cpu" and torch.compiler.is_compiling():
         return matrix.sum(-1, dtype=torch.float64).to(matrix.dtype)
     return matrix.sum(-1)
+
+
+def softmax_and_norm(logits: torch.Tensor, largest: torch.Tensor, out: torch.Tensor, exact: bool) -> torch.Tensor:
+    """Write the softmax to `out` and return `log Σ exp(logits)`, `[rows]`; on the CPU with full precision if `exact`.
+
+    The softmax kernel knows the sum but does not tell; the largest logit and its probability, which cannot underflow,
+    give it back for less than another pass of exponentials.
+    """
+    if torch.compiler.is_compiling():
+        norm = largest + row_sums((logits - largest.unsqueeze(-1)).exp()).log()
+        torch.exp(logits - norm.unsqueeze(-1), out=out)
+        return norm
+    torch.softmax(logits, -1, out=out)
+    if exact and out.device.type == "cpu":
+        # The CPU's kernel adds a row up in a few long chains, which at 128,256 entries is off by 1e-5; `sum` is not.
+        out.div_(out.sum(-1, keepdim=True))
+    return largest - out.amax(-1).log()

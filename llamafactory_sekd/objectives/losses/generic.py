@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from llamafactory_sekd.formula import Side
-from llamafactory_sekd.objectives.compiling import may_look, row_sums
+from llamafactory_sekd.objectives.compiling import may_look, row_sums, softmax_and_norm
 from llamafactory_sekd.objectives.losses.closed_forms import INFINITE, Block, add_at_labels
 from llamafactory_sekd.objectives.losses.elementwise import DIVERGENCES, Pair, Term
 from llamafactory_sekd.objectives.losses.users_divergence import user_divergence
@@ -133,8 +133,12 @@ class _Tokens:
             w = w if side.interpolation >= 1.0 else torch.lerp(z, w, side.interpolation)
             divisor = temperature.unsqueeze(-1) if isinstance(temperature, torch.Tensor) else temperature
             z, w = z / divisor, w / divisor
-            z_norm, w_norm = z.logsumexp(-1, keepdim=True), w.logsumexp(-1, keepdim=True)
-            p, q, ratio, shift = (w - w_norm).exp_(), (z - z_norm).exp_(), w - z, z_norm - w_norm
+            p, q, ratio = torch.empty_like(w), torch.empty_like(z), w - z
+            z_norm, w_norm = (
+                softmax_and_norm(logits, logits.amax(-1), out, exact=True).unsqueeze(-1)
+                for logits, out in ((z, q), (w, p))
+            )
+            shift = z_norm - w_norm
             ce = z_norm - z.gather(-1, self.labels)
             of = _as_they_are
         return Pair(
