@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import compress, count
+from operator import itemgetter
 
 from llamafactory_sekd.data.checks import Findings, Pair, clean_pair
 from llamafactory_sekd.errors import DataError
@@ -111,20 +112,20 @@ def _keys(side: int, text: str) -> tuple[tuple[int, int, str], tuple[int, int, s
 
 def _starts(texts: list[str]) -> list[str]:
     """Return the first letters of each text."""
-    found = _letters_of_all([text[:_REACH] for text in texts])
-    return [
-        letters[:_ENDS] if len(letters) >= _ENDS else _letters(text)[:_ENDS]
-        for letters, text in zip(found, texts, strict=True)
-    ]
+    return _ends_of(texts, slice(_REACH), slice(_ENDS))
 
 
 def _ends(texts: list[str]) -> list[str]:
     """Return the last letters of each text."""
-    found = _letters_of_all([text[-_REACH:] for text in texts])
-    return [
-        letters[-_ENDS:] if len(letters) >= _ENDS else _letters(text)[-_ENDS:]
-        for letters, text in zip(found, texts, strict=True)
-    ]
+    return _ends_of(texts, slice(-_REACH, None), slice(-_ENDS, None))
+
+
+def _ends_of(texts: list[str], reach: slice, end: slice) -> list[str]:
+    # Without a step of Python for each text, but for the few that have not enough letters within reach.
+    keys = list(map(itemgetter(end), _letters_of_all(list(map(itemgetter(reach), texts)))))
+    for place in compress(count(), map(_ENDS.__gt__, map(len, keys))):
+        keys[place] = _letters(texts[place])[end]
+    return keys
 
 
 def _letters_of_all(texts: list[str]) -> list[str]:
