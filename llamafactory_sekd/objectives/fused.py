@@ -144,6 +144,7 @@ def fused_distillation(
         ArgumentError: shapes that do not fit, an unknown `kd_loss` or a mapping that cannot work, a missing
             `kd_topk`, a `kd_hard_scale` for another objective.
     """
+    # Everything that can be wrong with the call, before a product of seconds is done.
     chosen = settings_of(**keys)
     check_tokens(student_hidden, student_hidden, labels, ("student_hidden", "student_hidden"))
     if len(teacher) != len(labels) or teacher.vocab_size > len(student_head):
@@ -151,6 +152,7 @@ def fused_distillation(
             f"the teacher has logits of {len(teacher)} tokens over {teacher.vocab_size} entries, the student of "
             f"{len(labels)} over {len(student_head)}: pass one row per response token and the common vocabulary."
         )
+    # One argument for all that autograd has no business with: each argument of a Function needs a gradient or a None.
     plan = _Plan(
         settings=chosen,
         num_items=_divisor(num_items),
@@ -180,6 +182,7 @@ class _FusedDistillation(torch.autograd.Function):
         plan: _Plan,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # Inside of a Function grad mode is always off, so the caller's comes along in the plan.
+        # Each gradient costs a product, and LoRA, a frozen head or evaluation need fewer.
         wants = tuple(plan.grad_enabled and needed for needed in ctx.needs_input_grad[:3])
         student_type = product_type(student_weight)
         # The type of the products is chosen; autocast would cast what is summed up in float32 as well.

@@ -24,6 +24,7 @@ def _lazily(function: Callable[[Any], torch.Tensor]) -> Any:
 
     @wraps(function)
     def read(self: Any) -> torch.Tensor:
+        # Target and proxy serve every divergence of a sum; a dictionary, since torch.compile follows it.
         if name not in self.computed:
             self.computed[name] = function(self)
         return self.computed[name]
@@ -234,6 +235,7 @@ def adaptive_kl(pair: Pair, side: Side, wants_pull: bool) -> Term:
     `g` is the share that the head has in `Σ |t - s|`: t's largest entries as long as they sum up to no more than
     `head`, and the largest in any case; of equal ones all or none.
     """
+    # The gate between both directions is a number for each token, so one pull serves both.
     gaps = (pair.t - pair.s).abs_()
     total = row_sums(gaps)
     head_sums = _compiled_head_sums if torch.compiler.is_compiling() else _head_sums
