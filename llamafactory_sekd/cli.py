@@ -27,6 +27,7 @@ class Command(NamedTuple):
 
 # A full disk, a quota, the largest file that is allowed: of a library's files as well, which know no error of ours.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_HELP = ["-h", "--help"]
 _CTRL_C = 130  # the status that typer ends with, without a word
 PREPARE, RUN = "Before a run", "Runs"
 _CONTINUES = "interrupted; nothing is half-written, and the same command goes on from what is there"
@@ -64,7 +65,7 @@ def main() -> None:
         if module.startswith("llamafactory_sekd.host."):
             apply_plugin()
 
-        import_module(module).app(args=sys.argv[2:], prog_name=f"sekd {name}")
+        import_module(module).app(args=sys.argv[2:], prog_name=f"sekd {name}", help_option_names=_HELP)
     except SekdError as error:
         print(f"sekd {name}: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -91,7 +92,7 @@ def root() -> typer.Typer:
         help="Knowledge distillation for LLaMA-Factory. Training and evaluation are the host's own commands: "
         "llamafactory-cli train, eval and webui.",
         epilog="sekd COMMAND --help shows a command's options.",
-        context_settings={"help_option_names": ["-h", "--help"]},
+        context_settings={"help_option_names": _HELP},
     )
     app.callback()(_options)
     for name, command in COMMANDS.items():

@@ -212,8 +212,8 @@ def _write(
             write_text(results, outputs.out, stream)
         write_json(work / "provenance.json", {"request": request, "software": software, "findings": found.as_json()})
     if found.items:
-        what = "Left out" if outputs.name is not None else "Found"
-        logger.warning("%s of %d: %s", what, sum(len(result.chosen) for result in results), found.summary())
+        count = sum(len(result.chosen) for result in results)
+        logger.warning("Of %d translations%s: %s", count, ", left out" if outputs.name else "", found.summary())
 
 
 def _identify(
