@@ -25,10 +25,16 @@ def vllm_stub(
     fault: str = "",
     files: Path | None = None,
     dtype: torch.dtype = torch.float32,
+    together: int = 1,
 ) -> Iterator[str]:
-    """Serve a model; `fault` is what goes wrong in its answers, `files` where it writes hidden states."""
+    """Serve a model.
+
+    `fault` is what goes wrong in its answers, `files` where it writes hidden states; completions are answered only
+    when `together` of them wait.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    company = threading.Barrier(together, timeout=60)
     writers: list[threading.Thread] = []
     computing = threading.Lock()  # what a hook sees must be of one sequence
 
@@ -111,6 +117,7 @@ def vllm_stub(
                 )
                 self.answer(400, {"error": {"message": text, "type": "BadRequestError"}})
             else:
+                company.wait()
                 k = asked.get("prompt_logprobs")
                 choices = [
                     {"index": n, "text": "", "prompt_logprobs": None if k is None else entries(ids, k)}

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from helpers.forks import forked
 from helpers.runs import command
 from helpers.servers import SEKD, serving
 from safetensors.torch import load
 from transformers import AutoModelForCausalLM
+
+from llamafactory_sekd.errors import TeacherError
+from llamafactory_sekd.teacher.served import Connection, ServerInfo
+from llamafactory_sekd.teacher.served import worker as worker_module
+from llamafactory_sekd.teacher.served.service import make_app
 
 
 IDS = [0, 5, 9, 44, 101, 7, 300, 1]
@@ -112,7 +120,38 @@ def test_progress_and_counters_grow_with_what_was_answered(server):
     assert server.get("/health").json()["status"] == "ok"
 
 
-def test_a_server_for_other_machines_needs_a_token_and_asks_for_it(tiny_root):
+def test_a_full_queue_is_429_with_the_pause_and_a_failed_pass_is_500_and_counted(monkeypatch):
+    monkeypatch.setattr(worker_module, "WAITING", 1)
+    computes, may_go_on = threading.Event(), threading.Event()
+
+    class Failing:
+        def hidden_states(self, inputs, rows):
+            computes.set()
+            assert may_go_on.wait(60)
+            raise RuntimeError("out of memory,\nsays the device")
+
+    info = ServerInfo("tiny", rows=384, width=2, dtype="float32", hidden=True, max_length=99, max_k=64)
+    worker = worker_module.Worker(Failing(), torch.device("cpu"), 1024)
+    client = TestClient(make_app(worker, info, head=None, tokenizer={}, token=None, max_bytes=2**20))
+    asked = {"teacher": info.fingerprint, "format": "hidden", "dtype": "float32", "together": False}
+    asked["sequences"] = [{"ids": IDS, "runs": [[3, 7]]}]
+    with ThreadPoolExecutor(2) as pool:
+        computed = pool.submit(client.post, "/v1/answers", json=asked)
+        assert computes.wait(60)
+        waiting = pool.submit(client.post, "/v1/answers", json=asked)
+        while not worker.waiting:
+            time.sleep(0.01)
+        busy = client.post("/v1/answers", json=asked)
+        may_go_on.set()
+        failed = [answer.result() for answer in (computed, waiting)]
+    assert (busy.status_code, busy.headers["Retry-After"]) == (429, "2")
+    lines = [answer.json()["error"] for answer in failed]
+    assert lines == ["the forward pass failed: out of memory, says the device"] * 2
+    assert [answer.status_code for answer in failed] == [500, 500]
+    assert "sekd_failures_total 2\n" in client.get("/metrics").text
+
+
+def test_a_server_for_other_machines_needs_a_token_and_asks_for_it(tiny_root, monkeypatch):
     refused = command([SEKD, "serve", "--model", str(tiny_root / "teacher"), "--host", "0.0.0.0", "--port", "0"])
     assert refused.returncode == 2
     assert "SEKD_SERVER_TOKEN" in refused.stderr.strip().splitlines()[-1]
@@ -122,6 +161,12 @@ def test_a_server_for_other_machines_needs_a_token_and_asks_for_it(tiny_root):
         assert guarded.get("/v1/info").status_code == 401
         assert guarded.get("/v1/info", headers={"Authorization": "Bearer other"}).status_code == 401
         assert guarded.get("/v1/info", headers={"Authorization": "Bearer secret"}).status_code == 200
+        with pytest.raises(
+            TeacherError, match=r"refuses this run's token .* set the environment variable SEKD_SERVER"
+        ):
+            Connection(guarded.url, 1200)
+        monkeypatch.setenv("SEKD_SERVER_TOKEN", "secret")
+        assert Connection(guarded.url, 1200).info.rows == 384
         assert not any("secret" in line for line in guarded.lines)
 
 

@@ -42,7 +42,7 @@ def test_a_cache_through_vllm_holds_what_a_local_topk_cache_does(tiny_root, tmp_
     config = base_config(tiny_root, output_dir=str(tmp_path / "out"))
     settings = {"format": "topk", "k": 16, "dtype": "float32"}
     local = content(build(config, tmp_path / "local", **settings))
-    with vllm_stub(tiny_root / "teacher") as url:
+    with vllm_stub(tiny_root / "teacher", together=2) as url:  # eight requests, several of them in flight
         build_from_server(config, tmp_path / "served", Settings(**settings), url, say=lambda _: None)
     served = content(tmp_path / "served")
     assert served.keys() == local.keys()
