@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.runs import command
+from helpers.forks import forked
 
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "doctor.py"
@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "doctor.py"
 @pytest.mark.slow
 def test_estimated_and_measured_memory_agree_within_a_quarter(tmp_path):
     out = tmp_path / "doctor.json"
-    done = command([sys.executable, str(SCRIPT), "--smoke", "--out", str(out)])
+    done = forked([sys.executable, str(SCRIPT), "--smoke", "--out", str(out)])
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(out.read_text())
     assert len(result) == 3

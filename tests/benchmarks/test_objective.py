@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from helpers.runs import command
+from helpers.forks import forked
 
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "objective.py"
@@ -15,7 +15,7 @@ CONTENDERS = {"ours, self_evolution", "naive autograd, self_evolution", "the fou
 
 def test_the_objective_is_measured_against_its_contenders_and_agrees_with_float64(tmp_path: Path) -> None:
     out = tmp_path / "objective.json"
-    done = command([sys.executable, str(SCRIPT), "--smoke", "--out", str(out), "--threads", "1"])
+    done = forked([sys.executable, str(SCRIPT), "--smoke", "--out", str(out), "--threads", "1"])
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(out.read_text())
     (run,) = result["runs"]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.runs import command
+from helpers.forks import forked
 
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "step.py"
@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "step.py"
 @pytest.mark.slow
 def test_steps_of_all_contenders_are_timed_and_written(tmp_path):
     out = tmp_path / "step.json"
-    done = command([sys.executable, str(SCRIPT), "--smoke", "--out", str(out)])
+    done = forked([sys.executable, str(SCRIPT), "--smoke", "--out", str(out)])
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(out.read_text())
     assert {name: len(values) for name, values in result["seconds"].items()} == {

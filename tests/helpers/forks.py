@@ -18,7 +18,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
@@ -203,7 +202,7 @@ def _run(what: dict[str, Any]) -> int:
         print(end.code, file=sys.stderr)
         return 1
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # which may be ours
         return 1
     return 0
 

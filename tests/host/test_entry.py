@@ -10,6 +10,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from helpers.forks import forked
 from helpers.runs import base_config, command, write_yaml
 
 from llamafactory_sekd import autoload
@@ -24,6 +25,11 @@ def python(
     code: str, env: dict[str, str] | None = None, executable: str = sys.executable
 ) -> subprocess.CompletedProcess[str]:
     return command([executable, "-c", code], env=env)
+
+
+def forked_python(code: str) -> subprocess.CompletedProcess[str]:
+    """Like `python`, where torch and the host have been imported in the usual order already."""
+    return forked([sys.executable, "-c", code])
 
 
 def test_the_hooks_are_registered_for_exactly_the_modules_of_the_ledger():
@@ -93,7 +99,7 @@ def test_a_module_that_is_reloaded_is_patched_again():
         "import torch, importlib; from llamafactory.train import sft; importlib.reload(sft)\n"
         "print(hasattr(sft.run_sft, '__wrapped__'), sft.__loader__.__class__.__name__)"
     )
-    assert python(code).stdout.strip().splitlines()[-1] == "True SourceFileLoader"
+    assert forked_python(code).stdout.strip().splitlines()[-1] == "True SourceFileLoader"
 
 
 def test_threads_that_import_the_host_at_once_do_not_wait_for_each_other_forever():
@@ -126,7 +132,7 @@ def test_a_run_of_our_stage_ends_where_a_patch_is_not_in_effect(tiny_root, tmp_p
         "tuner.run_sft = ledger.original('llamafactory.train.sft.run_sft')",
         "import importlib; autoload = sys.meta_path.pop(0); importlib.reload(sft)",
     ):
-        result = python(code.format(damage=damage))
+        result = forked_python(code.format(damage=damage))
         assert result.returncode != 0
         assert "llamafactory_sekd: error: llamafactory.train." in result.stderr, result.stderr
     assert not (tmp_path / "out" / "model.safetensors").exists()
@@ -140,7 +146,7 @@ def test_the_hosts_own_trainer_refuses_a_run_of_our_stage(tiny_root, tmp_path):
         "from llamafactory.train.sft.workflow import run_sft\n"
         f"m, d, t, f, n = g(yaml.safe_load(open({str(path)!r}))); run_sft(m, d, t, f, n)"
     )
-    result = python(code)
+    result = forked_python(code)
     assert "`stage: sekd` has reached the host's own trainer" in result.stderr
     assert result.returncode != 0
 
@@ -172,7 +178,7 @@ def test_a_second_application_is_an_error():
         "import torch, llamafactory.extras.constants as m; from llamafactory_sekd.host import ledger\n"
         "try: ledger.apply(m)\nexcept Exception as e: print(type(e).__name__, e)"
     )
-    assert "HostError llamafactory.extras.constants.TRAINING_STAGES is patched already" in python(code).stdout
+    assert "HostError llamafactory.extras.constants.TRAINING_STAGES is patched already" in forked_python(code).stdout
 
 
 def test_a_host_that_lacks_a_patched_name_is_refused_with_the_remedy():
@@ -180,7 +186,7 @@ def test_a_host_that_lacks_a_patched_name_is_refused_with_the_remedy():
         "import torch, types; from llamafactory_sekd.host import ledger\n"
         "try: ledger.apply(types.ModuleType('llamafactory.hparams.parser'))\nexcept Exception as e: print(e)"
     )
-    printed = python(code).stdout
+    printed = forked_python(code).stdout
     assert "has no llamafactory.hparams.parser._parse_train_args" in printed
     assert "pip install" in printed
     assert "LLAMAFACTORY_SEKD=0" in printed

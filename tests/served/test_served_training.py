@@ -156,7 +156,7 @@ def wait_for(path: Path) -> None:
     deadline = time.monotonic() + 1200
     while not path.exists():
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.01)
 
 
 @pytest.mark.slow
@@ -169,7 +169,7 @@ def test_a_server_killed_while_training_and_started_again_loses_no_step(tiny_roo
         run = started(tmp_path, served(config, first.url))
         wait_for(tmp_path / "out_served" / "checkpoint-5")
         first.kill()
-        time.sleep(3)
+        time.sleep(1)
         with serving(tiny_root / "teacher", port=first.port):
             assert run.wait() == 0, run.completed().stdout[-3000:]
 

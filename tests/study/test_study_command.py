@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from helpers import tiny
-from helpers.runs import base_config, command, write_yaml
+from helpers.forks import forked
+from helpers.runs import base_config, write_yaml
 
 
 SEKD = str(Path(sys.executable).with_name("sekd"))
@@ -57,10 +58,10 @@ def story(tiny_root, tmp_path_factory) -> SimpleNamespace:
     killed.send_signal(signal.SIGKILL)
     status = killed.wait()
     gone, alive = psutil.wait_procs(children, timeout=1200)
-    again = command(words, cwd=root)
+    again = forked(words, cwd=root)
     models = sorted((root / "out").glob("**/model*.safetensors"))
     written = {path: path.stat().st_mtime_ns for path in models}
-    third = command(words, cwd=root)
+    third = forked(words, cwd=root)
     return SimpleNamespace(
         root=root,
         cell=cell,
@@ -92,7 +93,7 @@ def test_a_misspelled_key_is_refused_before_anything_starts(tmp_path, override, 
     write_yaml(tmp_path / "train.yaml", base_config(tmp_path))
     write_yaml(tmp_path / "eval.yaml", {"task": "wmt22", "directions": ["en-de"]})
     write_yaml(tmp_path / "study.yaml", keys)
-    refused = command([SEKD, "study", "study.yaml", override, "--list"], cwd=tmp_path)
+    refused = forked([SEKD, "study", "study.yaml", override, "--list"], cwd=tmp_path)
     assert refused.returncode == 2
     assert refused.stderr.strip().splitlines()[-1].endswith(message)
     assert not (tmp_path / "out").exists()
@@ -166,6 +167,6 @@ def test_a_failing_cell_is_named_with_its_log_and_tried_again_while_done_ones_st
 
 def test_a_bad_study_is_one_line_with_status_2(tmp_path):
     path = write_yaml(tmp_path / "study.yaml", {"output_dir": "out", "train": "x", "evaluation": "y", "systems": {}})
-    done = command([SEKD, "study", str(path)], cwd=tmp_path)
+    done = forked([SEKD, "study", str(path)], cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == "sekd study: error: `systems` must name at least one system.\n"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from helpers import tiny
-from helpers.runs import base_config, command, logged, write_yaml
+from helpers.forks import forked
+from helpers.runs import base_config, logged, write_yaml
 
 from llamafactory_sekd.study.engine import open_study
 from llamafactory_sekd.study.spec import read_spec
@@ -57,7 +58,7 @@ def test_cells_read_a_cache_of_each_direction_or_load_its_teacher(place):
 
 @pytest.mark.slow
 def test_a_study_with_a_teacher_of_each_direction_runs(place):
-    done = command([SEKD, "study", str(place)])
+    done = forked([SEKD, "study", str(place)])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (entry,) = json.loads(Path("out/results.json").read_text())["cells"]
     assert entry["scores"]["en-de"]["chrf"] is not None
@@ -65,6 +66,6 @@ def test_a_study_with_a_teacher_of_each_direction_runs(place):
     for name in ("en_de", "cs_en"):
         assert Path("caches", name, "manifest.json").is_file()
         assert max(logged(model, f"kd/{name}/share")) > 0
-    again = command([SEKD, "study", str(place)])
+    again = forked([SEKD, "study", str(place)])
     assert again.returncode == 0
     assert Path("out/logs/teacher_cache.log").read_text().count("$ ") == 1
