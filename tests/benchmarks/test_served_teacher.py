@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.forks import forked
+from helpers.runs import command
 
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "served_teacher.py"
@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "served_teacher.py"
 @pytest.mark.slow
 def test_building_and_steps_are_measured_both_ways(tmp_path: Path) -> None:
     out = tmp_path / "served.json"
-    done = forked([sys.executable, str(SCRIPT), "--smoke", "--out", str(out)])
+    done = command([sys.executable, str(SCRIPT), "--smoke", "--out", str(out)])
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(out.read_text())
     for times in (result["building"], result["seconds"]):
