@@ -21,7 +21,7 @@ from typing import Any
 from unittest.mock import patch
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from support.contender import Contender
 from support.training import run_benchmark, save_material, step_parser, surroundings, take_turns, training_config
 
@@ -291,7 +291,8 @@ def bytes_table(log_probs: str = "float16") -> Table:
 
     from llamafactory_sekd.teacher.cache import HiddenFormat, TopKFormat, bytes_per_token
 
-    table = Table("Bytes per response token", "hidden, bfloat16", f"top-64, {log_probs}", "all logits, bfloat16")
+    what = Column("Bytes per response token", no_wrap=True)
+    table = Table(what, "hidden, bfloat16", f"top-64, {log_probs}", "all logits, bfloat16")
     for name, (width, vocab) in KNOWN.items():
         hidden = bytes_per_token(HiddenFormat(width, torch.bfloat16))
         top = bytes_per_token(TopKFormat(64, getattr(torch, log_probs), vocab))

@@ -322,8 +322,9 @@ def test_the_evaluation_runs_from_the_page_and_shows_its_report(
     assert report.locator("table").first.locator("tbody tr").count() == 3
     plot = board.page.locator(PLOT).filter(visible=True)
     playwright.expect(plot).to_be_visible()
-    links = board.block_of_files("Files").locator("a").evaluate_all("all => all.map(one => one.getAttribute('href'))")
-    assert {Path(link).name for link in links if link} >= {"report.html", "results.json", "tiny.yaml", "tiny.log"}
+    files = board.block_of_files("Files")
+    for name in ("report.html", "results.json", "tiny.yaml", "tiny.log"):
+        playwright.expect(files.locator(f"a[href$='{name}']").first).to_be_attached()
     part(board.page, board.block("Test set"), report.locator("table").nth(1), "quality")
 
     results = json.loads((folder / "results/tiny/results.json").read_text(encoding="utf-8"))
