@@ -25,6 +25,11 @@ OFFLINE = {
     "BROWSER": "true",  # the host opens a browser of its own
 }
 
+# The name that the host proposes for a saved configuration.
+DATED = r"/^[0-9-]{10,}\.yaml$/"
+# A list of options closes when an answer of the server renders its field again; then it is opened once more.
+ATTEMPTS = 60
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -80,7 +85,9 @@ class Board:
         self.page.get_by_label("Stage", exact=True).or_(
             self.page.get_by_label("训练阶段", exact=True)
         ).first.wait_for()
-        self.page.wait_for_timeout(700)  # the host fills in language, time and folders after the page has loaded
+        # The host fills in language, time and folders after the page has loaded, over what is there.
+        self.page.wait_for_function(f"[...document.querySelectorAll('input')].some(one => {DATED}.test(one.value))")
+        self.page.wait_for_timeout(700)
         return self
 
     def block(self, label: str) -> Any:
@@ -100,8 +107,17 @@ class Board:
         return self.block(label).locator("input, textarea").first
 
     def choose(self, label: str, option: str) -> None:
-        self.field(label).click()
-        self.page.get_by_role("option", name=option, exact=True).filter(visible=True).first.click()
+        from playwright.sync_api import TimeoutError
+
+        wanted = self.page.get_by_role("option", name=option, exact=True).filter(visible=True).first
+        for _ in range(ATTEMPTS):
+            self.field(label).click()
+            try:
+                return wanted.click(timeout=10_000)
+            except TimeoutError:  # an answer of the server came meanwhile and closed the list
+                self.page.keyboard.press("Escape")
+                self.field(label).blur()
+        raise AssertionError(f"{label} does not offer {option}")
 
     def choose_several(self, label: str, *options: str) -> None:
         """Choose these and no others."""
