@@ -13,7 +13,7 @@ PROSE := README.md AGENTS.md CONTRIBUTING.md SECURITY.md Makefile mkdocs.yml nox
 .PHONY: help demo test fuzz test-matrix lint bench docs package
 
 help:
-	@echo "make demo   install, then distill a tiny translator and report its scores (about ten minutes on two cores)"
+	@echo "make demo   install, then distill a tiny translator and report its scores (about a quarter of an hour on two cores)"
 	@echo "make test   install with the test extras, then run the complete suite"
 	@echo "make fuzz   the tests of random values with new ones, which the suite does not try (a few minutes)"
 	@echo "make test-matrix  the smoke tests on every supported host version, each installed from nothing (about an hour)"
