@@ -97,15 +97,19 @@ def export(name: str, folder: Path) -> None:
     study = read_study(read_json(folder / "results.json") or {}, folder)
     views = Views(study)
     (direction,) = study.directions
+    measured = dict.fromkeys(_data(group) for group in views.groups)
+    # A model that is only evaluated belongs to every data of its study, and to no other study's.
+    groups = [(group, data) for group in study.models for data in measured]
+    groups += [(group, _data(group)) for group in views.groups]
     runs = []
-    for group in (*study.models, *views.groups):
+    for group, data in groups:
         for seed, cell in group.cells.items():
             scores = cell["scores"][direction]
             validation = cell.get("validation") or {}
             runs.append(
                 {
                     "system": group.system,
-                    "data": _data(group),
+                    "data": data,
                     "learning_rate": group.value("learning_rate") or "",
                     "seed": "" if seed is None else seed,
                     **{metric: f"{scores[metric]:.4f}" for metric in METRICS},
@@ -114,7 +118,7 @@ def export(name: str, folder: Path) -> None:
                 }
             )
     differences = []
-    for data in dict.fromkeys(_data(group) for group in views.groups):
+    for data in measured:
         at = {group.system: group for group in views.groups if _data(group) == data}
         at.update({group.system: group for group in study.models})
         for pair in (*PAIRS[name], *DESCRIBED[name]):
@@ -143,7 +147,7 @@ def _replace(name: str, rows: list[dict[str, Any]]) -> None:
     with open(path, "w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(sorted([*rows, *kept], key=lambda row: row["data"] != ""))  # models, then the data
+        writer.writerows([*rows, *kept])
 
 
 def _read(name: str) -> list[dict[str, str]]:
@@ -154,7 +158,7 @@ def _read(name: str) -> list[dict[str, str]]:
 def scores(name: str) -> str:
     """Return mean ± standard deviation over the seeds of each system, in columns by data."""
     rows = _read(f"{name}_runs")
-    data = [one for one in dict.fromkeys(row["data"] for row in rows) if one] or [""]
+    data = list(dict.fromkeys(row["data"] for row in rows))
     found: defaultdict[tuple[str, str, str], list[float]] = defaultdict(list)
     for row in rows:
         for metric in METRICS:
@@ -162,7 +166,7 @@ def scores(name: str) -> str:
     heads = [f"{METRICS[metric]}{', ' + _words(one) if one else ''}" for one in data for metric in METRICS]
     lines = [f"| | seeds | {' | '.join(heads)} |", f"|---|---:|{'---:|' * len(heads)}"]
     for system in dict.fromkeys(row["system"] for row in rows):
-        cells = [found.get((system, one, m)) or found.get((system, "", m), []) for one in data for m in METRICS]
+        cells = [found.get((system, one, metric), []) for one in data for metric in METRICS]
         seeds = max(map(len, cells))
         is_model = not any(row["seed"] for row in rows if row["system"] == system)
         shown = " | ".join(_mean(cell) for cell in cells)
