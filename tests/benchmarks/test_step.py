@@ -1,4 +1,4 @@
-"""The benchmark of whole optimizer steps runs, on tiny models."""
+"""The benchmark of complete optimizer steps runs, on tiny models."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_the_mass_of_the_rest_is_summed_where_it_is_too_small_to_be_subtracted()
     assert float(tail) == pytest.approx(float(exact), rel=1e-5)
 
 
-def test_ids_that_no_token_stands_for_are_left_out_and_the_rest_is_renormalised(logits):
+def test_ids_of_no_token_are_left_out_and_the_rest_is_renormalized(logits):
     kept = TopKFormat(16, torch.float32, vocab_size=90)
     assert restored(kept, logits).exp().sum(-1) == pytest.approx(torch.ones(30), abs=1e-5)
     torch.testing.assert_close(restored(kept, logits), restored(kept, logits[:, :90]))

@@ -56,9 +56,9 @@ run_exp(json.load(open(sys.argv.pop(1))), callbacks=[Kill()])
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_root, tmp_path_factory):
+def complete(tiny_root, tmp_path_factory):
     config = base_config(tiny_root, output_dir="unused")
-    return build(config, tmp_path_factory.mktemp("whole") / "cache")
+    return build(config, tmp_path_factory.mktemp("complete") / "cache")
 
 
 def as_json(path: Path, config: dict) -> str:
@@ -66,7 +66,7 @@ def as_json(path: Path, config: dict) -> str:
     return str(path)
 
 
-def test_a_killed_build_is_continued_by_the_real_command(tiny_root, tmp_path, whole):
+def test_a_killed_build_is_continued_by_the_real_command(tiny_root, tmp_path, complete):
     config = base_config(tiny_root, output_dir=str(tmp_path / "out"))
     arguments = [as_json(tmp_path / "x.json", config), str(tmp_path / "cache")]
     assert forked([sys.executable, "-c", KILLED_BUILD, *arguments]).returncode == -signal.SIGKILL
@@ -78,7 +78,7 @@ def test_a_killed_build_is_continued_by_the_real_command(tiny_root, tmp_path, wh
     assert result.returncode == 0, result.stderr[-2000:]
     assert "20 examples (12 are there already)" in result.stdout
     assert "tok/s" in result.stderr
-    assert_same_content(tmp_path / "cache", whole)
+    assert_same_content(tmp_path / "cache", complete)
     assert damaged_shards(tmp_path / "cache") == {}
 
     refused = forked([SEKD, "cache", yaml, "--out", str(tmp_path / "cache"), "--format", "topk"])
@@ -87,7 +87,7 @@ def test_a_killed_build_is_continued_by_the_real_command(tiny_root, tmp_path, wh
     assert "Traceback" not in refused.stderr
 
 
-def test_a_run_killed_in_its_filling_epoch_is_continued(tiny_root, tmp_path, whole):
+def test_a_run_killed_in_its_filling_epoch_is_continued(tiny_root, tmp_path, complete):
     config = base_config(
         tiny_root,
         output_dir=str(tmp_path / "out"),
@@ -101,14 +101,14 @@ def test_a_run_killed_in_its_filling_epoch_is_continued(tiny_root, tmp_path, who
     assert len(content(tmp_path / "cache")) == 16  # what was there at the checkpoint of step 4
 
     resumed = train({**config, "resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-4")})
-    assert_same_content(tmp_path / "cache", whole)
-    online = train({**config, "teacher_cache": str(whole), "output_dir": str(tmp_path / "online")})
+    assert_same_content(tmp_path / "cache", complete)
+    online = train({**config, "teacher_cache": str(complete), "output_dir": str(tmp_path / "online")})
     assert logged(resumed, "kd/difficulty") == pytest.approx(logged(online, "kd/difficulty"), abs=2e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "zero3"])
-def test_two_ranks_build_fill_and_read_what_one_rank_does(tiny_root, tmp_path, whole, sharded):
+def test_two_ranks_build_fill_and_read_what_one_rank_does(tiny_root, tmp_path, complete, sharded):
     config = base_config(tiny_root, output_dir=str(tmp_path / "out"), ddp_backend="gloo")
     if sharded:
         config["deepspeed"] = engines.zero_config(tmp_path, 3)
@@ -118,7 +118,7 @@ def test_two_ranks_build_fill_and_read_what_one_rank_does(tiny_root, tmp_path, w
     result = forked_ranks([SEKD, "cache", yaml, "--out", str(built)], cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-6000:]
     assert len(list(built.glob("index-*.json"))) == 2
-    assert_same_content(built, whole)
+    assert_same_content(built, complete)
 
     reference = train(base_config(tiny_root, output_dir=str(tmp_path / "one"), per_device_train_batch_size=8))
     runs = {
@@ -130,7 +130,7 @@ def test_two_ranks_build_fill_and_read_what_one_rank_does(tiny_root, tmp_path, w
         for key in ("loss", "kd/difficulty", "kd/hard_ratio"):
             assert logged(Path(run["output_dir"]), key) == pytest.approx(logged(reference, key), abs=2e-4), (name, key)
 
-    assert_same_content(tmp_path / "filled", whole)
+    assert_same_content(tmp_path / "filled", complete)
     single = base_config(tiny_root, output_dir=str(tmp_path / "single"))
     assert losses(from_cache(single, tmp_path / "filled")) == pytest.approx(losses(single), rel=1e-6)
 

@@ -174,7 +174,7 @@ def test_json_is_read_as_it_was_written(tmp_path):
     assert read_json(tmp_path / "x.json") == content
 
 
-def test_a_full_disk_is_an_error_with_a_remedy_and_leaves_the_cache_whole(cache):
+def test_a_full_disk_is_an_error_with_a_remedy_and_leaves_the_cache_complete(cache):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     writer = ShardWriter(cache, 0, shard_bytes=1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))

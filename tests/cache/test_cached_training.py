@@ -99,13 +99,13 @@ def test_packed_sequences_are_read(tiny_root, tmp_path, separate):
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tiny_root, tmp_path, cache):
-    config = base_config(tiny_root, output_dir=str(tmp_path / "whole"), save_strategy="steps", save_steps=2)
-    whole = train(from_cache(config, cache))
-    checkpoint = str(whole / "checkpoint-2")
+    config = base_config(tiny_root, output_dir=str(tmp_path / "complete"), save_strategy="steps", save_steps=2)
+    complete = train(from_cache(config, cache))
+    checkpoint = str(complete / "checkpoint-2")
     rest = train(
         from_cache({**config, "output_dir": str(tmp_path / "rest")}, cache, resume_from_checkpoint=checkpoint)
     )
-    assert_same_weights(whole, rest, tolerance=1e-7)
+    assert_same_weights(complete, rest, tolerance=1e-7)
 
 
 def test_evaluation_reads_the_cache_and_generation_needs_none(tiny_root, tmp_path, cache):

@@ -93,10 +93,10 @@ def test_every_example_has_the_loss_of_the_teacher_that_holds_it(root, tmp_path,
         {"finetuning_type": "lora", "lora_target": "all", "additional_target": "lm_head"} if path == "logits" else {}
     )
     config = config_of(root, tmp_path, **more)
-    whole = {"per_device_train_batch_size": 1, "max_steps": 24}
+    one_epoch = {"per_device_train_batch_size": 1, "max_steps": 24}
     expected = {}
     for dataset, folder in (("first", "first"), ("second", second)):
-        alone = reading(config, caches / folder, dataset=dataset, **{**whole, "max_steps": SIZES[dataset]})
+        alone = reading(config, caches / folder, dataset=dataset, **{**one_epoch, "max_steps": SIZES[dataset]})
         expected |= {examples[0][0]: loss for loss, examples in batches(alone)}
 
     together = reading(config, caches / "first", caches / second, max_steps=6)

@@ -1,4 +1,4 @@
-"""``sekd data alma``: counts on the real files, whole files only, and a second run that changes nothing."""
+"""``sekd data alma``: counts on the real files, complete files only, and a second run that changes nothing."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_second_run_verifies_and_touches_nothing(source: DirectorySource, out: P
     assert _snapshot(out) == before
 
 
-def test_manifest_states_what_lies_there(source: DirectorySource, out: Path) -> None:
+def test_manifest_lists_the_files_on_disk(source: DirectorySource, out: Path) -> None:
     manifest, _ = prepare_alma(source, DE, out)
 
     on_disk = set(_contents(out)) - {"manifest.json", "dataset_info.json"}
@@ -205,9 +205,9 @@ def test_revision_is_the_clones_commit(source: DirectorySource, out: Path) -> No
     assert DirectorySource(deep).revision()["revision"] is None  # a copy inside somebody's repository
 
 
-def test_flipped_byte_is_found_and_overwrite_mends_it(source: DirectorySource, out: Path) -> None:
+def test_flipped_byte_is_found_and_overwrite_repairs_it(source: DirectorySource, out: Path) -> None:
     prepare_alma(source, DE, out)
-    whole = _contents(out)
+    contents = _contents(out)
     path = out / "wmt22" / "en-de.de"
     data = bytearray(path.read_bytes())
     data[5] ^= 1
@@ -217,7 +217,7 @@ def test_flipped_byte_is_found_and_overwrite_mends_it(source: DirectorySource, o
         prepare_alma(source, DE, out)
     assert path.read_bytes() == data  # not ours to repair unasked
     prepare_alma(source, DE, out, overwrite=True)
-    assert _contents(out) == whole
+    assert _contents(out) == contents
 
 
 def test_missing_file_is_named(source: DirectorySource, out: Path) -> None:
@@ -387,14 +387,14 @@ def test_killed_run_leaves_no_half_file_and_the_next_one_finishes(alma_dir: Path
     attempts = (tmp_path / str(number) for number in range(5))
     out = next(path for path in attempts if _killed_in_the_second_file(alma_dir, path))
 
-    whole = _contents(real)
+    contents = _contents(real)
     left = _contents(out)
     assert left
     for name, digest in left.items():
-        assert Path(name).name.endswith(".partial") or digest == whole[name], name
+        assert Path(name).name.endswith(".partial") or digest == contents[name], name
 
     assert _alma_process(alma_dir, out).wait() == 0
-    assert _contents(out) == whole
+    assert _contents(out) == contents
 
 
 def test_command_prints_counts_findings_and_how_to_use_them(alma_dir: Path, out: Path) -> None:

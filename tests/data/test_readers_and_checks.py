@@ -77,12 +77,12 @@ def test_broken_escape_in_json_counts_as_wrong_encoding(tmp_path: Path) -> None:
 
 def test_json_lines_and_json_list_give_the_same_pairs_in_either_direction(tmp_path: Path) -> None:
     records = [{"translation": {"de": f"d{i}", "en": f"e{i}"}} for i in range(3)]
-    lines, whole = tmp_path / "lines.json", tmp_path / "list.json"
+    lines, array = tmp_path / "lines.json", tmp_path / "list.json"
     lines.write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
-    whole.write_text("  " + json.dumps(records, indent=1))
+    array.write_text("  " + json.dumps(records, indent=1))
 
     expected = [("e0", "d0", 1), ("e1", "d1", 2), ("e2", "d2", 3)]
-    for path in (lines, whole):
+    for path in (lines, array):
         pairs = read_json_pairs(path, DE_EN.reversed)
         assert [(pair.source, pair.target, pair.line) for pair in pairs] == expected
 

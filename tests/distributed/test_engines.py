@@ -1,6 +1,6 @@
 """Two ranks under every engine are one rank: losses, metrics and parameters of every objective, epochs and evaluation.
 
-The reference is one rank with the whole batch, except for the test that compares accumulation.
+The reference is one rank with the complete batch, except for the test that compares accumulation.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def test_own_samples_of_two_ranks_are_those_of_one(one_rank, engine, request):
         assert logged(two_ranks, key) == pytest.approx(logged(one_rank / "on_policy", key)), key
 
 
-# Engine of the student -> where its teacher stands.
+# Engine of the student -> where its teacher is placed.
 TEACHERS = {
     "ddp": ["shared", "device", "offloaded"],
     "zero2": ["shared", "device", "offloaded", "own_engine"],
@@ -135,7 +135,7 @@ TEACHERS = {
 
 
 @pytest.mark.parametrize(("engine", "teacher"), [(name, teacher) for name in TEACHERS for teacher in TEACHERS[name]])
-def test_two_ranks_are_one_rank_wherever_the_teacher_stands(one_rank, engine, teacher, request):
+def test_two_ranks_are_one_rank_wherever_the_teacher_is_placed(one_rank, engine, teacher, request):
     reference = "shared" if teacher == "shared" else "self_evolution"
     assert_same(out_of(engine, request) / teacher, one_rank / reference)
 
@@ -145,7 +145,7 @@ def test_evaluation_counts_every_record_once(one_rank, two_ranks):
         assert logged(two_ranks / "uneven", key) == pytest.approx(logged(one_rank / "uneven", key), abs=1e-5), key
 
 
-def test_accumulation_is_one_batch_over_whole_epochs_of_uneven_data(root, one_rank, tmp_path):
+def test_accumulation_is_one_batch_over_complete_epochs_of_uneven_data(root, one_rank, tmp_path):
     config = engines.trainings(root, tmp_path, ranks=1, fsdp1=True)[-1]
     train({**config, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4})
     assert_same(tmp_path / "uneven", one_rank / "uneven")

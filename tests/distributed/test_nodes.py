@@ -1,4 +1,4 @@
-"""Two launchers that meet are one run; a launcher or a rank that is killed takes the run down, to be resumed whole."""
+"""Two launchers that meet are one run; a launcher or a rank that is killed ends the run, which resumes."""
 
 from __future__ import annotations
 

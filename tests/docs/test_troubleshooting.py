@@ -48,7 +48,7 @@ def test_the_page_quotes_messages_of_every_room():
 
 @pytest.mark.parametrize("quoted", QUOTED)
 def test_a_quoted_message_is_one_that_the_source_holds(quoted):
-    # `…` stands for what is filled in, and for fixed text that the page leaves out.
+    # `…` marks what is filled in, and for fixed text that the page leaves out.
     pattern = re.compile(".+".join(re.escape(piece) for piece in quoted.split("…")), flags=re.DOTALL)
     assert len(quoted.replace("…", "")) >= 20, "too little fixed text to be found by"
     assert any(pattern.search(message) for message in messages()), quoted

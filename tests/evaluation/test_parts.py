@@ -94,8 +94,8 @@ def test_a_models_score_of_a_part_is_the_mean_of_its_sentences(data: Evaluated) 
     scores = [0.1 * place for place in range(10)]
     found = by_part(data.test_sets, {"comet": {"one": [segment_statistics(scores)]}})
     assert found["by_domain"]["en-de"]["news"]["scores"]["one"]["comet"] == pytest.approx(statistics.fmean(scores[:4]))
-    whole = segment_statistics(scores)
-    assert whole.score(whole.rows.sum(0)) == pytest.approx(statistics.fmean(scores))
+    all_of_it = segment_statistics(scores)
+    assert all_of_it.score(all_of_it.rows.sum(0)) == pytest.approx(statistics.fmean(scores))
 
 
 def test_text_without_spaces_has_two_characters_to_a_word(config: dict[str, Any], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which checkpoints count as whole, and that a resumed run keeps its teacher."""
+"""Which checkpoints count as complete, and that a resumed run keeps its teacher."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_only_our_stage_chooses_the_checkpoint(tiny_root, tmp_path, stage, capsy
     assert ("checkpoint-4" in capsys.readouterr().out) == (stage == "sekd")
 
 
-def test_without_a_whole_checkpoint_the_run_starts_from_its_beginning(tiny_root, tmp_path, capsys):
+def test_without_a_complete_checkpoint_the_run_starts_from_its_beginning(tiny_root, tmp_path, capsys):
     (save_checkpoint(tmp_path / "out", 4) / "trainer_state.json").unlink()
     config = base_config(tiny_root, output_dir=str(tmp_path / "out"), overwrite_output_dir=False)
     assert get_train_args(config)[2].resume_from_checkpoint is None

@@ -39,10 +39,10 @@ def outcomes(tiny_root, tmp_path_factory) -> tuple[Path, dict[str, tuple[int, in
     """Every run, each in a fork: uninterrupted, then killed and started again. Exit statuses by kind of kill."""
     root = tmp_path_factory.mktemp("kills")
     jobs = []
-    for kill in ["whole", *KILLS, "after_the_checkpoint", "disk_full"]:
+    for kill in ["complete", *KILLS, "after_the_checkpoint", "disk_full"]:
         out = root / kill
         config = base_config(tiny_root, output_dir=str(out), **SCHEDULE)
-        if kill != "whole":
+        if kill != "complete":
             jobs.append({"config": config, "kill": kill, "log": str(root / f"{kill}.killed.log")})
         jobs.append({"config": config, "log": str(root / f"{kill}.log")})
 
@@ -57,12 +57,12 @@ def outcomes(tiny_root, tmp_path_factory) -> tuple[Path, dict[str, tuple[int, in
 
 
 def assert_like_uninterrupted(root: Path, name: str) -> None:
-    whole, resumed = root / "whole", root / name
-    for key, value in weights(whole).items():
+    complete, resumed = root / "complete", root / name
+    for key, value in weights(complete).items():
         torch.testing.assert_close(weights(resumed)[key], value, atol=1e-7, rtol=1e-7)
-    assert logged(resumed, "kd/beta") == logged(whole, "kd/beta")
-    for key in ("kd/difficulty", "kd/ce", "kd/hard_ratio"):  # the windows that the kill cut are whole again
-        assert logged(resumed, key) == pytest.approx(logged(whole, key), abs=2e-6), key
+    assert logged(resumed, "kd/beta") == logged(complete, "kd/beta")
+    for key in ("kd/difficulty", "kd/ce", "kd/hard_ratio"):  # the windows that the kill cut are complete again
+        assert logged(resumed, key) == pytest.approx(logged(complete, key), abs=2e-6), key
 
 
 @pytest.mark.slow
@@ -82,7 +82,7 @@ def test_a_half_written_checkpoint_is_skipped_with_one_line(outcomes, kill):
     assert lines[0].endswith("the training resumes from checkpoint-2.")
 
 
-def test_a_whole_checkpoint_is_not_skipped(outcomes):
+def test_a_complete_checkpoint_is_not_skipped(outcomes):
     root, statuses = outcomes
     assert statuses["after_the_checkpoint"] == (-signal.SIGKILL, 0)
     log = (root / "after_the_checkpoint.log").read_text()
@@ -91,7 +91,7 @@ def test_a_whole_checkpoint_is_not_skipped(outcomes):
     assert_like_uninterrupted(root, "after_the_checkpoint")
 
 
-def test_a_full_disk_stops_the_run_and_loses_only_what_came_after_the_last_whole_checkpoint(outcomes):
+def test_a_full_disk_stops_the_run_and_loses_only_what_came_after_the_last_complete_checkpoint(outcomes):
     root, statuses = outcomes
     assert statuses["disk_full"] == (1, 0)
     assert "File too large" in (root / "disk_full.killed.error").read_text()

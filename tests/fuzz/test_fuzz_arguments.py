@@ -87,14 +87,16 @@ def test_keys_are_refused_clearly_or_give_a_finite_objective(configuration):
 
 @settings(max_examples=40, deadline=None)
 @given(configuration=CONFIGURATIONS)
-def test_the_hosts_parser_says_the_same_of_a_whole_yaml(configuration, tmp_path_factory):
+def test_the_hosts_parser_says_the_same_of_a_complete_yaml(configuration, tmp_path_factory):
     config = base_config(tmp_path_factory.getbasetemp(), output_dir=str(tmp_path_factory.getbasetemp() / "none"))
     ours = _refusal(lambda: check_distillation_arguments(DistillationArguments(**configuration)))
-    whole = _refusal(lambda: get_train_args({**config, **configuration}))
+    host_refusal = _refusal(lambda: get_train_args({**config, **configuration}))
     if ours is not None:
-        assert whole == ours
-    elif whole is not None:  # what needs the machine or the student comes later: CUDA, DeepSpeed's files, data sets
-        assert any(word in whole for word in ("CUDA", "teacher_deepspeed", "data set"))
+        assert host_refusal == ours
+    elif (
+        host_refusal is not None
+    ):  # what needs the machine or the student comes later: CUDA, DeepSpeed's files, data sets
+        assert any(word in host_refusal for word in ("CUDA", "teacher_deepspeed", "data set"))
 
 
 def _refusal(call: Callable[[], object]) -> str | None:

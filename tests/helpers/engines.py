@@ -48,7 +48,7 @@ def save_uneven_dataset(directory: Path) -> None:
 
 
 def trainings(root: Path, out: Path, ranks: int, fsdp1: bool = False, **engine: Any) -> list[dict[str, Any]]:
-    """One training per objective, and one over two whole epochs of uneven data with evaluation."""
+    """One training per objective, and one over two complete epochs of uneven data with evaluation."""
     common = {
         "optim": "sgd",
         "learning_rate": 0.05,
@@ -80,7 +80,7 @@ def trainings(root: Path, out: Path, ranks: int, fsdp1: bool = False, **engine: 
 
 
 def teachers(root: Path, out: Path, ranks: int, zero: int | None = None, **engine: Any) -> list[dict[str, Any]]:
-    """Trainings whose teacher stands elsewhere: on the student's base, in main memory, in an engine of its own."""
+    """Trainings whose teacher is elsewhere: on the student's base, in main memory, in an engine of its own."""
     common = {
         "optim": "sgd",
         "learning_rate": 0.05,

@@ -1,4 +1,4 @@
-"""The objective over whole sentences, from the paper's equations: float64, loops, nothing of the package."""
+"""The objective over complete sentences, from the paper's equations: float64, loops, nothing of the package."""
 
 from __future__ import annotations
 

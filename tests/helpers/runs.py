@@ -19,7 +19,7 @@ CLI = str(Path(sys.executable).with_name("llamafactory-cli"))
 
 
 def base_config(root: Path, **overrides: Any) -> dict[str, Any]:
-    """A whole training configuration over the models and data that the fixture `tiny_root` saved."""
+    """A complete training configuration over the models and data that the fixture `tiny_root` saved."""
     config = {
         "model_name_or_path": str(root / "student"),
         "stage": "sekd",

@@ -80,10 +80,12 @@ def test_the_counts_are_those_of_the_rows_with_and_without_a_limit(long_root, te
     def learned(labels):
         return [label for label in labels if label != -100]
 
-    responses = sum(learned(cut) != learned(whole) for cut, whole in zip(rows["labels"], uncut["labels"], strict=True))
+    responses = sum(
+        learned(cut) != learned(complete) for cut, complete in zip(rows["labels"], uncut["labels"], strict=True)
+    )
     prompts = sum(
-        len(cut) - len(learned(cut)) < len(whole) - len(learned(whole))
-        for cut, whole in zip(rows["labels"], uncut["labels"], strict=True)
+        len(cut) - len(learned(cut)) < len(complete) - len(learned(complete))
+        for cut, complete in zip(rows["labels"], uncut["labels"], strict=True)
     )
     if keys.get("mask_history"):  # the labels hide the responses of the history, so its prompts cannot be told apart
         assert f"{responses} the end of the response" in line

@@ -160,10 +160,10 @@ def test_tokens_do_not_influence_each_other(kd_loss: str) -> None:
     """Except through the share of hard tokens, so every token is hard here."""
     z, w, labels = sample()
     keys = keys_for(kd_loss, kd_topk=1.0 if kd_loss == "self_evolution_topk" else None)
-    whole = distillation_loss(z, w, labels, **keys).loss
+    full = distillation_loss(z, w, labels, **keys).loss
     parts = [distillation_loss(z[i : i + 2], w[i : i + 2], labels[i : i + 2], **keys).loss for i in range(0, 7, 2)]
-    close(whole, torch.cat(parts))
-    only_first = torch.autograd.grad(whole[0], z)[0]
+    close(full, torch.cat(parts))
+    only_first = torch.autograd.grad(full[0], z)[0]
     assert only_first[0].any()
     assert not only_first[1:].any()
 

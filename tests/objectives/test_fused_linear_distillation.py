@@ -227,9 +227,9 @@ def test_fused_gradients_equal_finite_differences(kd_loss: str) -> None:
 )
 def test_the_chunk_size_does_not_change_the_result(kd_loss: str, tokens: int, vocab: int, chunk_size: int) -> None:
     p, keys = problem(tokens, vocab), keys_for(kd_loss, kd_gamma=2.0)
-    whole, parts = fused(p, chunk_size=tokens, **keys), fused(p, chunk_size=chunk_size, **keys)
-    torch.testing.assert_close(parts.loss, whole.loss)
-    torch.testing.assert_close(torch.autograd.grad(parts.loss, p.trained), torch.autograd.grad(whole.loss, p.trained))
+    full, parts = fused(p, chunk_size=tokens, **keys), fused(p, chunk_size=chunk_size, **keys)
+    torch.testing.assert_close(parts.loss, full.loss)
+    torch.testing.assert_close(torch.autograd.grad(parts.loss, p.trained), torch.autograd.grad(full.loss, p.trained))
     assert_same_as_plain(p, **keys)
 
 
@@ -313,13 +313,13 @@ def test_a_loss_scale_saves_float16_gradients_from_underflow() -> None:
         torch.testing.assert_close(value.float(), expected.float() * (2.0**26 / 10**8), rtol=5e-3, atol=1e-3)
 
 
-def test_two_micro_batches_add_up_to_the_whole_batch() -> None:
+def test_two_micro_batches_add_up_to_the_complete_batch() -> None:
     p, keys = problem(), keys_for("self_evolution")
-    whole = torch.autograd.grad(fused(p, **keys).loss, p.trained[1:])
+    full = torch.autograd.grad(fused(p, **keys).loss, p.trained[1:])
     for rows in (slice(0, 4), slice(4, None)):
         part = replace(p, hidden=p.hidden[rows], teacher_hidden=p.teacher_hidden[rows], labels=p.labels[rows])
         fused(part, **keys).loss.backward()
-    torch.testing.assert_close((p.head.grad, p.bias.grad), whole)
+    torch.testing.assert_close((p.head.grad, p.bias.grad), full)
 
 
 @pytest.mark.parametrize("num_items", [5, torch.tensor(5), torch.tensor(5.0)])
@@ -596,7 +596,7 @@ def test_the_default_chunk_keeps_both_logits_within_the_budget() -> None:
     assert default_chunk_size(128_256, torch.bfloat16) == 512
     assert default_chunk_size(128_256, budget_bytes=40 * 2**20) == 40
     assert default_chunk_size(10**9) == 1
-    accelerator = torch.device("cuda")  # no such device here, so that the whole budget counts
+    accelerator = torch.device("cuda")  # no such device here, so that the full budget counts
     assert default_chunk_size(128_256, torch.bfloat16, device=accelerator) == 4096
     assert default_chunk_size(128_256, torch.float32, device=accelerator) == 2048
     assert default_chunk_size(32_000, torch.bfloat16, device=accelerator) == 4096
@@ -653,7 +653,7 @@ def test_a_large_vocabulary_costs_no_precision():
     student, teacher = double.logits()
     (distillation_loss(student, teacher, double.labels, **keys).loss.sum() / 5).backward()
 
-    # Of the hidden states' gradient, a sum over the whole vocabulary, the product's own rounding is larger.
+    # Of the hidden states' gradient, a sum over the full vocabulary, the product's own rounding is larger.
     for ours, exact in ((single.head, double.head), (single.bias, double.bias)):
         assert float((ours.grad.double() - exact.grad).norm() / exact.grad.norm()) < 2e-6
 

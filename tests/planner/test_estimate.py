@@ -103,7 +103,7 @@ def test_each_stage_of_zero_divides_what_it_shards(short, stage, optimizer, grad
     assert ("gathered weights" in rows) == (stage == 3)
 
 
-def test_what_is_offloaded_lies_in_main_memory(short):
+def test_what_is_offloaded_counts_as_main_memory(short):
     kept = estimate(short)
     sharding = replace(short.sharding, offload_optimizer=True, offload_param=True)
     result = estimate(replace(short, sharding=sharding))
@@ -111,14 +111,14 @@ def test_what_is_offloaded_lies_in_main_memory(short):
     assert result.step < kept.step - result.host
 
 
-def test_a_teacher_is_counted_where_it_stands():
+def test_a_teacher_is_counted_where_it_is_placed():
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     keys = DistillationArguments(teacher_model="x")
-    whole = Run(llama(sizes), llama(sizes), keys, batch_size=1, length=32)
+    run = Run(llama(sizes), llama(sizes), keys, batch_size=1, length=32)
     bytes_, head = 2 * parameters_of(sizes), 2 * 32000 * 64
 
     def row(**place):
-        return by_name(estimate(replace(whole, place=TeacherPlace(**place))))["teacher"]
+        return by_name(estimate(replace(run, place=TeacherPlace(**place))))["teacher"]
 
     assert (row().step, row().host) == (bytes_, 0)
     assert (row(kind="main memory").step, row(kind="main memory").host) == (head, bytes_)

@@ -120,7 +120,7 @@ def test_a_soft_cap_stays_in_the_head_and_needs_one_buffer_more():
     assert peak(final_logit_softcapping=30.0) == peak(final_logit_softcapping=None) + tokens * 500 * 4
 
 
-def test_gradients_of_a_whole_backward_pass_are_those_of_the_parameters():
+def test_gradients_of_a_complete_backward_pass_are_those_of_the_parameters():
     result = rehearse(replace(RUN, accumulation=2))
     model = AutoModelForCausalLM.from_config(LLAMA)
     assert result.peak["gradients"] == 4 * model.num_parameters()
@@ -153,7 +153,7 @@ def test_twice_the_chunk_takes_twice_the_chunks_logits_and_buffers():
         run = replace(RUN, batch_size=8, length=128, responses=1.0, distillation=distillation(kd_chunk_size=chunk))
         return rehearse(run).peak["objective"]
 
-    # So small a vocabulary leaves room for the whole chunk in the six buffers, too.
+    # So small a vocabulary leaves room for the complete chunk in the six buffers, too.
     assert peak(512) - peak(256) == pytest.approx((2 + 6) * 256 * 500 * 4, rel=1e-2)
 
 

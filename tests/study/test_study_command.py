@@ -136,7 +136,7 @@ def test_the_cached_teacher_was_computed_once_and_no_cell_loads_one(story):
 
 
 @pytest.mark.slow
-def test_the_hosts_own_sft_and_its_adapters_stand_beside_the_distilled(story):
+def test_the_hosts_own_sft_and_its_adapters_appear_next_to_the_distilled(story):
     entry = next(cell for cell in story.results["cells"] if cell["system"] == "SFT")
     assert (entry["id"], entry["axes"]) == ("sft-seed=3", {})
     assert entry["validation"]["nll"] == entry["validation"]["eval_loss"]

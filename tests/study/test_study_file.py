@@ -67,7 +67,7 @@ def test_the_seed_may_name_the_data_and_the_start_and_the_points_stay_the_same()
     assert len({cell.id for cell in found}) == 4
 
 
-def test_a_cell_is_a_system_at_a_point_with_a_seed_and_its_train_yaml_is_whole():
+def test_a_cell_is_a_system_at_a_point_with_a_seed_and_its_train_yaml_is_complete():
     found = cells(
         systems={"Forward KD": {"kd_loss": "forward_kl"}, "SKEW": {"kd_loss": "skew", "learning_rate": 0.5}},
         overrides={"max_steps": 7},

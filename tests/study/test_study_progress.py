@@ -17,7 +17,7 @@ LONG = "self_evolution_kd-kd_gamma=auto-kd_hard_scale=balanced-seed="
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands until a test moves it."""
+    """A clock that stops until a test moves it."""
     now = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now

@@ -89,7 +89,7 @@ def test_the_table_is_the_mean_and_the_standard_deviation_of_sacrebleus_scores(
         assert (found.text, found.spread) == (f"{statistics.mean(scores):.2f}", f"{statistics.stdev(scores):.2f}")
 
 
-def test_each_system_stands_at_its_own_best_value_beside_the_table_of_all(
+def test_each_system_is_shown_at_its_own_best_value_next_to_the_table_of_all(
     document: Document, results: dict[str, Any]
 ) -> None:
     best = section(document, "Scores, each system at its own best learning_rate")
@@ -178,7 +178,7 @@ def test_the_plots_follow_from_the_shape_of_the_study(document: Document, plain:
     assert names(plain) == ["differences", "over_learning_rate", "similarity", *by_system]
 
 
-def test_progressive_beta_stands_beside_the_fixed_one(results: dict[str, Any], folder: Path) -> None:
+def test_progressive_beta_appears_next_to_the_fixed_one(results: dict[str, Any], folder: Path) -> None:
     moved = copy.deepcopy(results)
     for cell in moved["cells"]:
         cell["config"] |= {"stage": "sekd", "kd_loss": "skew"}

@@ -73,7 +73,7 @@ def test_another_end_token_is_named(tokenizer_dir):
         check_tokenizers(student, teacher)
 
 
-def test_heads_of_one_size_are_read_whole_and_padded_ones_are_cut_to_the_used_ids(tokenizer_dir):
+def test_heads_of_one_size_are_read_in_full_and_padded_ones_are_cut_to_the_used_ids(tokenizer_dir):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     used = len(tokenizer)
     assert common_vocabulary(tokenizer, used + 8, used + 8) == (None, "")

@@ -1,4 +1,4 @@
-"""Wherever the teacher stands its answers are the same; no test here has a second device."""
+"""Wherever the teacher is placed, its answers are the same; no test here has a second device."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def as_the_student(tiny_root, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "keys", [{"teacher_model_device": "cpu"}, {"teacher_offload": True}], ids=["device", "offload"]
 )
-def test_a_run_is_the_same_wherever_its_teacher_stands(tiny_root, tmp_path, as_the_student, keys):
+def test_a_run_is_the_same_wherever_its_teacher_is_placed(tiny_root, tmp_path, as_the_student, keys):
     out = train(base_config(tiny_root, output_dir=str(tmp_path / "out"), **keys))
     assert logged(out, "kd/difficulty") == logged(as_the_student, "kd/difficulty")
     for name, value in weights(as_the_student).items():

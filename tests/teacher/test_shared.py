@@ -22,7 +22,7 @@ ADAPTERS = {
     "same": {"target_modules": ["q_proj", "v_proj", "down_proj"], "lora_dropout": 0.5},
     "other": {"target_modules": ["o_proj", "up_proj"], "r": 2},
     "head": {"target_modules": ["q_proj", "lm_head"]},
-    "whole_head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "complete_head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "dora": {"target_modules": ["q_proj"], "use_dora": True},
 }
 
@@ -37,7 +37,7 @@ def root(tiny_root, tmp_path_factory) -> Path:
         torch.manual_seed(number)
         model = AutoModelForCausalLM.from_pretrained(directory / "student")
         model = get_peft_model(model, LoraConfig(**{"r": 4, "init_lora_weights": False, **config}))
-        if name == "whole_head":
+        if name == "complete_head":
             model.get_output_embeddings().weight.data.add_(0.1 * torch.randn(384, 32))
         model.save_pretrained(directory / name)
     return directory
@@ -84,16 +84,16 @@ def test_whatever_the_student_is_the_teacher_is_the_same(root, tmp_path, overrid
 
 def test_checkpoints_hold_the_students_adapter_alone_and_a_resumed_run_ends_like_an_uninterrupted_one(root, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-3}
-    whole = train(config_of(root, tmp_path / "whole", "self", "same", **saving))
-    checkpoint = whole / "checkpoint-2"
-    assert not [path for folder in (whole, checkpoint) for path in folder.rglob("*teacher*")]
+    complete = train(config_of(root, tmp_path / "complete", "self", "same", **saving))
+    checkpoint = complete / "checkpoint-2"
+    assert not [path for folder in (complete, checkpoint) for path in folder.rglob("*teacher*")]
     assert json.loads((checkpoint / "adapter_config.json").read_text())["lora_dropout"] == 0.3
     trained = torch.load(checkpoint / "optimizer.pt")["state"]
     assert len(trained) == len(weights(checkpoint))
 
     resuming = {**saving, "resume_from_checkpoint": str(checkpoint)}
     resumed = train(config_of(root, tmp_path / "resumed", "self", "same", **resuming))
-    for name, value in weights(whole).items():
+    for name, value in weights(complete).items():
         torch.testing.assert_close(weights(resumed)[name], value, atol=1e-7, rtol=1e-7)
 
     with pytest.raises(TeacherError, match=r"is not the teacher that .*checkpoint-2 was trained with"):
@@ -120,7 +120,7 @@ def student(root):
     return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.5))
 
 
-@pytest.mark.parametrize("adapters", [[], ["same"], ["other"], ["whole_head"]])
+@pytest.mark.parametrize("adapters", [[], ["same"], ["other"], ["complete_head"]])
 def test_after_it_has_spoken_the_student_is_as_before(root, student, adapters):
     before = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     teacher = SharedTeacher(student, add_teacher_adapters(student, [str(root / name) for name in adapters]))

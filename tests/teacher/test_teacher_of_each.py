@@ -145,10 +145,10 @@ def test_two_ranks_are_one_where_a_rank_has_no_example_of_a_teacher(root, tmp_pa
 
 def test_a_resumed_run_equals_an_uninterrupted_one_and_keeps_its_teachers(root, tmp_path):
     keys = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
-    whole = train(config_of(root, tmp_path, **keys))
+    complete = train(config_of(root, tmp_path, **keys))
     half = tmp_path / "half" / "out"
     half.mkdir(parents=True)
-    shutil.copytree(whole / "checkpoint-3", half / "checkpoint-3")
+    shutil.copytree(complete / "checkpoint-3", half / "checkpoint-3")
     config = config_of(root, tmp_path / "half", **keys, overwrite_output_dir=False)
     with pytest.raises(
         TeacherError, match=r"teacher_model: .*is not the teacher that .*checkpoint-3 was trained with"
@@ -156,9 +156,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_keeps_its_teachers(root, 
         train({**config, "teacher_model": dict.fromkeys(("first", "second"), str(root / "teacher"))})
 
     resumed = train(config)
-    for name, value in weights(whole).items():
+    for name, value in weights(complete).items():
         torch.testing.assert_close(weights(resumed)[name], value, atol=1e-7, rtol=1e-7)
-    assert logged(resumed, "kd/first/teacher_kl") == pytest.approx(logged(whole, "kd/first/teacher_kl"), abs=2e-6)
+    assert logged(resumed, "kd/first/teacher_kl") == pytest.approx(logged(complete, "kd/first/teacher_kl"), abs=2e-6)
 
 
 def test_the_command_line_names_them_dotted_and_the_start_block_names_each(root, tmp_path):

@@ -132,12 +132,12 @@ def test_accumulation_changes_neither_losses_nor_parameters(tiny_root, tmp_path,
 
 def test_a_resumed_run_ends_with_the_parameters_of_an_uninterrupted_one(tiny_root, tmp_path):
     keys = {"kd_loss": MAPPING, "save_strategy": "steps", "save_steps": 2, "max_steps": 5}
-    train(base_config(tiny_root, output_dir=str(tmp_path / "whole"), **keys))
-    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    train(base_config(tiny_root, output_dir=str(tmp_path / "complete"), **keys))
+    checkpoint = str(tmp_path / "complete" / "checkpoint-2")
     train(base_config(tiny_root, output_dir=str(tmp_path / "resumed"), resume_from_checkpoint=checkpoint, **keys))
     for key in ("kd/gamma", "kd/teacher_probability"):
-        assert logged(tmp_path / "resumed", key) == pytest.approx(logged(tmp_path / "whole", key))
-    same_weights(tmp_path / "resumed", tmp_path / "whole")
+        assert logged(tmp_path / "resumed", key) == pytest.approx(logged(tmp_path / "complete", key))
+    same_weights(tmp_path / "resumed", tmp_path / "complete")
 
 
 def test_on_own_samples_lambda_is_1_on_both_sides_of_the_gate(tiny_root, tmp_path):

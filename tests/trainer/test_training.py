@@ -97,21 +97,21 @@ def test_accumulation_changes_neither_losses_nor_parameters(tiny_root, tmp_path,
 def test_a_resumed_run_ends_with_the_parameters_of_an_uninterrupted_one(tiny_root, tmp_path, student):
     schedule = {"kd_loss": "skew", "kd_beta_end": 1.0, "save_strategy": "steps", "save_steps": 2, "max_steps": 5}
     schedule.update(student)
-    train(base_config(tiny_root, output_dir=str(tmp_path / "whole"), **schedule))
+    train(base_config(tiny_root, output_dir=str(tmp_path / "complete"), **schedule))
     train(
         base_config(
             tiny_root,
             output_dir=str(tmp_path / "resumed"),
-            resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"),
+            resume_from_checkpoint=str(tmp_path / "complete" / "checkpoint-2"),
             **schedule,
         )
     )
-    assert logged(tmp_path / "whole", "kd/beta") == pytest.approx([0.5, 0.625, 0.75, 0.875, 1.0])
+    assert logged(tmp_path / "complete", "kd/beta") == pytest.approx([0.5, 0.625, 0.75, 0.875, 1.0])
     for key in ("kd/beta", "kd/gamma", "kd/hard_scale"):
-        assert logged(tmp_path / "resumed", key) == logged(tmp_path / "whole", key)
-    assert_same_weights(tmp_path / "resumed", tmp_path / "whole", tolerance=1e-7)
-    resumed, whole = (tmp_path / name / TOKEN_TABLE for name in ("resumed", "whole"))
-    assert resumed.read_text() == whole.read_text()
+        assert logged(tmp_path / "resumed", key) == logged(tmp_path / "complete", key)
+    assert_same_weights(tmp_path / "resumed", tmp_path / "complete", tolerance=1e-7)
+    resumed, complete = (tmp_path / name / TOKEN_TABLE for name in ("resumed", "complete"))
+    assert resumed.read_text() == complete.read_text()
 
 
 def test_packing_with_separate_attention_gives_the_loss_of_unpacked_records(tiny_root, tmp_path):
@@ -194,7 +194,7 @@ def test_prediction_with_generation_is_the_hosts(tiny_root, tmp_path):
     assert len(lines) == 8
 
 
-def test_accuracy_of_the_host_is_computed_beside_the_objective(tiny_root, tmp_path):
+def test_accuracy_of_the_host_is_computed_in_addition_to_the_objective(tiny_root, tmp_path):
     evaluation = {"eval_dataset": "tiny_valid", "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
     for accuracy in (True, False):
         train(

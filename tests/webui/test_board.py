@@ -157,7 +157,7 @@ def distilled(browser: Any, address: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def test_the_panel_stands_there_for_our_stage_only_and_leaves_other_commands_alone(board: Board) -> None:
+def test_the_panel_appears_for_our_stage_only_and_leaves_other_commands_alone(board: Board) -> None:
     panel = board.page.locator("#sekd_tab")
     playwright.expect(panel).to_be_hidden()
     board.choose("Stage", STAGE)

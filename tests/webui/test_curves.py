@@ -40,7 +40,7 @@ def test_the_nll_of_the_validation_is_drawn_over_the_loss_on_its_own_scale():
     assert nll.get_ylim()[0] > loss.get_ylim()[1]
 
 
-def test_steps_are_whole_numbers_on_both_axes():
+def test_steps_are_integers_on_both_axes():
     figure = loss_figure()
     add_distillation_axes(
         figure, [{"current_steps": step, "kd/hard_ratio": 0.5, "kd/difficulty": 1.0} for step in (1, 2, 3)]

@@ -40,7 +40,7 @@ def test_no_help_holds_what_the_page_would_take_for_markup():
         for properties in by_language.values():
             text = str(properties.get("info", ""))
             assert "<" not in text, name
-            assert text.count("~") < 2, name  # a pair strikes out what stands between
+            assert text.count("~") < 2, name  # a pair strikes out what is between
 
 
 def test_labels_do_not_shadow_the_hosts():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 
-# The whole page is built as `llamafactory-cli webui` builds it; the values are those that stand in its fields.
+# The complete page is built as `llamafactory-cli webui` builds it; the values are those of its fields.
 SCRIPT = """
 import json, sys, torch
 from llamafactory.extras.constants import TRAINING_STAGES

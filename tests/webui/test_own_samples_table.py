@@ -27,7 +27,7 @@ def test_the_newest_steps_come_first_and_a_sample_that_nobody_judged_has_a_dash(
 
 
 def test_the_page_shows_what_the_run_of_its_fields_wrote(tmp_path, monkeypatch):
-    """The host's whole page is built, and the button's own function is called with the fields' values."""
+    """The host's complete page is built, and the button's own function is called with the fields' values."""
     monkeypatch.chdir(tmp_path)
     from llamafactory.webui.interface import create_ui
 

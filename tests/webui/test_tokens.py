@@ -74,7 +74,7 @@ def test_every_target_token_has_the_difficulty_of_equation_5_for_both_students(m
         assert column.mean_difficulty == pytest.approx(sum(expected) / len(expected), rel=1e-4)
 
 
-def test_a_teacher_that_is_its_own_student_finds_nothing_difficult_where_it_is_the_whole_target(models):
+def test_a_teacher_that_is_its_own_student_finds_nothing_difficult_where_it_alone_is_the_target(models):
     comparison = compare(models, SOURCE, REFERENCE, EN_DE, {"kd_lambda": 1.0})
     assert [token.difficulty for token in comparison.teacher.tokens] == pytest.approx(
         [0.0] * len(comparison.teacher.tokens), abs=1e-6
