@@ -56,6 +56,11 @@ def sha256(content: bytes | str) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def growing_sha256() -> hashlib._Hash:
+    """Return a SHA-256 that grows by ``update`` with a file that is still being written."""
+    return hashlib.sha256()
+
+
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import IO, Any
 
 from llamafactory_sekd.errors import DataError
 from llamafactory_sekd.files import read_json, write_json
+from llamafactory_sekd.fingerprints import growing_sha256
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ResumableFile:
         self.notes = path.with_name(f".{path.name}.progress.json")
         self.noted: dict[str, Any] = {}
         self._request = request
-        self._hash = hashlib.sha256()
+        self._hash = growing_sha256()
         self._size = 0
         self._stream: IO[bytes] | None = None
 
