@@ -17,6 +17,7 @@ from llamafactory_sekd.host.run_arguments import HostArguments
 
 
 _COLUMN = "sekd_cut"  # in the host's data set between its tokenizer and ours; an example is a length and flags
+UNREADABLE = "not counted ("  # how the line begins that gives the reason
 _FLAGS = _PROMPT, _RESPONSE, _TEACHER, _EMPTY = 1, 2, 4, 8
 
 
@@ -184,7 +185,7 @@ def cut_text_of(run: HostArguments) -> list[str]:
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, DataError) and lines:  # it has been counted
             raise
-        return [f"not counted ({one_line(str(error))})."]
+        return [f"{UNREADABLE}{one_line(str(error)).rstrip('.')})."]
     return lines
 
 

@@ -25,7 +25,7 @@ def doctor(
     config: Annotated[Path, typer.Argument(help="A training YAML, of `stage: sekd` or `sft`.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for `llamafactory-cli train`.")] = None,
     devices: Annotated[
-        int | None, typer.Option(help="Devices that take part. Default: as the launcher would find them.", min=1)
+        int | None, typer.Option(help="Number of devices. Default: as many as the launcher would use.", min=1)
     ] = None,
     memory: Annotated[
         str | None,
@@ -41,13 +41,14 @@ def doctor(
     look: Annotated[
         int,
         typer.Option(
-            help="Also read the weights, and this many examples: how hard they are, which look wrong.", min=0
+            help="Also read the weights and this many examples, and report how hard they are and which look wrong.",
+            min=0,
         ),
     ] = 0,
 ) -> None:
     """Estimate a run's memory, check that its teacher fits, and count cut text, before any weight is read.
 
-    With --look, teacher and student read the first examples, and the objective that suits them is named.
+    With --look, teacher and student also read the first examples, and the command recommends an objective.
     """
     for name in ("LLAMAFACTORY_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")
@@ -57,17 +58,28 @@ def doctor(
 
     from llamafactory_sekd.config import read_config
     from llamafactory_sekd.host.memory_plan import parse, run_of
-    from llamafactory_sekd.host.run_names import check_names
+    from llamafactory_sekd.host.run_names import wrong_names
     from llamafactory_sekd.planner import device_memory as machine
     from llamafactory_sekd.planner import estimate
     from llamafactory_sekd.planner.estimate import CONTEXT
-    from llamafactory_sekd.planner.memory_report import fits, print_estimate, print_remedies, print_verdict
+    from llamafactory_sekd.planner.memory_report import (
+        fits,
+        print_estimate,
+        print_remedies,
+        print_verdict,
+    )
     from llamafactory_sekd.planner.remedies import price
 
     keys = read_config(config, overrides or [])
+    console = Console()
     parsed = parse(keys)
-    if parsed.finetuning.use_sekd:
-        check_names(parsed, planned=True)
+    wrong_data, wrong_models = wrong_names(parsed)
+    for line in (*wrong_data, *wrong_models):
+        console.print(f"Problem: {line}", highlight=False, markup=False, soft_wrap=True)
+    if wrong_models:
+        print_verdict(console, None, 0, problems=len(wrong_data) + len(wrong_models))
+        raise typer.Exit(2)
+
     given = machine.parse_memory(memory) if memory is not None else machine.device_memory()
     accelerator = given is not None and not parsed.training.use_cpu
     count = devices or machine.devices_of_the_environment()
@@ -79,7 +91,6 @@ def doctor(
     libraries = CONTEXT if accelerator else machine.resident_memory()
     available = given if accelerator and given is not None else machine.main_memory() // count
 
-    console = Console()
     with console.status("Rehearsing a step"):
         result = estimate(run, libraries)
 
@@ -94,12 +105,16 @@ def doctor(
 
         print_remedies(console, priced, available)
 
-    _check_teacher(console, parsed)
-    _count_cut_text(console, parsed)
-    if look:
-        _look(console, keys, look)
+    readable = False
+    if not wrong_data:
+        _check_teacher(console, parsed)
+        readable = _count_cut_text(console, parsed)
+        if look:
+            _look(console, keys, look)
 
-    print_verdict(console, result, available)
+    print_verdict(console, result, available, problems=len(wrong_data), readable=readable)
+    if wrong_data:
+        raise typer.Exit(2)
 
 
 def _look(console: Console, keys: dict[str, Any], count: int) -> None:
@@ -112,11 +127,14 @@ def _look(console: Console, keys: dict[str, Any], count: int) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _count_cut_text(console: Console, parsed: HostArguments) -> None:
-    from llamafactory_sekd.host.cut_text import cut_text_of
+def _count_cut_text(console: Console, parsed: HostArguments) -> bool:
+    """Print what is cut, or why it is not known; return whether the data could be read."""
+    from llamafactory_sekd.host.cut_text import UNREADABLE, cut_text_of
 
-    for line in cut_text_of(parsed):
+    lines = cut_text_of(parsed)
+    for line in lines:
         console.print(f"Data: {line}", highlight=False, markup=False, soft_wrap=True)
+    return not any(line.startswith(UNREADABLE) for line in lines)
 
 
 def _check_teacher(console: Console, parsed: HostArguments) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llamafactory_sekd.arguments import SELF
 from llamafactory_sekd.data.dataset_info import command_for
 from llamafactory_sekd.errors import ArgumentError, DataError, SekdError, one_line, suggestion
 from llamafactory_sekd.files import read_json
 from llamafactory_sekd.host.run_arguments import HostArguments
+from llamafactory_sekd.host.teacher_loading import each_teacher, teacher_identity
+from llamafactory_sekd.teacher.teacher_files import check_adapter_files, check_model_files, check_teacher_files
 
 
 _INFO = "dataset_info.json"
@@ -18,26 +22,59 @@ _INFO = "dataset_info.json"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.index.json")
 
 
-def check_names(run: HostArguments, *, planned: bool = False) -> None:
+def check_names(run: HostArguments) -> None:
     """Check the names in a YAML of our stage, before anything is loaded.
-
-    Args:
-        run: its arguments.
-        planned: whether files and folders may be missing still; misspelled names may not.
 
     Raises:
         ArgumentError: the template is unknown, or the student's folder does not exist or holds no model.
         DataError: a data set is not declared, or its file does not exist.
     """
-    from llamafactory_sekd.teacher import check_model_files
-
     check_template("template", run.data.template)
+    for name in _data_sets(run):
+        _check_data_set(name, run.data.dataset_dir, planned=False)
+    _check_student_files(run)
+
+
+def wrong_names(run: HostArguments) -> tuple[list[str], list[str]]:
+    """Return what is wrong with the names in a YAML that is planned, a line each: of template and data, of models.
+
+    A plan needs neither the files of declared data sets nor weights, so these may be missing.
+    """
+    data = [partial(check_template, "template", run.data.template)]
+    data += [partial(_check_data_set, name, run.data.dataset_dir, planned=True) for name in _data_sets(run)]
+    models = [partial(_check_student_files, run)]
+    if run.finetuning.use_sekd and run.finetuning.teacher_model:
+        models += [partial(_check_teacher_files, run, one) for one in each_teacher(run)]
+    return _messages(data), _messages(models)
+
+
+def _messages(checks: Iterable[Callable[[], object]]) -> list[str]:
+    found = []
+    for check in checks:
+        try:
+            check()
+        except SekdError as error:
+            found.append(str(error))
+    return found
+
+
+def _data_sets(run: HostArguments) -> list[str]:
     tokenized = run.data.tokenized_path
-    if not tokenized or not Path(tokenized).is_dir():
-        for name in dict.fromkeys([*(run.data.dataset or []), *(run.data.eval_dataset or [])]):
-            _check_data_set(name, run.data.dataset_dir, planned)
-    if not planned:
-        check_model_files(run.model.model_name_or_path, "model_name_or_path", "adapter_name_or_path", ArgumentError)
+    if tokenized and Path(tokenized).is_dir():
+        return []
+    return list(dict.fromkeys([*(run.data.dataset or []), *(run.data.eval_dataset or [])]))
+
+
+def _check_student_files(run: HostArguments) -> None:
+    check_model_files(run.model.model_name_or_path, "model_name_or_path", "adapter_name_or_path", ArgumentError)
+    check_adapter_files(run.model.adapter_name_or_path or [], "adapter_name_or_path", ArgumentError)
+
+
+def _check_teacher_files(run: HostArguments, one: HostArguments) -> None:
+    name, adapters, _ = teacher_identity(run.model, one.finetuning)
+    if one.finetuning.teacher_model != SELF:
+        check_teacher_files(name)
+    check_adapter_files(adapters.split(",") if adapters else [])
 
 
 def check_template(key: str, name: str | None, error: type[SekdError] = ArgumentError) -> None:
@@ -59,10 +96,8 @@ def _check_data_set(name: str, folder: Any, planned: bool) -> None:
 
     info = folder if isinstance(folder, Mapping) else read_json(Path(folder) / _INFO)
     if not isinstance(info, Mapping):
-        if planned:
-            return
         raise DataError(
-            f"Data set {name!r} is not found: {Path(folder) / _INFO} does not exist or is no JSON object; set "
+            f"Data set {name!r} is not declared: {Path(folder) / _INFO} does not exist or is no JSON object; set "
             "`dataset_dir` to the folder that declares your data sets."
         )
     entry = info.get(name)

@@ -55,8 +55,7 @@ def make_service(
     from safetensors import SafetensorError
 
     check_teacher_files(model)
-    if adapters:
-        check_adapter_files(adapters)
+    check_adapter_files(adapters.split(",") if adapters else [])
 
     model_args = _model_arguments(model, adapters, quantization_bit, overrides)
     try:

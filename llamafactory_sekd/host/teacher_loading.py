@@ -139,9 +139,7 @@ def _check_fit(run: HostArguments) -> str:
 
     name, adapters, _ = teacher_identity(run.model, run.finetuning)
     check_teacher_files(name)
-    if adapters:
-        check_adapter_files(adapters)
-
+    check_adapter_files(adapters.split(",") if adapters else [])
     teacher_args = teacher_model_arguments(run.model, run.finetuning)
     try:
         config = load_config(teacher_args)

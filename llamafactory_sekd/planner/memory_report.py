@@ -52,15 +52,33 @@ def fits(result: Estimate, memory: int) -> bool:
     return result.device <= memory
 
 
-def print_verdict(console: Console, result: Estimate, memory: int) -> None:
-    """Print the answer in one line; whatever cannot run at all has ended the command before."""
-    sizes = f"{_gib(result.device)} of {_gib(memory)} GiB per device"
-    if not fits(result, memory):
-        console.print(f"Verdict: this run does not fit, {sizes}. Ways to save memory are above.", soft_wrap=True)
-    elif result.device > TIGHT * memory:
-        console.print(f"Verdict: this run fits tightly, {sizes}.", soft_wrap=True)
+def print_verdict(
+    console: Console, result: Estimate | None, memory: int, *, problems: int = 0, readable: bool = True
+) -> None:
+    """Print the answer in one line.
+
+    Args:
+        console: where to.
+        result: the estimate; None where a model does not exist.
+        memory: bytes of a device.
+        problems: how many lines above name something that keeps the run from starting.
+        readable: whether its data could be read.
+    """
+    if result is None:
+        memory_text = "To plan its memory now, name models of the same sizes."
     else:
-        console.print(f"Verdict: this run fits, {sizes}.", soft_wrap=True)
+        sizes = f"{_gib(result.device)} of {_gib(memory)} GiB per device"
+        how = "fits tightly" if result.device > TIGHT * memory else "fits"
+        memory_text = f"{how}, {sizes}."
+        if not fits(result, memory):
+            memory_text = f"does not fit, {sizes}. Ways to save memory are above."
+
+    if problems:
+        start = f"cannot start: {'a problem is' if problems == 1 else f'{problems} problems are'} named above."
+        text = f"{start} {memory_text if result is None else f'In memory it {memory_text}'}"
+    else:
+        text = memory_text if readable else f"{memory_text} Its data cannot be read yet (see above)."
+    console.print(f"Verdict: this run {text}", soft_wrap=True)
 
 
 def _verdict(result: Estimate, memory: int) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ def check_model_files(model: str, key: str, adapters_key: str, error: type[SekdE
     """
     path = Path(model).expanduser()
     if not path.is_dir():
-        looks_like_path = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
-        if looks_like_path:
-            raise error(f"`{key}: {model}` does not exist: give a folder with a model, or a hub id.")
+        if _is_path(model):
+            remedy = _near(model) or "give a folder with a model, or a hub id."
+            raise error(f"`{key}: {model}` does not exist: {remedy}")
         return
 
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
@@ -48,21 +49,36 @@ def check_model_files(model: str, key: str, adapters_key: str, error: type[SekdE
         raise error(f"`{key}: {model}` holds no config.json: give the folder of a saved model.")
 
 
-def check_adapter_files(adapters: str) -> None:
-    """Check the local folders among a teacher's adapters, separated by commas; a hub id passes.
+def check_adapter_files(
+    adapters: Iterable[str], key: str = "teacher_model_adapters", error: type[SekdError] = TeacherError
+) -> None:
+    """Check the local folders among a model's adapters; a hub id passes.
 
     Raises:
-        TeacherError: one of them holds no adapter.
+        SekdError: of the class ``error``: one of them holds no adapter.
     """
-    for name in adapters.split(","):
+    for name in adapters:
         path = Path(name).expanduser()
         if path.is_dir() and not (path / "adapter_config.json").is_file():
-            raise TeacherError(
-                f"`teacher_model_adapters: {name}` holds no adapter_config.json: give the folder of a saved adapter."
-            )
+            raise error(f"`{key}: {name}` holds no adapter_config.json: give the folder of a saved adapter.")
 
-        if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-            raise TeacherError(f"`teacher_model_adapters: {name}` does not exist: give the folder of a saved adapter.")
+        if not path.is_dir() and _is_path(name):
+            remedy = _near(name) or "give the folder of a saved adapter."
+            raise error(f"`{key}: {name}` does not exist: {remedy}")
+
+
+def _is_path(name: str) -> bool:
+    """Tell a path that names no folder from a hub id, which has one slash at most."""
+    return Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+
+
+def _near(name: str) -> str:
+    """Return the question whether a folder of nearly the same name was meant; empty where there is none."""
+    path = Path(name).expanduser()
+    if not path.parent.is_dir():
+        return ""
+    close = get_close_matches(path.name, [item.name for item in path.parent.iterdir() if item.is_dir()], n=1)
+    return f"did you mean {str(Path(name).with_name(close[0]))!r}?" if close else ""
 
 
 def check_is_causal(teacher_model: str, config: Any) -> None:

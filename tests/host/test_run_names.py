@@ -10,20 +10,21 @@ from unittest.mock import patch
 
 import pytest
 import torch  # noqa: F401  (registers the plug-in, as in every process of the host)
+import typer
 from helpers.runs import base_config, train, write_yaml
 
 from llamafactory_sekd.errors import ArgumentError, DataError, EvaluationError, SekdError
 from llamafactory_sekd.host.cache import tokenized
 from llamafactory_sekd.host.corpus import read_with
 from llamafactory_sekd.host.evaluate import build_host
-from llamafactory_sekd.host.run_names import check_names
+from llamafactory_sekd.host.run_names import wrong_names
 
 
 NAMES = [
     ({"dataset": "tinny"}, "Data set 'tinny' is not declared in `dataset_dir: {root}/data`: did you mean 'tiny'?"),
     ({"dataset": "tiny,nope"}, "Data set 'nope' is not declared in `dataset_dir: {root}/data`: use one of tiny, "),
     ({"eval_dataset": "tiny_vaild", "do_eval": True}, "Data set 'tiny_vaild' is not declared in "),
-    ({"dataset_dir": "{root}/nowhere"}, "Data set 'tiny' is not found: {root}/nowhere/dataset_info.json does not "),
+    ({"dataset_dir": "{root}/nowhere"}, "Data set 'tiny' is not declared: {root}/nowhere/dataset_info.json does not "),
     ({"dataset": "gone"}, "The file {root}/data/gone.json of data set 'gone' does not exist: correct `file_name` in "),
     ({"dataset": "nameless"}, "The file {root}/data of data set 'nameless' does not exist: correct `file_name` in "),
     ({"template": "parot"}, "`template`: LLaMA-Factory has no template 'parot': did you mean 'parrot'?"),
@@ -71,26 +72,80 @@ def test_a_run_names_what_is_not_there_before_anything_is_loaded(root, keys, mes
 
 
 @pytest.mark.parametrize("keys", [{"dataset": "tinny"}, {"template": "parot"}], ids=str)
-def test_a_misspelled_name_is_refused_where_a_cache_is_built_and_where_a_run_is_planned(root, keys):
-    config = base_config(root, output_dir=str(root / "out"), **keys)
-    for call in (lambda: tokenized(config), lambda: _doctor(config, root)):
-        with pytest.raises(SekdError, match="did you mean"):
-            call()
+def test_a_misspelled_name_is_refused_where_a_cache_is_built(root, keys):
+    with pytest.raises(SekdError, match="did you mean"):
+        tokenized(base_config(root, output_dir=str(root / "out"), **keys))
 
 
-def _doctor(config, root) -> None:
+MISSING_DATA = [
+    ({"dataset": "tinny"}, "Data set 'tinny' is not declared in `dataset_dir: {root}/data`: did you mean 'tiny'?"),
+    ({"dataset_dir": "{root}/nowhere"}, "Data set 'tiny' is not declared: {root}/nowhere/dataset_info.json does not "),
+    ({"template": "parot"}, "`template`: LLaMA-Factory has no template 'parot': did you mean 'parrot'?"),
+]
+MISSING_MODELS = [
+    ({"model_name_or_path": "{root}/studnt"}, "`model_name_or_path: {root}/studnt` does not exist: did you mean '"),
+    ({"model_name_or_path": "{root}/data"}, "`model_name_or_path: {root}/data` holds no config.json"),
+    (
+        {"teacher_model": "{root}/teachr"},
+        "`teacher_model: {root}/teachr` does not exist: did you mean '",
+    ),
+    (
+        {"teacher_model": "{root}/no/such"},
+        "`teacher_model: {root}/no/such` does not exist: give a folder with a model",
+    ),
+    ({"teacher_model_adapters": "{root}/data"}, "`teacher_model_adapters: {root}/data` holds no adapter_config.json"),
+    ({"adapter_name_or_path": "{root}/no/such"}, "`adapter_name_or_path: {root}/no/such` does not exist: give the "),
+]
+
+
+@pytest.mark.parametrize("stage", ["sekd", "sft"])
+@pytest.mark.parametrize(("keys", "problem"), [*MISSING_DATA, *MISSING_MODELS], ids=lambda value: str(value)[:40])
+def test_a_plan_names_what_does_not_exist_and_its_verdict_says_so(root, capsys, stage, keys, problem):
+    keys = {key: value.format(root=root) for key, value in keys.items()}
+    if stage == "sft":
+        if any(key.startswith("teacher_") for key in keys):
+            pytest.skip("a run of this stage has no teacher")
+        keys = {**keys, "stage": "sft", "teacher_model": None}
+    adapters = {"finetuning_type": "lora"} if "adapter_name_or_path" in keys else {}
+    assert _doctor(base_config(root, output_dir=str(root / "out"), **adapters, **keys), root) == 2
+    lines = capsys.readouterr().out.splitlines()
+    problems = [line.removeprefix("Problem: ") for line in lines if line.startswith("Problem: ")]
+    assert [line[: len(problem.format(root=root))] for line in problems] == [problem.format(root=root)]
+    assert lines[-1].startswith("Verdict: this run cannot start: a problem is named above. ")
+    assert ("In memory it fits" in lines[-1]) == (problem in [told for _, told in MISSING_DATA])
+
+
+def test_a_plan_names_all_problems_at_once(root, capsys):
+    keys = {"dataset": "tinny", "template": "parot", "teacher_model": str(root / "teachr")}
+    assert _doctor(base_config(root, output_dir=str(root / "out"), **keys), root) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("Problem: ") for line in lines) == 3
+    assert lines[-1].startswith("Verdict: this run cannot start: 3 problems are named above. ")
+
+
+def test_the_verdict_on_data_that_is_declared_and_not_written_yet_says_so(root, capsys):
+    assert _doctor(base_config(root, output_dir=str(root / "out"), dataset="gone"), root) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("Its data cannot be read yet (see above).")
+
+
+def _doctor(config, root) -> int:
+    """Return the command's exit status."""
     from llamafactory_sekd.host.doctor import doctor
 
     # The command silences the host by its environment; later tests of this process read the host's log.
     with patch.dict(os.environ):
-        doctor(write_yaml(root / "x.yaml", config), None, None, None, None, 0.5, 0)
+        try:
+            doctor(write_yaml(root / "x.yaml", config), None, None, None, None, 0.5, 0)
+        except typer.Exit as end:
+            return end.exit_code
+    return 0
 
 
 def test_a_plan_passes_what_does_not_exist_yet(root):
     from llamafactory_sekd.host.memory_plan import parse
 
-    for keys in ({"dataset": "gone"}, {"dataset_dir": str(root / "nowhere")}, {"dataset": "alma_en_de"}):
-        check_names(parse(base_config(root, **keys)), planned=True)
+    for keys in ({"dataset": "gone"}, {"dataset": "alma_en_de", "dataset_dir": str(root / "nowhere")}):
+        assert wrong_names(parse(base_config(root, **keys))) == ([], [])
 
 
 def test_a_misspelled_template_is_refused_in_an_evaluation_and_where_a_corpus_is_read(root):
