@@ -19,6 +19,9 @@ from llamafactory_sekd.fingerprints import Digests
 
 
 BATCH_SIZE = 16
+REMEDY = "docs/troubleshooting.md has the remedy"
+# Kinds of errors of the hub's client and its transports that say that the hub cannot be reached, or must not be asked.
+_NO_NETWORK = ("Connect", "Proxy", "Offline", "Timeout", "gaierror", "LocalEntryNotFound")
 # What a checkpoint's encoder needs besides the weights that the checkpoint holds.
 _OF_ENCODER = ("config.json", "tokenizer.json", "sentencepiece.bpe.model")
 
@@ -75,7 +78,7 @@ def _checkpoint(name: str, comet: Any) -> Path:
         return Path(comet.download_model(name))
     except Exception as error:
         raise EvaluationError(
-            f"`comet_model`: {name} cannot be downloaded ({_first_cause(error)}); give a local checkpoint's path."
+            f"`comet_model`: {name} cannot be downloaded ({_why_not_downloaded(error)}); {REMEDY}."
         ) from None
 
 
@@ -86,13 +89,22 @@ def _first_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {shorten(one_line(str(error)), 300, placeholder=' …').rstrip('.')}"
 
 
+def _why_not_downloaded(error: BaseException) -> str:
+    """Return the cause in two words where it is the usual one."""
+    chain: list[BaseException] = [error]
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    kinds = [type(one).__name__ for one in chain]
+    unreachable = any(word in kind for kind in kinds for word in _NO_NETWORK)
+    return "no network" if unreachable else _first_cause(error)
+
+
 def _find_encoder(checkpoint: Path) -> None:
     """Check that the configuration and the tokenizer of a checkpoint's encoder can be had: they are not part of it.
 
     The library asks the hub for minutes without a network, and then calls the vocabulary corrupted.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.constants import HF_HUB_CACHE
 
     encoder = _encoder_of(checkpoint)
     if encoder is None or _is_here(encoder):
@@ -101,9 +113,8 @@ def _find_encoder(checkpoint: Path) -> None:
         hf_hub_download(encoder, "config.json", etag_timeout=10)
     except Exception as error:  # the hub client raises whatever its transport raises
         raise EvaluationError(
-            f"The COMET checkpoint {checkpoint} needs the configuration and the tokenizer of its encoder {encoder}, "
-            f"which are not in {HF_HUB_CACHE} and cannot be downloaded ({_first_cause(error)}); where there is a "
-            f"network, run `hf download {encoder} {' '.join(_OF_ENCODER)}` and copy that folder."
+            f"The COMET checkpoint {checkpoint} needs configuration and tokenizer of its encoder {encoder}, which "
+            f"cannot be downloaded ({_why_not_downloaded(error)}); {REMEDY}."
         ) from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from llamafactory_sekd.evaluation.cost_tables import costs_section
@@ -50,9 +51,11 @@ def write_report(data: Evaluated, results: dict[str, Any]) -> None:
     write_json(folder / "results.json", results)
     document = build_document(data, results)
     write_document(document, folder)
-    print_document(document)
+    scores, *others = document.sections
+    # The log has named the metrics that are skipped, before the translations.
+    print_document(replace(document, sections=(replace(scores, alarm=" ".join(results["notes"])), *others)))
     if results["baseline"] is not None:
-        print(f"± 95 % interval; in brackets: difference to {results['baseline']}. {MARKS}.")
+        print(f"± 95 % interval; in parentheses: difference to {results['baseline']}. {MARKS}.")
     print(f"Report: {folder / 'report.html'}")
 
 
@@ -229,10 +232,10 @@ def _guards(results: Mapping[str, Any]) -> Section:
     )
     note = (
         "Shares of the sentences; the length ratio is output by reference, in tokens. Extra text is a heading of a "
-        "prompt, a preface, or quotation marks around all of it. What deserves a look is marked."
+        "prompt, a preface, or quotation marks around all of it. Values that deserve a look are marked."
     )
     if "thoughts" in shown:
-        note += " Thoughts before a translation are counted and taken off."
+        note += " Thoughts before a translation are counted and removed."
     if "unaligned" in shown:
         note += (
             " Documents were translated together; the sentences of one that came back with another number of lines "
@@ -310,7 +313,7 @@ def _origin(results: Mapping[str, Any]) -> Section:
         ("system", "direction"),
         _triples(results["fingerprints"]),
     )
-    note = "What anyone needs to repeat it; results.json in this folder has every figure at full precision."
+    note = "What it takes to repeat this evaluation; results.json in this folder has every figure at full precision."
     return Section(
         "How this was made", note, tables=(signatures, *([prompts] if prompts.rows else []), versions, prints)
     )

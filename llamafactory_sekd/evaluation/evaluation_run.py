@@ -83,8 +83,6 @@ def prepare(settings: Settings, host: Host) -> Prepared:
                 skipped[metric] = str(error)
             else:
                 scorers |= {metric: scorer} if scorer is not None else {}
-    for metric, reason in skipped.items():
-        logger.warning("%s is skipped: %s", metric_label(metric), reason)
     return Prepared(test_sets, scorers, skipped)
 
 
@@ -130,6 +128,8 @@ def evaluate(settings: Settings, host: Host) -> dict[str, Any] | None:
     """
     with join_ranks() as ranks:
         prepared = ranks.from_first(prepare(settings, host) if ranks.is_first else None)
+        for metric, reason in prepared.skipped.items() if ranks.is_first else ():
+            logger.warning("%s is skipped: %s", metric_label(metric), reason)
         hold = open_workspace(settings, prepared.fingerprints) if ranks.is_first else nullcontext()
         with hold:
             hypotheses = collect_hypotheses(settings, prepared.test_sets, host, ranks)

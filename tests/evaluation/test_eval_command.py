@@ -131,9 +131,14 @@ def test_two_ranks_give_what_one_gives_and_the_first_scores_comet(
     from helpers.tiny_comet import save_comet
 
     checkpoint = save_comet(tmp_path / "comet", ENGLISH)
-    config |= {"metrics": ["bleu", "comet"], "comet_model": str(checkpoint)}
-    done = run(str(write_config(config)), "batch_size=2", FORCE_TORCHRUN="1", NPROC_PER_NODE="2")
+    config |= {"metrics": ["bleu", "comet", "metricx?"], "comet_model": str(checkpoint), "metricx": "nobody/none"}
+    ranks = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
+    done = run(str(write_config(config)), "batch_size=2", HF_HUB_OFFLINE="1", **ranks)
     assert done.returncode == 0, done.stderr
+    # Whatever is skipped is named once, not by the launcher, the ranks and the table.
+    assert [text.count("MetricX is skipped: ") for text in (done.stderr, done.stdout)] == [1, 0]
+    assert "was skipped" not in done.stdout
+    assert "MetricX was skipped: " in (Path(config["save_dir"]) / "report.md").read_text()
     assert "rank 1 of 2" in done.stderr
     folder = Path(config["save_dir"])
     assert hypotheses(folder) == hypotheses(finished[0])
