@@ -59,8 +59,8 @@ class DistillationArguments:
         default=False,
         metadata={
             "help": (
-                "Whether the teacher's weights rest in main memory and come to the device for each forward pass, "
-                "layer by layer (under ZeRO-3: its `offload_param`)."
+                "Keep the teacher's weights in main memory and move them to the device for each forward pass, layer "
+                "by layer (under ZeRO-3: its `offload_param`)."
             )
         },
     )
@@ -105,7 +105,7 @@ class DistillationArguments:
         default=None,
         metadata={
             "help": (
-                "Ask teacher_server for so many log-probabilities per token, 8 to 512, and the mass of the others. "
+                "Ask teacher_server for this many log-probabilities per token, 8 to 512, and the mass of the others. "
                 "Default: its hidden states, which are exact."
             )
         },
@@ -114,7 +114,7 @@ class DistillationArguments:
         default=600.0,
         metadata={
             "help": (
-                "For how many seconds a request to teacher_server is repeated, with growing pauses, while the server "
+                "How long, in seconds, a request to teacher_server is repeated, with growing pauses, while the server "
                 "is gone, slow or busy."
             )
         },
@@ -194,7 +194,7 @@ class DistillationArguments:
         metadata={
             "help": (
                 "The share of the training examples, from 0 to 1, whose response is replaced in each step by the "
-                "present student's own sample, which the teacher judges (λ is 1 there). Decoding: do_sample, "
+                "current student's own sample, which the teacher judges (λ is 1 there). Decoding: do_sample, "
                 "max_new_tokens, and temperature, top_p and top_k, which default to 1, 1 and 0 here."
             )
         },
@@ -226,8 +226,8 @@ class DistillationArguments:
         default=None,
         metadata={
             "help": (
-                "Whether torch.compile takes the objective between the logits and their gradient, which costs seconds "
-                "at the start and makes each step faster. Default: false."
+                "Compile the part of the objective between the logits and their gradient with torch.compile, which "
+                "costs seconds at the start and makes each step faster. Default: false."
             )
         },
     )

@@ -30,7 +30,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HELP = ["-h", "--help"]
 _CTRL_C = 130  # the status that typer ends with, without a word
 PREPARE, RUN = "Before a run", "Runs"
-_CONTINUES = "interrupted; nothing is half-written, and the same command goes on from what is there"
+_CONTINUES = "interrupted; nothing is half-written, and the same command resumes"
 # The modules are imported only when their command is asked for.
 COMMANDS = {
     "init": Command("llamafactory_sekd.examples", "Write the example YAML files into a folder.", PREPARE),
@@ -103,7 +103,10 @@ def root() -> typer.Typer:
 
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=lambda asked: _print_version(asked), is_eager=True, help="Version.")
+        bool,
+        typer.Option(
+            "--version", callback=lambda asked: _print_version(asked), is_eager=True, help="Show the version."
+        ),
     ] = False,
 ) -> None:
     """Hold the options of ``sekd`` itself."""

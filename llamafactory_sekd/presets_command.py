@@ -20,7 +20,7 @@ _SYMBOLS = "q^ = β q + (1-β) y~,   d = KL(y~ ‖ q)"
 def objectives(
     names: Annotated[list[str] | None, typer.Argument(help="Only these presets.", show_default=False)] = None,
 ) -> None:
-    """List the presets with equation, keys, source and mapping, and what a mapping can be made of."""
+    """List the presets with equation, keys, source and mapping, and the parts of a mapping."""
     for name in names or ():
         if name not in PRESETS:
             raise unknown("objectives", name, PRESETS)

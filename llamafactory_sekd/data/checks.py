@@ -49,7 +49,7 @@ class Problem(Enum):
     INVISIBLE = (
         "invisible_character",
         Outcome.KEPT,
-        "contains a character that nobody sees (soft hyphen, zero-width space, direction override, private use)",
+        "contains an invisible character (soft hyphen, zero-width space, direction override, private use)",
     )
     DECOMPOSED = ("decomposed", Outcome.KEPT, "has letters and their accents as separate characters (not NFC)")
     LINE_BREAK = ("line_break", Outcome.REPAIRED, "a line break inside a sentence became a space")

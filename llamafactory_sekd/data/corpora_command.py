@@ -36,7 +36,7 @@ def alma(
     source: Annotated[str, typer.Option(help="'hub', or the directory of a clone of ALMA's repository.")] = "hub",
     pairs: Annotated[str, typer.Option(help="Language pairs: de-en, cs-en, is-en, ru-en, zh-en.")] = "de-en,cs-en",
     directions: Annotated[str | None, typer.Option(help="Directions, such as en-de,cs-en. Default: all.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the data goes.")] = Path("data/alma"),
+    out: Annotated[Path, typer.Option(help="Output directory.")] = Path("data/alma"),
     overwrite: Overwrite = False,
 ) -> None:
     """Write ALMA's training, WMT21 validation and WMT22 test data; a second run verifies it."""
@@ -74,9 +74,9 @@ def pairs(
     source_name: Annotated[str | None, typer.Option("--from-name", help="The source language's name.")] = None,
     target_name: Annotated[str | None, typer.Option("--to-name", help="The target language's name.")] = None,
     both: Annotated[bool, typer.Option("--both", help="Add the opposite direction.")] = False,
-    plain: Annotated[bool, typer.Option("--plain", help="No heading of Parrot's: for chat templates.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Leave out Parrot's heading, for chat templates.")] = False,
     prompt: Annotated[str | None, typer.Option(help="A prompt of your own, with {source}.")] = None,
-    quoted: Annotated[bool, typer.Option("--quoted", help="The TSV has a spreadsheet's quotation marks.")] = False,
+    quoted: Annotated[bool, typer.Option("--quoted", help="The TSV has quotation marks from a spreadsheet.")] = False,
     valid: Annotated[int, typer.Option(help="Pairs to hold out for validation, as NAME_valid.", min=0)] = 0,
     test: Annotated[int, typer.Option(help="Pairs to hold out for testing, as NAME_test.", min=0)] = 0,
     out: Annotated[Path, typer.Option(help="The dataset_dir of LLaMA-Factory.")] = Path("data"),
@@ -156,7 +156,8 @@ def _report(console: Console, manifest: dict[str, Any], fresh: bool, out: Path, 
     for folder in sorted({str(Path(name).parent) for name in manifest["files"]} - {"."}):
         console.print(f"Test set: task: {folder}, task_dir: {out}", highlight=False, markup=False, soft_wrap=True)
     largest = max(datasets, key=lambda name: datasets[name]["records"])
-    usage = f"In LLaMA-Factory: dataset_dir: {out}, dataset: {largest}, template: {template}"
+    validation = next((f"eval_dataset: {name}, " for name in datasets if name.endswith("_valid")), "")
+    usage = f"In LLaMA-Factory: dataset_dir: {out}, dataset: {largest}, {validation}template: {template}"
     console.print(usage, highlight=False, markup=False, soft_wrap=True)
 
 

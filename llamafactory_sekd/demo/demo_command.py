@@ -24,7 +24,7 @@ def demo(
 ) -> None:
     """Distill a tiny translator from a tiny teacher, on real text, and report its scores.
 
-    Interrupted and repeated, it continues; what is finished is not done again.
+    After an interruption, the same command resumes; finished steps are skipped.
     """
     import logging
 

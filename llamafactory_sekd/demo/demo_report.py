@@ -86,7 +86,7 @@ ORIGIN = (
 
 @dataclass(frozen=True)
 class Contents:
-    """All that the page speaks of: the study, the student's text and which of it is wrong, what models make of it."""
+    """Everything on the page: the study, the student's text and which of it is wrong, what models make of it."""
 
     views: Views
     noise: Mapping[str, Any]
@@ -139,7 +139,7 @@ class Contents:
 
 
 def collect(study: Path, text: Path, teacher: Path, start: Path) -> Contents:
-    """Put together what the page speaks of.
+    """Put together the contents of the page.
 
     Args:
         study: the study's folder.

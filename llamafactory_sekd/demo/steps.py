@@ -2,7 +2,7 @@
 
 A finished step leaves a stamp with the fingerprint of all that went into it: its own ingredients and the fingerprints
 of the steps it builds on. A step whose stamp still holds is passed over; one whose ingredients changed starts from
-nothing; one that was interrupted goes on from what it left.
+nothing; one that was interrupted resumes.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class WayToDecode:
         if limit is not None and longest >= limit:
             logger.warning(
                 f"The longest prompt has {longest} tokens, and {type(self._model).__name__} was made for {limit}: "
-                "what it writes after such a prompt is of little worth."
+                "its output after such a prompt is unreliable."
             )
         arguments = (self._model, prompts, self._pad_id, self._new_tokens)
         self.fast = self.fast and agrees_with_plain_forward(*arguments)

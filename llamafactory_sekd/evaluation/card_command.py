@@ -18,9 +18,9 @@ def card(
     model: Annotated[Path, typer.Argument(help="The folder that training wrote.")],
     results: Annotated[Path, typer.Option("--results", help="The save_dir of an evaluation.")],
     system: Annotated[
-        str | None, typer.Option("--system", help="Which of its systems the model is, where that is not clear.")
+        str | None, typer.Option("--system", help="The model's system in these results, where that is ambiguous.")
     ] = None,
 ) -> None:
-    """Renew the section on translation quality in MODEL/README.md; the rest of the card stays as it is."""
+    """Update the section on translation quality in MODEL/README.md; the rest of the card stays unchanged."""
     name = write_scores(model, results, system)
     print(f"{model / 'README.md'}: the scores of {name}")

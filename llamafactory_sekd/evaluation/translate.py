@@ -133,7 +133,7 @@ def _say_what_did_not_align(system: System, job: _Job, done: Hypotheses) -> None
     if documents:
         logger.warning(
             "%s %s: %d of %d documents came back with another number of lines; their %d sentences were translated one "
-            "by one. (`max_new_tokens` holds for a document; `document: 10` makes pieces of ten sentences.)",
+            "by one. (`max_new_tokens` applies to a document; `document: 10` makes pieces of ten sentences.)",
             *(system.name, job.direction, documents, len(job.asked.documents), sum(alone)),
         )
 

@@ -15,7 +15,9 @@ app = typer.Typer(add_completion=False)
 def cache(
     config: Annotated[Path, typer.Argument(help="The training YAML, with `teacher_model`.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for `llamafactory-cli train`.")] = None,
-    out: Annotated[Path, typer.Option(help="The cache; an interrupted one is continued.")] = Path("teacher_cache"),
+    out: Annotated[Path, typer.Option(help="The cache's folder; an interrupted build resumes.")] = Path(
+        "teacher_cache"
+    ),
     kept: Annotated[str, typer.Option("--format", help="hidden (exact) or topk.")] = "hidden",
     k: Annotated[int, typer.Option("--k", help="Probabilities per token for topk, 8 to 512.")] = 64,
     dtype: Annotated[

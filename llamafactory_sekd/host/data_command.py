@@ -26,18 +26,20 @@ def check(
     tgt: Annotated[Path | None, typer.Option(help="Their translations, line by line.")] = None,
     tsv: Annotated[Path | None, typer.Option(help="Instead of both: lines of source, tab, target.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Or: JSON Lines.")] = None,
-    template: Annotated[str, typer.Option(help="The host's template; another than parrot gets a plain prompt.")] = (
-        "parrot"
-    ),
+    template: Annotated[
+        str, typer.Option(help="LLaMA-Factory's template; with any other than parrot the prompt is plain.")
+    ] = "parrot",
     below: Annotated[
         float | None,
-        typer.Option(help="Doubted: geometric mean of the tokens' probabilities below this.", min=0, max=1),
+        typer.Option(
+            help="Doubt a reference whose tokens' probabilities have a geometric mean below this.", min=0, max=1
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Pairs per forward pass.", min=1)] = 16,
     out: Annotated[Path, typer.Option(help="The suspicious pairs, as TSV.")] = Path("suspects.tsv"),
     keep: Annotated[Path | None, typer.Option(help="All other pairs, as TSV for `sekd data pairs --tsv`.")] = None,
 ) -> None:
-    """Let a teacher read parallel text and list the pairs that look wrong; interrupted, the same command continues."""
+    """Let a teacher read parallel text and list the pairs that look wrong; an interrupted command resumes."""
     import os
 
     for name in ("LLAMAFACTORY_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
@@ -84,18 +86,19 @@ def check(
 def informed(
     dataset: Annotated[str, typer.Argument(help="A data set of dataset_info.json, in alpaca format.")],
     dataset_dir: Annotated[Path, typer.Option(help="LLaMA-Factory's dataset_dir.")] = Path("data"),
-    name: Annotated[str | None, typer.Option(help="Of the teacher's data set. Default: NAME_informed.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the teacher's data set. Default: NAME_informed.")] = None,
     previous: Annotated[int, typer.Option(help="Sentences of the document before each one.", min=0)] = 0,
     examples: Annotated[
         int, typer.Option(help="Translations of sentences like each one, from the data set itself.", min=0)
     ] = 0,
-    pool: Annotated[int, typer.Option(help="Examples are taken from the first so many records.", min=1)] = 2000,
+    pool: Annotated[int, typer.Option(help="Take examples from this many records, the first ones.", min=1)] = 2000,
     documents: Annotated[
-        Path | None, typer.Option(help="A line for each record: the name of its document. Default: all of one.")
+        Path | None,
+        typer.Option(help="File with the name of each record's document, one per line. Default: a single document."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote.")] = False,
 ) -> None:
-    """Write the data set that a better informed teacher reads: the same records with more before the sentence.
+    """Write the data set that a better informed teacher reads: the same records with more context.
 
     Then: sekd cache X.yaml --out DIR --teacher-dataset NAME_informed
     """

@@ -63,9 +63,11 @@ def look(config: dict[str, Any], count: int, progress: Callable[[int], None] = l
     from llamafactory_sekd.teacher import Teacher
 
     if config.get("teacher_model") == SELF:
-        raise ArgumentError(f"`teacher_model: {SELF}` cannot be looked at: name the teacher's folder or hub id.")
+        raise ArgumentError(
+            f"`teacher_model: {SELF}` does not work with `--look`: name the teacher's folder or hub id."
+        )
     if isinstance(config.get("teacher_model"), dict):
-        raise ArgumentError("`teacher_model` names several teachers: look at one, with teacher_model=PATH.")
+        raise ArgumentError("`teacher_model` names several teachers: `--look` takes one, with teacher_model=PATH.")
     with redirect_stdout(StringIO()):  # the host prints its first example
         data = tokenized({**config, "packing": False, "neat_packing": False}, lambda _: None)
     found = list(islice(_examples(data.datasets), count))

@@ -26,13 +26,13 @@ def serve(
         str | None, typer.Option(help="float32, bfloat16 or float16. Default: the model's, where the device has it.")
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; other machines reach 0.0.0.0, with SEKD_SERVER_TOKEN set.")
+        str, typer.Option(help="Address to listen on; 0.0.0.0 admits other machines and needs SEKD_SERVER_TOKEN.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 for any that is free.", min=0, max=65535)] = 8001,
     batch_tokens: Annotated[
         int, typer.Option(help="Tokens of a forward pass, padding included; less takes less memory.", min=1)
     ] = 16384,
-    max_request: Annotated[int, typer.Option(help="MiB of a request, at most.", min=1)] = 64,
+    max_request: Annotated[int, typer.Option(help="Largest request, in MiB.", min=1)] = 64,
 ) -> None:
     """Serve a teacher to training runs and to `sekd cache --server` on other machines."""
     import socket

@@ -40,7 +40,9 @@ def translate(
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option("--in", help="Plain lines, .tsv or .jsonl, packed too. Default: stdin.", rich_help_panel=_TEXT),
+        typer.Option(
+            "--in", help="Plain lines, .tsv or .jsonl; may be compressed. Default: stdin.", rich_help_panel=_TEXT
+        ),
     ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Or a data set of dataset_info.json.", rich_help_panel=_TEXT)
@@ -61,7 +63,7 @@ def translate(
     ] = None,
     n_best: Annotated[int, typer.Option(help="Translations to write.", min=1, rich_help_panel=_METHOD)] = 1,
     metric: Annotated[
-        str | None, typer.Option(help="Of mbr: chrf or comet. Default: chrf.", rich_help_panel=_METHOD)
+        str | None, typer.Option(help="For mbr: chrf or comet. Default: chrf.", rich_help_panel=_METHOD)
     ] = None,
     comet_model: Annotated[
         str, typer.Option(help="A checkpoint or a hub name.", rich_help_panel=_METHOD)
@@ -75,13 +77,13 @@ def translate(
     temperature: Annotated[float | None, typer.Option(help="Default: 1.", rich_help_panel=_METHOD)] = None,
     top_p: Annotated[float | None, typer.Option(help="Default: 1.", rich_help_panel=_METHOD)] = None,
     top_k: Annotated[int | None, typer.Option(help="Default: all.", rich_help_panel=_METHOD)] = None,
-    seed: Annotated[int, typer.Option(help="Of the samples.", min=0, rich_help_panel=_METHOD)] = 42,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.", min=0, rich_help_panel=_METHOD)] = 42,
     max_new_tokens: Annotated[int, typer.Option(help="Limit of a translation.", min=1, rich_help_panel=_METHOD)] = 256,
-    length_penalty: Annotated[float, typer.Option(help="Of the beam.", rich_help_panel=_METHOD)] = 1.0,
+    length_penalty: Annotated[float, typer.Option(help="For beam search.", rich_help_panel=_METHOD)] = 1.0,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="A file: .txt, .tsv, .jsonl, packed with .gz; with --name a dataset_dir. Default: stdout.",
+            help="A file: .txt, .tsv or .jsonl, compressed with .gz; with --name a dataset_dir. Default: stdout.",
             rich_help_panel=_OUTPUT,
         ),
     ] = None,
@@ -109,7 +111,10 @@ def translate(
         typer.Option(help="Where finished sentences are kept. Default: OUT.work.", rich_help_panel=_OUTPUT),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a data set of another request.", rich_help_panel=_OUTPUT)
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace a data set that was made with other options.", rich_help_panel=_OUTPUT
+        ),
     ] = False,
     shard: Annotated[str | None, typer.Option(help="Only part I of N, written I/N.", rich_help_panel=_MACHINE)] = None,
     join: Annotated[
@@ -124,10 +129,10 @@ def translate(
         int, typer.Option(help="Tokens decoded at a time.", min=1, rich_help_panel=_MACHINE)
     ] = 16384,
     batch_size: Annotated[
-        int | None, typer.Option(help="Translations at a time, at most.", min=1, rich_help_panel=_MACHINE)
+        int | None, typer.Option(help="At most this many translations at a time.", min=1, rich_help_panel=_MACHINE)
     ] = None,
 ) -> None:
-    """Translate text with any model: to read, or to train a student on.
+    """Translate text with any model, to read it or to train a student on it.
 
     sekd translate --model M --from en --to de < in.txt > out.txt
     """
@@ -226,7 +231,7 @@ def _write_array(path: Path, parts: int, logs: Path) -> None:
         f'--shard "$SLURM_ARRAY_TASK_ID/{parts}"',
         what=f"A translation in {parts} parts",
         name="sekd-translate",
-        notes=("A task that was ended continues when it is submitted again. When all are done, put them together:",),
+        notes=("A task that was stopped resumes when it is submitted again. When all are done, put them together:",),
         afterwards=joins,
         tasks=(1, parts),
         logs=logs,

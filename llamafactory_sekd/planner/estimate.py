@@ -161,7 +161,7 @@ class _Ledger:
         teacher = self.rehearsal.teacher
         if teacher is None and self.run.distillation is not None:
             return _always(
-                "teacher", "its head alone, the answers are cached", self.student.head * self.student.item_size
+                "teacher", "only its head; the answers are cached", self.student.head * self.student.item_size
             )
 
         if teacher is None:

@@ -42,9 +42,9 @@ def write_slurm(path: Path, study_command: Sequence[str], study: Study, count: i
         what=f"Every run of the study {study.spec.name}",
         name=study.spec.name,
         notes=(
-            "What has to be done once is done by the first task that comes; the others wait for it. A task that was",
-            "ended continues when it is submitted again, and one that is done ends at once. When all are done,",
-            "collect and report:",
+            "The first task does the work that is needed once; the others wait for it. A task that was stopped",
+            "resumes when it is submitted again, and a finished one ends at once. When all are done, collect and",
+            "report:",
         ),
         afterwards=study_command,
         tasks=(0, count - 1),

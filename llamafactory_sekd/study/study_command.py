@@ -20,17 +20,17 @@ app = typer.Typer(help="Run a matrix of trainings and evaluations.", add_complet
 @app.command()
 def study(
     file: Annotated[Path, typer.Argument(help="The study's YAML.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, dotted for inner keys.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value; dots reach nested keys.")] = None,
     jobs: Annotated[int, typer.Option(help="Number of runs in parallel.", min=1)] = 1,
-    devices: Annotated[str | None, typer.Option(help="GPUs to share out among the runs, such as 0,1,2,3.")] = None,
+    devices: Annotated[str | None, typer.Option(help="GPUs to divide among the runs, such as 0,1,2,3.")] = None,
     list_only: Annotated[bool, typer.Option("--list", help="Write all files and print the commands.")] = False,
     slurm: Annotated[Path | None, typer.Option(help="Write a SLURM array script there.")] = None,
     only: Annotated[str | None, typer.Option(help="Run one cell or model, by id or number.")] = None,
-    report_only: Annotated[bool, typer.Option("--report-only", help="Collect and report what is there.")] = False,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Collect and report what exists.")] = False,
 ) -> None:
     """Train and evaluate every system of a study at every point of its matrix, with every seed.
 
-    Interrupted and repeated, it continues; what is done is not done again.
+    After an interruption, the same command resumes; finished runs are skipped.
     """
     import logging
 

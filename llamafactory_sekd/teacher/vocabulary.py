@@ -126,7 +126,7 @@ def common_vocabulary(student_tokenizer: Any, student_rows: int, *teachers_rows:
     """Decide how many rows of the heads the objective reads.
 
     Model families pad their vocabulary differently (Qwen 2.5: 151,936 and 152,064 rows for 151,665 tokens). Where
-    heads differ, all are cut to the ids that the tokenizer really uses, and the probabilities are renormalised there.
+    heads differ, all are cut to the ids that the tokenizer really uses, and the probabilities are renormalized there.
 
     Args:
         student_tokenizer: the student's tokenizer; every one of its tokens is known to the teachers.
@@ -155,6 +155,6 @@ def common_vocabulary(student_tokenizer: Any, student_rows: int, *teachers_rows:
 
     return used, (
         f"The student's head has {student_rows:,} rows and the teacher's answers are over {teacher_rows:,} ids; the "
-        f"tokenizer uses {used:,}: the objective reads the first {used:,} of both and renormalises; the rest is "
+        f"tokenizer uses {used:,}: the objective reads the first {used:,} of both and renormalizes; the rest is "
         "padding that no token means."
     )

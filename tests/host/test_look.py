@@ -62,7 +62,7 @@ def test_each_advice_has_its_place():
 
 
 def test_a_teacher_that_is_the_students_own_base_is_refused(tiny_root):
-    with pytest.raises(ArgumentError, match=r"^`teacher_model: self` cannot be looked at: "):
+    with pytest.raises(ArgumentError, match=r"^`teacher_model: self` does not work with `--look`: "):
         look(base_config(tiny_root, output_dir="unused", teacher_model="self"), 3)
 
 

@@ -566,7 +566,7 @@ def test_without_an_evaluation_the_validation_metrics_are_the_judge():
     write_study(opened(), find_inputs(opened()))
     assert json.loads(Path("out/results.json").read_text())["cells"][0]["scores"] is None
     report(opened(), None)
-    assert "1 of 4 runs are not done yet" in Path("out/report.md").read_text()
+    assert "1 of 4 runs are not finished" in Path("out/report.md").read_text()
 
 
 def test_without_an_evaluation_a_key_is_still_chosen_by_a_validation_metric():

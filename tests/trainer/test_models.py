@@ -103,7 +103,7 @@ def test_a_padded_vocabulary_is_cut_to_the_used_ids_and_the_log_says_so(root, ca
     tiny.save_llama(root / "teacher", seed=1, vocab_size=448)
     found = loss_of_one_step(root, root / "out")
     assert "448" in caplog.text
-    assert "renormalises" in caplog.text
+    assert "renormalizes" in caplog.text
 
     # The same teacher with the padding taken out of its head.
     model = AutoModelForCausalLM.from_pretrained(root / "teacher")

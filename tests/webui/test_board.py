@@ -219,7 +219,7 @@ def test_a_wrong_value_warns_before_anything_starts(board: Board, folder: Path) 
     playwright.expect(toast.filter(has_text="`teacher_cache: no-cache` holds no")).to_be_visible()
     board.page.wait_for_timeout(1000 if PICTURES else 0)  # until the message has slid in
     picture(board.page, "warning")
-    board.write("Teacher's server", "http://127.0.0.1:9")  # which is asked once the field is left
+    board.write("Teacher server", "http://127.0.0.1:9")  # which is asked once the field is left
     playwright.expect(toast.filter(has_text="`teacher_server: http://127.0.0.1:9` cannot be reached")).to_be_visible(
         timeout=60_000
     )

@@ -37,6 +37,6 @@ def _missing(study: Study) -> Section | None:
     cells = len(study.results["cells"]) + len(study.results["models"])
     return Section(
         "What is missing",
-        alarm=f"{len(study.missing)} of {cells} runs are not done yet. Everything below is without them.",
+        alarm=f"{len(study.missing)} of {cells} runs are not finished. Everything below excludes them.",
         lines=study.missing,
     )

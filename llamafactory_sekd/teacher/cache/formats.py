@@ -79,7 +79,7 @@ class TopKFormat:
     Args:
         k: how many are kept.
         dtype: of the log-probabilities; float16 keeps them to 1 part in 2,000.
-        vocab_size: the ids that the tokenizer uses; the teacher's other rows are left out and it is renormalised.
+        vocab_size: the ids that the tokenizer uses; the teacher's other rows are left out and it is renormalized.
     """
 
     name = "topk"

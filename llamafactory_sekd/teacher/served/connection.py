@@ -155,7 +155,7 @@ class HttpConnection:
                 raise NoAnswerError(
                     f"`teacher_server: {self.url}` {problem}, and that for {waited:.0f} s "
                     f"(`teacher_server_patience: {self.patience:g}`): start it again with the same model, and then "
-                    "this command, which goes on where it stopped.",
+                    "this command, which resumes where it stopped.",
                     problem,
                 )
 
