@@ -108,6 +108,13 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
     if args.kd_on_policy_truncated not in ("keep", "drop"):
         _refuse(args, "kd_on_policy_truncated", "choose keep or drop")
 
+    if not _is_count(args.kd_on_policy_every):
+        _refuse(args, "kd_on_policy_every", "use an integer of at least 1")
+
+    for key in ("kd_on_policy_truncated", "kd_on_policy_every"):
+        if not args.kd_on_policy and _is_set(args, key):
+            _refuse(args, key, "it is about own samples, and `kd_on_policy` is 0; leave it out, or set both")
+
     if args.kd_on_policy and args.teacher_cache:
         _refuse(
             args, "kd_on_policy", "own samples are new text, which no `teacher_cache` holds; set `teacher_model` alone"
@@ -115,7 +122,7 @@ def check_distillation_arguments(args: DistillationArguments) -> None:
 
     _check_range(args, "kd_max_cut", 0, 1)
     size = args.kd_chunk_size
-    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+    if size is not None and not _is_count(size):
         _refuse(args, "kd_chunk_size", "use an integer of at least 1, or leave it out")
 
     if not isinstance(args.kd_compile, (bool, type(None))):
@@ -294,6 +301,10 @@ def _is_set(args: DistillationArguments, key: str) -> bool:
 
 def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _refuse(args: DistillationArguments, key: str, remedy: str) -> None:

@@ -203,6 +203,15 @@ class DistillationArguments:
         default="keep",
         metadata={"help": "Own samples that hit the limit without an end token: keep, or drop them from the loss."},
     )
+    kd_on_policy_every: int = field(
+        default=1,
+        metadata={
+            "help": (
+                "Draw own samples once in so many steps, for all of these steps: fewer and larger batches of "
+                "generation, and samples that are up to that number less one steps old."
+            )
+        },
+    )
     kd_max_cut: float = field(
         default=0.5,
         metadata={

@@ -31,11 +31,13 @@ class DistillationState:
         teacher: fingerprint of the teacher's files, None where it came from a hub.
         window: sums of the metrics since the last log, over all ranks (see ``TokenMeans``).
         adaptive: the sums behind the keys that follow the training, over all ranks (see ``AdaptiveKeys``).
+        own_samples: the student's samples for steps to come, of all ranks, by example (see ``OwnSamples``).
     """
 
     teacher: str | None = None
     window: list[float] = field(default_factory=list)
     adaptive: dict[str, list[float]] = field(default_factory=dict)
+    own_samples: dict[str, list[int]] = field(default_factory=dict)
 
     def save(self, checkpoint: str | Path) -> None:
         """Write ``kd_state.json``, atomically."""

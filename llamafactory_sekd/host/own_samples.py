@@ -95,6 +95,7 @@ def own_samples_of(run: HostArguments, template: Any, tokenizer: Any) -> Callabl
     )
     return lambda accelerator: OwnSamples(
         share=run.finetuning.kd_on_policy,
+        every=run.finetuning.kd_on_policy_every,
         drop_truncated=run.finetuning.kd_on_policy_truncated == "drop",
         sampling=sampling,
         cutoff_len=run.data.cutoff_len,

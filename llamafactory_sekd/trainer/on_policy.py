@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.utils import logging
 
@@ -67,14 +68,19 @@ class _Example:
         batch, row: its place among the micro-batches of the step.
         prompt: the tokens before the response, which are those of inference with the same template.
         reference: the response of the data.
-        seed: of its sample.
+        name: the hash of seed, epoch and tokens, in hexadecimal digits.
     """
 
     batch: int
     row: int
     prompt: list[int]
     reference: list[int]
-    seed: int
+    name: str
+
+    @property
+    def seed(self) -> int:
+        """The seed of its sample."""
+        return int(self.name[16:], 16) >> 1
 
 
 class OwnSamples:
@@ -82,6 +88,7 @@ class OwnSamples:
 
     Args:
         share: the share of the examples, from 0 to 1.
+        every: samples are drawn for so many steps at once, with the weights of the first.
         drop_truncated: leave samples that hit the limit out of the loss.
         sampling: how to sample.
         cutoff_len: the longest sequence of prompt and sample.
@@ -96,6 +103,7 @@ class OwnSamples:
     def __init__(
         self,
         share: float,
+        every: int,
         drop_truncated: bool,
         sampling: Sampling,
         cutoff_len: int,
@@ -107,6 +115,7 @@ class OwnSamples:
         search: Search | None = None,
     ) -> None:
         self.share = share
+        self.every = every
         self.drop_truncated = drop_truncated
         self.sampling = sampling
         self.cutoff_len = cutoff_len
@@ -118,6 +127,7 @@ class OwnSamples:
         self.search = search
         self._window = torch.zeros(_SUMS, dtype=torch.float64)
         self._shown: list[dict[str, Any]] = []
+        self._drawn: dict[str, list[int]] = {}
         self._warned: set[str] = set()
         plugin = getattr(accelerator.state, "fsdp_plugin", None)
         if plugin is not None and getattr(plugin, "fsdp_version", 1) == 1:
@@ -126,15 +136,37 @@ class OwnSamples:
                 "`fsdp_version: 2` in the configuration of accelerate, or use DeepSpeed."
             )
 
-    def replace(self, model: Any, batches: list[dict[str, Any]], epoch: int) -> None:
-        """Replace the chosen responses of ``batches`` in place; all ranks call this together.
+    def draw(self, model: Any, batches: list[dict[str, Any]], epoch: int) -> None:
+        """Draw a sample for each chosen example of ``batches``, of one step or several; all ranks call this together.
+
+        A sample that is there already stays: after a restart it is from weights that are gone.
 
         Raises:
             DataError: a row holds more than one response, or a batch more than text.
         """
         started = time.perf_counter()
-        chosen = [example for number, batch in enumerate(batches) for example in self._choose(batch, number, epoch)]
-        samples = self._generate(model, chosen) if chosen or self._is_sharded() else []
+        chosen = {example.name: example for example in self._chosen(batches, epoch)}
+        known = {name: self._drawn[name] for name in chosen if name in self._drawn}
+        missing = [example for name, example in chosen.items() if name not in known]
+        samples = self._generate(model, missing) if missing or self._is_sharded() else []
+        self._drawn = known | {example.name: sample for example, sample in zip(missing, samples, strict=True)}
+        self._window[5] += time.perf_counter() - started
+
+    def state(self) -> dict[str, list[int]]:
+        """Return the samples of all ranks that steps to come may need, by example; all ranks call this together."""
+        if self.every == 1:  # each step draws its own
+            return {}
+        return dict(gather_object(list(self._drawn.items())))
+
+    def restore(self, samples: dict[str, list[int]]) -> None:
+        """Take over what :meth:`state` returned when the checkpoint was written."""
+        self._drawn = samples
+
+    def replace(self, batches: list[dict[str, Any]], epoch: int) -> None:
+        """Replace the chosen responses of the micro-batches of a step, in place, by what was drawn for them."""
+        started = time.perf_counter()
+        chosen = self._chosen(batches, epoch)
+        samples = [self._drawn[example.name] for example in chosen]
         for number, batch in enumerate(batches):
             own = [place for place, example in enumerate(chosen) if example.batch == number]
             batches[number] = self._with_samples(batch, {chosen[p].row: (p, chosen[p], samples[p]) for p in own})
@@ -194,8 +226,8 @@ class OwnSamples:
         if seen:
             metrics |= {"gen/loops": loops / seen, "gen/other_language": others / seen}
             self._warn_of_bad_text(seen, loops, others)
-        if tokens and self.sampling.is_plain:
-            # The mean of -log q over draws from q estimates q's entropy.
+        if tokens and self.sampling.is_plain and self.every == 1:
+            # The mean of -log q over draws from q estimates q's entropy; older samples are draws from another q.
             metrics["kd/entropy"] = ce / tokens
         return metrics
 
@@ -210,6 +242,9 @@ class OwnSamples:
         lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.folder / f"step-{step}.jsonl", "".join(f"{line}\n" for line in lines).encode())
+
+    def _chosen(self, batches: list[dict[str, Any]], epoch: int) -> list[_Example]:
+        return [example for number, batch in enumerate(batches) for example in self._choose(batch, number, epoch)]
 
     def _choose(self, batch: dict[str, Any], number: int, epoch: int) -> Iterator[_Example]:
         """Yield the examples of a micro-batch whose response is replaced.
@@ -239,8 +274,7 @@ class OwnSamples:
                 )
             digest = blake2b(f"{self.seed}:{epoch}:{ids[:length]}".encode(), digest_size=16).digest()
             if int.from_bytes(digest[:8], "big") < self.share * 2**64:
-                seed = int.from_bytes(digest[8:], "big") >> 1
-                yield _Example(number, row, ids[:first], ids[first : last + 1], seed)
+                yield _Example(number, row, ids[:first], ids[first : last + 1], digest.hex())
 
     def _generate(self, model: Any, examples: Sequence[_Example]) -> list[list[int]]:
         """Return a sample for each example, up to and including its stop token."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         self.formula = distillation.formula()
         self.train_means, self.eval_means = self._new_means(), self._new_means()
         self.own_samples = make_own_samples(self.accelerator) if make_own_samples else None
+        self._batches_ahead: deque[dict[str, Any]] = deque()
         self._fused: bool | None = None
         self._chunk_size: int | None = None
         self._student_transform: LogitTransform | None = None
@@ -201,19 +204,39 @@ class DistillationTrainer(Seq2SeqTrainer):
     def get_train_dataloader(self) -> Any:
         """Return the host's, which after a restart continues in the order in which it was interrupted."""
         loader = super().get_train_dataloader()
+        self._batches_ahead.clear()  # of a training that was stopped
         hold_epoch(loader)
         return loader
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the micro-batches of a step; samples that only fill up the epoch's last batch carry no labels."""
-        return super().get_batch_samples(map(self._without_repeated, epoch_iterator), *args, **kwargs)
+        """Return the micro-batches of a step; samples that only fill up the epoch's last batch have no labels."""
+        batches: Iterator[Any] = map(self._without_repeated, epoch_iterator)
+        if self.own_samples is not None:
+            batches = self._with_samples_drawn(batches, self.own_samples)
+        return super().get_batch_samples(batches, *args, **kwargs)
+
+    def _with_samples_drawn(self, batches: Iterator[Any], own_samples: OwnSamples) -> Iterator[Any]:
+        """Yield ``batches``, with own samples drawn for those of this step and of the steps that follow it.
+
+        The steps in which samples are drawn are multiples of `kd_on_policy_every`, and the first of an epoch.
+        """
+        if not self._batches_ahead:
+            done = self.state.global_step
+            steps = min(own_samples.every - done % own_samples.every, self.state.max_steps - done)
+            self._batches_ahead.extend(islice(batches, steps * self.args.gradient_accumulation_steps))
+            model = self.accelerator.unwrap_model(self.model_wrapped)
+            own_samples.draw(model, list(self._batches_ahead), self._current_epoch())
+        while self._batches_ahead:
+            yield self._batches_ahead.popleft()
+
+    def _current_epoch(self) -> int:
+        # `state.epoch` is an integer after an epoch's last step; rounding must not leave it just below.
+        return int((self.state.epoch or 0.0) + 1e-6)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """Replace responses by own samples before the tokens of the step are counted."""
         if self.own_samples is not None and batch_samples:
-            # `state.epoch` is an integer after an epoch's last step; rounding must not leave it just below.
-            epoch = int((self.state.epoch or 0.0) + 1e-6)
-            self.own_samples.replace(self.accelerator.unwrap_model(self.model_wrapped), batch_samples, epoch)
+            self.own_samples.replace(batch_samples, self._current_epoch())
             self.teacher.announce(batch_samples)
 
         return super()._get_num_items_in_batch(batch_samples, device)
@@ -313,9 +336,17 @@ class DistillationTrainer(Seq2SeqTrainer):
         super()._save_rng_state(output_dir)
         window = self.train_means.total(self.accelerator)
         tokens = self.token_sums.total(self.accelerator)
+        samples = self.own_samples.state() if self.own_samples is not None else {}
         if self.args.should_save:
-            DistillationState(self.teacher_fingerprint, window, self.adaptive.state()).save(output_dir)
+            DistillationState(self.teacher_fingerprint, window, self.adaptive.state(), samples).save(output_dir)
             save_sums(tokens, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        # Here, because the first step's batches are collected before random numbers and sums are restored. Every rank
+        # reads all samples: an example may be on another rank now.
+        if self.own_samples is not None and checkpoint is not None:
+            self.own_samples.restore(DistillationState.load(checkpoint).own_samples)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)

@@ -13,7 +13,7 @@ from llamafactory_sekd.errors import ArgumentError
 
 NO_QUANTIZATION = "none"
 COMPILE = {AUTO: None, "true": True, "false": False}
-_ON_POLICY = ("kd_on_policy", "kd_on_policy_truncated")
+_ON_POLICY = ("kd_on_policy", "kd_on_policy_truncated", "kd_on_policy_every")
 _MAPPINGS = ("kd_loss", "teacher_model")  # a name, or a mapping on one line
 
 

@@ -107,9 +107,54 @@ def test_temperature_is_1_over_the_complete_vocabulary_unless_the_yaml_says_othe
     assert sampled("hosts", temperature=0.95, top_p=0.7, top_k=50) != default
 
 
+def rows(out: Path) -> list[list[str]]:
+    """The own samples of each step, in the order of the steps."""
+    files = sorted((out / "samples").glob("step-*.jsonl"), key=lambda path: int(path.stem.removeprefix("step-")))
+    return [sorted(json.loads(line)["sample"] for line in path.read_text().splitlines()) for path in files]
+
+
+def test_samples_that_are_drawn_ahead_are_those_of_the_weights_at_that_step(tiny_root, tmp_path):
+    """Six steps of an epoch and two of the next: drawings for 4, 2 and 2 steps."""
+    keys = {"kd_on_policy": 1.0, "max_steps": 8, "per_device_train_batch_size": 2, "max_samples": 12}
+    keys |= {"disable_shuffling": True, "learning_rate": 0.05}
+    ahead = run(tiny_root, tmp_path / "ahead", kd_on_policy_every=4, **keys)
+    frozen = run(tiny_root, tmp_path / "frozen", **{**keys, "learning_rate": 1e-30})
+    each = run(tiny_root, tmp_path / "each", **keys)
+    assert rows(ahead)[:4] == rows(frozen)[:4]
+    assert rows(ahead)[4:6] != rows(frozen)[4:6]
+    assert rows(ahead)[0] == rows(each)[0]
+    assert rows(ahead)[1:4] != rows(each)[1:4]
+    seconds = logged(ahead, "gen/seconds")
+    assert {step for step, value in enumerate(seconds) if value > max(seconds) / 20} >= {0, 4, 6}
+    assert "kd/entropy" not in json.loads((ahead / "trainer_state.json").read_text())["log_history"][0]
+
+
+def test_one_drawing_for_all_steps_at_a_tiny_rate_equals_one_for_each(tiny_root, tmp_path):
+    keys = {"kd_on_policy": 0.7, "max_steps": 5, "learning_rate": 1e-30, "gradient_accumulation_steps": 2}
+    each = run(tiny_root, tmp_path / "each", **keys)
+    ahead = run(tiny_root, tmp_path / "ahead", kd_on_policy_every=3, **keys)
+    assert rows(ahead) == rows(each)
+    assert logged(ahead, "loss") == logged(each, "loss")
+    assert logged(ahead, "kd/on_policy") == logged(each, "kd/on_policy")
+
+
+@pytest.mark.parametrize("every", [3, 100])
+def test_a_run_that_is_resumed_between_two_drawings_equals_an_uninterrupted_one(tiny_root, tmp_path, every):
+    keys = {"kd_on_policy": 0.5, "save_strategy": "steps", "save_steps": 2, "max_steps": 6, "learning_rate": 0.05}
+    keys |= {"kd_on_policy_every": every, "per_device_train_batch_size": 2}
+    complete = run(tiny_root, tmp_path / "complete", **keys)
+    resumed = run(tiny_root, tmp_path / "resumed", resume_from_checkpoint=str(complete / "checkpoint-2"), **keys)
+    assert same(complete, resumed)
+    assert rows(complete)[2:] == rows(resumed)
+
+
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
+        ({"kd_on_policy_every": 0}, "kd_on_policy_every: 0"),
+        ({"kd_on_policy_every": 1.5}, "kd_on_policy_every: 1.5"),
+        ({"kd_on_policy": 0, "kd_on_policy_every": 2}, "`kd_on_policy` is 0"),
+        ({"kd_on_policy": 0, "kd_on_policy_truncated": "drop"}, "`kd_on_policy` is 0"),
         ({"packing": True}, "packing: true"),
         ({"num_beams": 4}, "num_beams: 4"),
         ({"train_on_prompt": True}, "train_on_prompt: true"),
@@ -166,7 +211,7 @@ def test_the_share_is_the_same_choice_in_any_batch():
     labels = ids.clone()
     labels[:, :6] = -100
     mask = torch.ones_like(ids)
-    own = OwnSamples(0.3, False, None, 64, 7, str, Accelerator(cpu=True), ".")  # type: ignore[arg-type]
+    own = OwnSamples(0.3, 1, False, None, 64, 7, str, Accelerator(cpu=True), ".")  # type: ignore[arg-type]
     chosen = {e.row for e in own._choose({"input_ids": ids, "attention_mask": mask, "labels": labels}, 0, epoch=0)}
     apart = {
         row
@@ -199,20 +244,21 @@ def test_loops_and_other_languages_among_own_samples_are_counted_and_warned_of_o
 
     monkeypatch.setattr(host_logging.get_logger("llamafactory_sekd.trainer.on_policy"), "propagate", True)
     sampling = Sampling(True, 1.0, 1.0, 0, 4, (2,), 0)
-    own = OwnSamples(1.0, False, sampling, 64, 7, str, Accelerator(cpu=True), ".", look)
-    batch = {
-        "input_ids": torch.tensor([[5, 6, 1, 2]] * 8),
-        "attention_mask": torch.ones(8, 4, dtype=torch.long),
-        "labels": torch.tensor([[-100, -100, 1, 2]] * 8),
-    }
+    own = OwnSamples(1.0, 1, False, sampling, 64, 7, str, Accelerator(cpu=True), ".", look)
+    ids = torch.tensor([[5 + row, 6, 1, 2] for row in range(8)])
+    labels = torch.tensor([[-100, -100, 1, 2]] * 8)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     monkeypatch.setattr(own, "_generate", lambda model, examples: [[1, 2]] + [[2, 2]] * 3 + [[3, 2]] * 4)
     for _ in range(3):
-        own.replace(None, [dict(batch)], 0)
+        own.draw(None, [batch], 0)
+        own.replace([dict(batch)], 0)
+        own.restore({})
     logs = own.logs()
     assert logs["gen/loops"] == 0.5
     assert logs["gen/other_language"] == 0.375
-    own.replace(None, [dict(batch)], 0)
-    own.replace(None, [dict(batch)], 0)
+    own.draw(None, [batch], 0)
+    own.replace([dict(batch)], 0)
+    own.replace([dict(batch)], 0)
     own.logs()
     warned = [record.getMessage() for record in caplog.records if "own samples" in record.getMessage()]
     assert len(warned) == 1
