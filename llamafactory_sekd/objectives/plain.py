@@ -9,9 +9,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from llamafactory_sekd.objectives.blocks import BlockProcessor
-from llamafactory_sekd.objectives.divergences import cross_entropy, kl_divergence
+from llamafactory_sekd.objectives.equations import Terms, cross_entropy, gradient_norms, kl_divergence, log_target
 from llamafactory_sekd.objectives.losses import OBJECTIVES, closed_form_of, settings_of
-from llamafactory_sekd.objectives.losses.equations import Terms, gradient_norms
 from llamafactory_sekd.objectives.objective_settings import (
     ObjectiveKeys,
     Settings,
@@ -20,7 +19,6 @@ from llamafactory_sekd.objectives.objective_settings import (
 )
 from llamafactory_sekd.objectives.selection import select_hard
 from llamafactory_sekd.objectives.statistics import TokenStatistics, token_statistics
-from llamafactory_sekd.objectives.targets import log_target
 
 
 @dataclass(frozen=True, slots=True)

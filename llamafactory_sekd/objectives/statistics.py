@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llamafactory_sekd.objectives.divergences import cross_entropy, kl_divergence
+from llamafactory_sekd.objectives.equations import cross_entropy, kl_divergence
 
 
 @dataclass(frozen=True, slots=True)

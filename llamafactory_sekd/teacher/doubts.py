@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from llamafactory_sekd.objectives import distillation_loss
-from llamafactory_sekd.objectives.divergences import cross_entropy
+from llamafactory_sekd.objectives.equations import cross_entropy
 from llamafactory_sekd.teacher.cache.build import collate
 from llamafactory_sekd.teacher.cache.segments import Segment
 from llamafactory_sekd.teacher.model import Teacher

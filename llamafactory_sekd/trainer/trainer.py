@@ -33,7 +33,6 @@ from llamafactory_sekd.objectives import (
     product_type,
     response_positions,
 )
-from llamafactory_sekd.objectives.schedules import linear
 from llamafactory_sekd.teacher import TeacherSource
 from llamafactory_sekd.trainer.adaptive import AdaptiveKeys, EndOfStep
 from llamafactory_sekd.trainer.health import Finished, StopWhenFinished, WarnOfIdleRun
@@ -266,7 +265,8 @@ class DistillationTrainer(Seq2SeqTrainer):
         return keywords
 
     def _moved(self, start: float, end: float, step: int) -> float:
-        return linear(start, end, step, self.state.max_steps)
+        """Return a number that moves linearly: ``start`` at step 0, ``end`` at the last step (paper, Figure 3)."""
+        return start + (end - start) * min(step / max(self.state.max_steps - 1, 1), 1.0)
 
     def _new_means(self) -> TokenMeans:
         gate = self.formula.gate

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from llamafactory_sekd.errors import ArgumentError, suggestion
-from llamafactory_sekd.objectives.losses import closed_forms, equations, generic
+from llamafactory_sekd.objectives import equations
+from llamafactory_sekd.objectives.losses import closed_forms, generic
 from llamafactory_sekd.objectives.objective_settings import ObjectiveKeys, Settings, formula_settings
 from llamafactory_sekd.presets import DEFAULT_LOSS
 

@@ -1,17 +1,88 @@
-"""The objectives of the paper and its baselines, as equations: one value per token, differentiable by autograd.
+"""The paper's equations and its baselines, as written: one value per token, differentiable by autograd.
 
-The hard tokens' loss lives in `skewed_kl`, the easy tokens' in `easy_kl`; an objective chooses between them.
+First the parts: divergences (pure functions of log-probabilities), and mixtures of distributions in log space: the
+target (equation 4) and the proxy (equation 6). Then the objectives: the hard tokens' loss is `skewed_kl`, the easy
+tokens' `easy_kl`, and an objective chooses between them.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from llamafactory_sekd.objectives.divergences import kl_divergence
 from llamafactory_sekd.objectives.objective_settings import Settings
-from llamafactory_sekd.objectives.targets import log_mixture
+
+
+def kl_divergence(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
+    """`KL(a ‖ b) = Σ a (log a - log b)` over the last dimension, in nats.
+
+    The first argument is the distribution the sum is weighted with (the target of forward KL); torch's own
+    `kl_div` takes them in the opposite order. Entries with `a = 0` contribute exactly nothing, whatever `b` is; an
+    entry with `a > 0` and `b = 0` makes the divergence infinite, as it is.
+
+    Args:
+        log_a: log-probabilities `[tokens, vocab]`, floating, `-inf` allowed.
+        log_b: log-probabilities of the same shape and type.
+
+    Returns:
+        `[tokens]`, differentiable in both arguments.
+    """
+    weight = log_a.exp()
+    # The masking comes before the product: -inf - (-inf) and 0 * inf would be NaN, in the value and in the gradient.
+    ratio = torch.where(weight > 0, log_a - log_b, 0.0)
+    return (weight * ratio).sum(-1)
+
+
+def cross_entropy(log_q: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """`-log q_y` of the ground truth.
+
+    Args:
+        log_q: log-probabilities `[tokens, vocab]`.
+        labels: class ids `[tokens]`, all valid.
+
+    Returns:
+        `[tokens]`, differentiable in `log_q`.
+    """
+    return -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def log_mixture(log_a: torch.Tensor, log_b: torch.Tensor, weight: float) -> torch.Tensor:
+    """`log(weight · a + (1 - weight) · b)` without leaving log space.
+
+    Args:
+        log_a, log_b: log-probabilities `[tokens, vocab]`, `-inf` allowed.
+        weight: the share of `a`, in `[0, 1]`.
+
+    Returns:
+        Log-probabilities of the same shape. Where both shares are zero the result is a finite, very small number
+        rather than `-inf`, because the gradient of `logaddexp(-inf, -inf)` is NaN; its probability is exactly zero.
+    """
+    if weight >= 1.0:
+        return log_a
+    smallest = torch.finfo(log_a.dtype).min / 4
+    log_weight = math.log(weight) if weight > 0 else -math.inf
+    return torch.logaddexp(log_a.clamp_min(smallest) + log_weight, log_b.clamp_min(smallest) + math.log1p(-weight))
+
+
+def log_target(log_p: torch.Tensor, labels: torch.Tensor, kd_lambda: float) -> torch.Tensor:
+    """Equation 4: `log y~` of `y~ = (1-λ) y + λ p`, the ground truth `y` mixed with the teacher `p`.
+
+    Args:
+        log_p: the teacher's log-probabilities `[tokens, vocab]`.
+        labels: the ground truth's class ids `[tokens]`.
+        kd_lambda: λ, the teacher's share, in `[0, 1]`.
+
+    Returns:
+        `[tokens, vocab]`; entries other than the ground truth are `-inf` for λ = 0.
+    """
+    target = log_p + (math.log(kd_lambda) if kd_lambda > 0 else -math.inf)
+    if kd_lambda >= 1.0:
+        return target
+    index = labels.unsqueeze(-1)
+    truth = torch.full_like(target.gather(-1, index), math.log1p(-kd_lambda))
+    return target.scatter(-1, index, torch.logaddexp(target.gather(-1, index), truth))
 
 
 @dataclass(frozen=True, slots=True)
