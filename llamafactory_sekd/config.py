@@ -32,15 +32,13 @@ def read_config(
 
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise error(f"{path} is not a YAML file.")
-    malformed = next((text for text in overrides if "=" not in text), None)
-    if malformed is not None:
-        raise error(f"{malformed!r} is not an override: write key=value.")
+    given = read_overrides(overrides, error)
     try:
         is_json = path.suffix == ".json"
         loaded = OmegaConf.create(json.loads(path.read_text("utf-8"))) if is_json else OmegaConf.load(path)
         if not isinstance(loaded, DictConfig):
             raise error(f"{path} must hold keys and values.")
-        merged = OmegaConf.merge(beneath or {}, loaded, OmegaConf.from_cli(list(overrides)))
+        merged = OmegaConf.merge(beneath or {}, loaded, given)
         config = OmegaConf.to_container(merged, resolve=True)
     except OSError as failure:
         raise error(f"{path} cannot be read: {failure.strerror}. Paths are relative to {Path.cwd()}.") from None
@@ -48,6 +46,31 @@ def read_config(
         raise error(f"{path} cannot be parsed: {one_line(str(failure))}") from None
     assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}
+
+
+def read_overrides(texts: Sequence[str], error: type[SekdError] = ArgumentError) -> dict[str, Any]:
+    """Return the keys of ``key=value`` overrides; ``a.b=1`` is the key ``b`` of the mapping ``a``.
+
+    Raises:
+        SekdError: of the class ``error``: an override cannot be read.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for text in texts:
+        if "=" not in text:
+            raise error(f"{text!r} is not an override: write key=value.")
+        try:
+            OmegaConf.from_cli([text])
+        except (OmegaConfBaseException, yaml.YAMLError) as failure:
+            reason = one_line(str(failure))
+            raise error(
+                f"the override {text!r} cannot be read ({reason}): a value is YAML, in which text with braces or "
+                "brackets needs quotes, as in 'key=[\"a_{seed}\"]'."
+            ) from None
+    given = OmegaConf.to_container(OmegaConf.from_cli(list(texts)))
+    assert isinstance(given, dict)
+    return {str(key): value for key, value in given.items()}
 
 
 def peek(path: Path) -> dict[str, Any]:

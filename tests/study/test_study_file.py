@@ -337,6 +337,9 @@ def test_files_that_are_no_study_are_refused_in_one_line(tmp_path):
     Path("study.yaml").write_text(yaml.safe_dump(study()))
     with pytest.raises(StudyError, match="'x' is not an override: write key=value"):
         read_spec(Path("study.yaml"), ["x"])
+    with pytest.raises(StudyError, match=r"the override 'seeds=\[a_\{seed\}\]' cannot be read") as caught:
+        read_spec(Path("study.yaml"), ["seeds=[a_{seed}]"])
+    assert "\n" not in str(caught.value)
 
 
 def test_an_evaluation_keeps_what_all_models_share():
