@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-from llamafactory_sekd.data import identification
+from llamafactory_sekd.data import languages
 from llamafactory_sekd.data.languages import language_name
 from llamafactory_sekd.errors import DataError
 from llamafactory_sekd.evaluation import guards
@@ -80,7 +80,7 @@ def is_known(code: str) -> bool:
         language_name(code)
     except DataError:
         return False
-    return identification.is_identifiable(code)
+    return languages.is_identifiable(code)
 
 
 def leaves(tree: Any, path: tuple[str, ...]) -> dict[tuple[str, ...], str]:
@@ -92,24 +92,24 @@ def leaves(tree: Any, path: tuple[str, ...]) -> dict[tuple[str, ...], str]:
 
 def is_usable(code: str, path: tuple[str, ...], text: str, english: dict[tuple[str, ...], str]) -> bool:
     """Tell whether ``text`` is plain, long enough to be judged, and translated at all."""
-    if _MARKUP.search(text) or identification.count_letters(text) < identification.MIN_LETTERS:
+    if _MARKUP.search(text) or languages.count_letters(text) < languages.MIN_LETTERS:
         return False
     return code == "en" or english.get(path) != text
 
 
 def as_one(one: str, other: str) -> bool:
     """Tell whether two languages are not told apart."""
-    return one == other or any(one in group and other in group for group in identification.CONFUSABLE)
+    return one == other or any(one in group and other in group for group in languages.CONFUSABLE)
 
 
 def share(lines: list[str], language: str) -> float:
     """Return the share of ``lines`` that is called another language than ``language``."""
-    return sum(identification.is_other_language(line, language) for line in lines) / len(lines)
+    return sum(languages.is_other_language(line, language) for line in lines) / len(lines)
 
 
 def needed(lines: list[str], language: str) -> float:
     """Return the smallest certainty with at most 1 % of false alarms in ``lines``, or the largest there is."""
-    answers = [identification.identifier().classify(line) for line in lines]
+    answers = [languages.identifier().classify(line) for line in lines]
     for certainty in CERTAINTIES:
         alarms = sum(not as_one(found, language) and sure >= certainty for found, sure in answers)
         if alarms <= 0.01 * len(lines):

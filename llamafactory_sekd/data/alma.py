@@ -1,4 +1,4 @@
-"""``sekd data alma``: ALMA's data as instruction records, validation and test sets."""
+"""``sekd data alma``: ALMA's data as instruction records, validation and test sets, and the names of the data sets."""
 
 from __future__ import annotations
 
@@ -8,20 +8,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.data import dataset_info
+from llamafactory_sekd.data.alma_source import LICENSE, Source
 from llamafactory_sekd.data.checks import Findings, Pair, clean_pairs
-from llamafactory_sekd.data.data_manifest import Product, read_manifest, same_request, verify, write_product
-from llamafactory_sekd.data.dataset_info import ALMA_LANGUAGES, VALIDATION, check_entries, merge_entries
 from llamafactory_sekd.data.languages import Direction, parse_direction
-from llamafactory_sekd.data.layout import text_files
+from llamafactory_sekd.data.products import (
+    DATASET_INFO,
+    Product,
+    check_entries,
+    merge_entries,
+    plain_files,
+    read_manifest,
+    same_request,
+    verify,
+    write_product,
+)
 from llamafactory_sekd.data.prompts import PARROT, Prompt
-from llamafactory_sekd.data.sources import LICENSE, Source
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.files import locked
 
 
 MANIFEST = "manifest.json"
-DATASET_INFO = "dataset_info.json"
+# The languages that ALMA pairs with English, in the order of its paper; the first two are this paper's.
+ALMA_LANGUAGES: tuple[str, ...] = ("de", "cs", "is", "ru", "zh")
+DEFAULT_LANGUAGES: tuple[str, ...] = ("de", "cs")
+DEFAULT_OUT = "data/alma"
+
+# One validation set per pair: this paper's choice for German and Czech, from English for the others. ALMA has none for
+# Icelandic, whose WMT21 set is its test set.
+VALIDATION: dict[str, Direction] = {
+    "de": Direction("en", "de"),
+    "cs": Direction("cs", "en"),
+    "ru": Direction("en", "ru"),
+    "zh": Direction("en", "zh"),
+}
+VALIDATION_NAME = "wmt21_valid"
 
 
 @dataclass(frozen=True)
@@ -117,7 +137,7 @@ def build(source: Source, plan: Plan, step: Callable[[str], None]) -> Product:
 
     files = _training_files(plan, train) | _validation_files(plan, valid)
     for direction, pairs in test.items():
-        files[f"{dataset_info.wmt22_name(direction)}.json"] = alpaca_file({direction: pairs})
+        files[f"{wmt22_name(direction)}.json"] = alpaca_file({direction: pairs})
         files |= plain_files("wmt22", direction, pairs)
     return Product(files, findings, source.revision(), LICENSE)
 
@@ -133,31 +153,21 @@ def alpaca_file(corpus: dict[Direction, list[Pair]], prompt: Prompt = PARROT) ->
 
 
 def _training_files(plan: Plan, train: dict[Direction, list[Pair]]) -> dict[str, tuple[bytes, int]]:
-    files = {f"{dataset_info.alma_name(d)}.json": alpaca_file({d: pairs}) for d, pairs in train.items()}
+    files = {f"{alma_name(d)}.json": alpaca_file({d: pairs}) for d, pairs in train.items()}
     # Its name promises both directions of several pairs.
     if len(plan.languages) > 1 and len(plan.directions) == 2 * len(plan.languages):
-        files[f"{dataset_info.joint_alma_name(plan.languages)}.json"] = alpaca_file(train)
+        files[f"{joint_alma_name(plan.languages)}.json"] = alpaca_file(train)
     return files
 
 
 def _validation_files(plan: Plan, valid: dict[Direction, list[Pair]]) -> dict[str, tuple[bytes, int]]:
-    files = {f"{dataset_info.wmt21_name(d)}.json": alpaca_file({d: pairs}) for d, pairs in valid.items()}
+    files = {f"{wmt21_name(d)}.json": alpaca_file({d: pairs}) for d, pairs in valid.items()}
     joint = [direction for language in plan.languages for direction in plan.validation(language)]
     if joint:
-        files[f"{dataset_info.VALIDATION_NAME}.json"] = alpaca_file({d: valid[d] for d in joint})
+        files[f"{VALIDATION_NAME}.json"] = alpaca_file({d: valid[d] for d in joint})
     for direction, pairs in valid.items():
-        files |= plain_files(dataset_info.VALIDATION_NAME, direction, pairs)
+        files |= plain_files(VALIDATION_NAME, direction, pairs)
     return files
-
-
-def plain_files(task: str, direction: Direction, pairs: list[Pair]) -> dict[str, tuple[bytes, int]]:
-    """Return a test set in the evaluation's layout: each file's bytes and number of lines."""
-    source, target = text_files(Path(task), direction)
-    sides = {source: [pair.source for pair in pairs], target: [pair.target for pair in pairs]}
-    return {
-        path.as_posix(): ("".join(f"{line}\n" for line in lines).encode("utf-8"), len(lines))
-        for path, lines in sides.items()
-    }
 
 
 def _alma_language(pair: str, option: str) -> str:
@@ -175,3 +185,60 @@ def _known_pairs() -> str:
 
 def _entries(files: Iterable[str]) -> dict[str, dict[str, str]]:
     return {Path(name).stem: {"file_name": name} for name in files if name.endswith(".json")}
+
+
+def alma_name(direction: Direction) -> str:
+    """Return the name of a direction's training set: ``alma_en_de``."""
+    return f"alma_{direction.slug}"
+
+
+def joint_alma_name(languages: Sequence[str]) -> str:
+    """Return the name of the training set over both directions of every pair: ``alma_en_de_cs``."""
+    return "_".join(["alma", "en", *languages])
+
+
+def wmt21_name(direction: Direction) -> str:
+    """Return the name of a direction's validation set: ``wmt21_en_de``."""
+    return f"wmt21_{direction.slug}"
+
+
+def wmt22_name(direction: Direction) -> str:
+    """Return the name of a direction's test set: ``wmt22_en_de``."""
+    return f"wmt22_{direction.slug}"
+
+
+def shipped_entries() -> dict[str, dict[str, str]]:
+    """Return the content of the project's ``data/dataset_info.json``: all that ``sekd data alma`` can make."""
+    both = [pair for code in ALMA_LANGUAGES for pair in (Direction("en", code), Direction(code, "en"))]
+    names = [joint_alma_name(DEFAULT_LANGUAGES), joint_alma_name(ALMA_LANGUAGES)]
+    names += [alma_name(direction) for direction in both]
+    names += [VALIDATION_NAME]
+    names += [wmt21_name(d) for d in both if {d.source, d.target} & set(VALIDATION)]
+    names += [wmt22_name(direction) for direction in both]
+    return {name: {"file_name": f"alma/{name}.json"} for name in names}
+
+
+def command_for(name: str, directory: Path | str = DEFAULT_OUT) -> str | None:
+    """Return the command that makes the data set ``name`` in ``directory``, or None when it is not one of ours."""
+    languages = _languages_for(name)
+    if languages is None:
+        return None
+    command = "sekd data alma"
+    if languages != DEFAULT_LANGUAGES:
+        command += " --pairs " + ",".join(f"{code}-en" for code in languages)
+    if Path(directory) != Path(DEFAULT_OUT):
+        command += f" --out {directory}"
+    return command
+
+
+def _languages_for(name: str) -> tuple[str, ...] | None:
+    """Return the pairs to ask for: exactly those of a joint set, else the usual ones and the one that is missing."""
+    if name == VALIDATION_NAME:
+        return DEFAULT_LANGUAGES
+    for code in ALMA_LANGUAGES:
+        for direction in (Direction("en", code), Direction(code, "en")):
+            if name in (alma_name(direction), wmt21_name(direction), wmt22_name(direction)):
+                return tuple(one for one in ALMA_LANGUAGES if one == code or one in DEFAULT_LANGUAGES)
+    joint = tuple(name.removeprefix("alma_en_").split("_"))
+    in_order = tuple(code for code in ALMA_LANGUAGES if code in joint)
+    return joint if name.startswith("alma_en_") and len(joint) > 1 and joint == in_order else None

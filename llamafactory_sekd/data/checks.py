@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import Any, NamedTuple
 
-from llamafactory_sekd.data.identification import are_swapped, is_other_language
-from llamafactory_sekd.data.languages import Direction
+from llamafactory_sekd.data.languages import Direction, are_swapped, is_other_language
 
 
 class Outcome(StrEnum):

@@ -11,15 +11,24 @@ from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.data.alma import DATASET_INFO, plain_files
 from llamafactory_sekd.data.checks import Findings, Pair, Problem, check_languages, clean_pairs
-from llamafactory_sekd.data.data_manifest import Product, read_manifest, same_request, verify, write_product
-from llamafactory_sekd.data.dataset_info import check_entries, merge_entries
 from llamafactory_sekd.data.heldout import HeldOut, hold_out
 from llamafactory_sekd.data.languages import Direction
+from llamafactory_sekd.data.products import (
+    DATASET_INFO,
+    Product,
+    ResumableFile,
+    Written,
+    check_entries,
+    merge_entries,
+    plain_files,
+    read_manifest,
+    same_request,
+    verify,
+    write_product,
+)
 from llamafactory_sekd.data.prompts import PARROT, PLAIN, Prompt
 from llamafactory_sekd.data.readers import Meter, json_pairs, text_pairs, tsv_pairs
-from llamafactory_sekd.data.resumable import ResumableFile, Written
 from llamafactory_sekd.errors import ArgumentError, DataError
 from llamafactory_sekd.files import locked
 from llamafactory_sekd.fingerprints import sha256_of

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from llamafactory_sekd.data.checks import Findings, Outcome, Pair, Problem, check_languages, clean_pairs
-from llamafactory_sekd.data.languages import Direction, parse_direction
-from llamafactory_sekd.data.layout import (
+from llamafactory_sekd.data.alma_source import (
     TASKS,
     alma_documents,
     alma_files,
     alma_root,
     is_alma_direction,
     read_alma,
-    text_files,
 )
+from llamafactory_sekd.data.checks import Findings, Outcome, Pair, Problem, check_languages, clean_pairs
+from llamafactory_sekd.data.languages import Direction, parse_direction
+from llamafactory_sekd.data.products import text_files
 from llamafactory_sekd.data.readers import read_json_records, read_lines, read_text_pairs
 from llamafactory_sekd.errors import DataError, EvaluationError, one_line
 from llamafactory_sekd.fingerprints import sha256

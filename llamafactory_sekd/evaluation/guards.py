@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llamafactory_sekd.data.identification import is_identifiable, is_other_language
+from llamafactory_sekd.data.languages import is_identifiable, is_other_language
 
 
 # A phrase repeated this often in a row is a loop. Without a letter in it it must be more: "3 3 3 3" may be a score.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from llamafactory_sekd.data.training_text import metrics_of_model
+from llamafactory_sekd.data.products import metrics_of_model
 from llamafactory_sekd.evaluation.evaluation_settings import System
 
 

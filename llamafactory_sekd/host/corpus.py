@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from llamafactory_sekd.data.checks import Pair
-from llamafactory_sekd.data.identification import is_other_language
-from llamafactory_sekd.data.languages import Direction
+from llamafactory_sekd.data.languages import Direction, is_other_language
 from llamafactory_sekd.data.prompts import PARROT, PLAIN
 from llamafactory_sekd.errors import ArgumentError, DataError
 from llamafactory_sekd.files import read_json, write_atomic, write_json

@@ -7,7 +7,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.data.dataset_info import DEFAULT_OUT, command_for
+from llamafactory_sekd.data.alma import DEFAULT_OUT, command_for
 from llamafactory_sekd.errors import DataError
 
 

@@ -75,7 +75,7 @@ def own_samples_of(run: HostArguments, template: Any, tokenizer: Any) -> Callabl
     if not run.finetuning.kd_on_policy:
         return None
 
-    from llamafactory_sekd.data.identification import differs_in_language
+    from llamafactory_sekd.data.languages import differs_in_language
     from llamafactory_sekd.evaluation.guards import has_loop
     from llamafactory_sekd.trainer.on_policy import Look, OwnSamples
     from llamafactory_sekd.trainer.sampling import Sampling

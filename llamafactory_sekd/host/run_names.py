@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.arguments import SELF
-from llamafactory_sekd.data.dataset_info import command_for
+from llamafactory_sekd.data.alma import command_for
 from llamafactory_sekd.errors import ArgumentError, DataError, SekdError, one_line, suggestion
 from llamafactory_sekd.files import read_json
 from llamafactory_sekd.host.run_arguments import HostArguments

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.arguments import STAGE
-from llamafactory_sekd.data.training_text import record_training_text
+from llamafactory_sekd.data.products import record_training_text
 from llamafactory_sekd.errors import DataError, HostError
 from llamafactory_sekd.evaluation.model_card import write_training
 from llamafactory_sekd.host.cut_text import counting_cut_text

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.children import run_child, tool
-from llamafactory_sekd.data.alma import DATASET_INFO
+from llamafactory_sekd.data.products import DATASET_INFO
 from llamafactory_sekd.errors import StudyError, suggestion
 from llamafactory_sekd.files import read_json, write_json
 from llamafactory_sekd.fingerprints import Digests, sha256

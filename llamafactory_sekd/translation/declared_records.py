@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.data.alma import DATASET_INFO
+from llamafactory_sekd.data.products import DATASET_INFO
 from llamafactory_sekd.data.readers import read_json_records
 from llamafactory_sekd.errors import DataError, suggestion
 from llamafactory_sekd.files import read_json

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llamafactory_sekd.data.checks import Problem
-from llamafactory_sekd.data.identification import MIN_LETTERS, count_letters, is_other_language
+from llamafactory_sekd.data.languages import MIN_LETTERS, count_letters, is_other_language
 from llamafactory_sekd.errors import ArgumentError, suggestion
 from llamafactory_sekd.evaluation.guards import has_loop
 from llamafactory_sekd.evaluation.translator import Translation

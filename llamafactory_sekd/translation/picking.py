@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from llamafactory_sekd.data.checks import Findings, Pair, Problem
-from llamafactory_sekd.data.identification import is_identifiable
+from llamafactory_sekd.data.languages import is_identifiable
 from llamafactory_sekd.evaluation.segment_scores import SegmentScorer, Texts
 from llamafactory_sekd.evaluation.translator import Translation
 from llamafactory_sekd.translation import chrf

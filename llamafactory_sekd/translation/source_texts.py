@@ -10,9 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from llamafactory_sekd.data.alma_source import alma_files, alma_root, read_alma
 from llamafactory_sekd.data.checks import Problem, unusable_text
 from llamafactory_sekd.data.languages import Direction
-from llamafactory_sekd.data.layout import alma_files, alma_root, read_alma
 from llamafactory_sekd.data.prompts import AlpacaRecord, Prompt, prompt_in_manifest
 from llamafactory_sekd.data.readers import read_json_records, read_lines
 from llamafactory_sekd.errors import DataError, one_line

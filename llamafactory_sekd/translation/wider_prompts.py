@@ -9,10 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.data.alma import DATASET_INFO
 from llamafactory_sekd.data.checks import Findings, Problem, unusable_text
-from llamafactory_sekd.data.data_manifest import Product, read_manifest, same_request, verify, write_product
-from llamafactory_sekd.data.dataset_info import check_entries, merge_entries
+from llamafactory_sekd.data.products import (
+    DATASET_INFO,
+    Product,
+    check_entries,
+    merge_entries,
+    read_manifest,
+    same_request,
+    verify,
+    write_product,
+)
 from llamafactory_sekd.data.readers import read_json_records, read_lines
 from llamafactory_sekd.errors import ArgumentError, DataError
 from llamafactory_sekd.evaluation.asking import Nearest, same_text

@@ -9,9 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.data.alma import DATASET_INFO
-from llamafactory_sekd.data.data_manifest import Product, read_manifest, write_product
-from llamafactory_sekd.data.dataset_info import check_entries, merge_entries
+from llamafactory_sekd.data.products import (
+    DATASET_INFO,
+    Product,
+    check_entries,
+    merge_entries,
+    read_manifest,
+    write_product,
+)
 from llamafactory_sekd.errors import DataError
 from llamafactory_sekd.files import locked, write_atomic
 from llamafactory_sekd.translation.picking import Chosen, Result, findings

@@ -19,10 +19,9 @@ import typer
 from helpers.alma_files import TRICKY, write_alma
 from typer.testing import CliRunner
 
-from llamafactory_sekd.data.alma import make_plan, prepare_alma
+from llamafactory_sekd.data.alma import command_for, make_plan, prepare_alma, shipped_entries
+from llamafactory_sekd.data.alma_source import DirectorySource, HubSource
 from llamafactory_sekd.data.corpora_command import app
-from llamafactory_sekd.data.dataset_info import command_for, shipped_entries
-from llamafactory_sekd.data.sources import DirectorySource, HubSource
 from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.errors import ArgumentError, DataError
 from llamafactory_sekd.files import locked
@@ -360,7 +359,7 @@ def test_unreachable_hub_gives_one_line_with_the_remedy(tmp_path: Path, monkeypa
 
 
 def test_hub_revision_is_read_from_the_loaded_addresses() -> None:
-    from llamafactory_sekd.data.sources import _hub_revision
+    from llamafactory_sekd.data.alma_source import _hub_revision
 
     commit = "0123456789abcdef0123456789abcdef01234567"
     address = f"hf://datasets/haoranxu/WMT22-Test@{commit}/en-de/test-00000-of-00001-1a83a591805d9178.parquet"

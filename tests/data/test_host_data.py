@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from llamafactory_sekd.data.alma import make_plan, prepare_alma
+from llamafactory_sekd.data.alma_source import DirectorySource
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.prompts import user_message
-from llamafactory_sekd.data.sources import DirectorySource
 from llamafactory_sekd.errors import DataError, HostError
 
 

@@ -86,7 +86,7 @@ def test_a_run_that_ends_between_the_file_and_the_manifest_is_finished_by_the_ne
     def end(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llamafactory_sekd.data.data_manifest._manifest", end)
+    monkeypatch.setattr("llamafactory_sekd.data.products._manifest", end)
     with pytest.raises(KeyboardInterrupt):
         prepare_pairs(corpus, EN_DE, "mine", tmp_path / "twice")
     monkeypatch.undo()

@@ -13,8 +13,8 @@ import pytest
 from helpers.alma_files import TRICKY, write_alma
 
 from llamafactory_sekd.data.alma import make_plan, prepare_alma
+from llamafactory_sekd.data.alma_source import DirectorySource
 from llamafactory_sekd.data.languages import Direction
-from llamafactory_sekd.data.sources import DirectorySource
 from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.errors import DataError, EvaluationError
 

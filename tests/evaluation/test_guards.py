@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.sentences import ENGLISH, GERMAN
 
-from llamafactory_sekd.data.identification import is_other_language
+from llamafactory_sekd.data.languages import is_other_language
 from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.evaluation.guards import has_loop, inspect
 

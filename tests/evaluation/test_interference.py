@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llamafactory_sekd.data.training_text import record_training_text
+from llamafactory_sekd.data.products import record_training_text
 from llamafactory_sekd.evaluation.evaluation_settings import System
 from llamafactory_sekd.evaluation.interference import interfering
 

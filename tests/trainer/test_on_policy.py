@@ -227,7 +227,7 @@ def test_the_share_is_the_same_choice_in_any_batch():
 def test_loops_and_other_languages_among_own_samples_are_counted_and_warned_of_once(caplog, monkeypatch):
     from transformers.utils import logging as host_logging
 
-    from llamafactory_sekd.data.identification import differs_in_language
+    from llamafactory_sekd.data.languages import differs_in_language
     from llamafactory_sekd.evaluation.guards import has_loop
     from llamafactory_sekd.trainer.on_policy import Look
     from llamafactory_sekd.trainer.sampling import Sampling

@@ -10,8 +10,8 @@ from typing import Any
 
 import gradio as gr
 
-from llamafactory_sekd.data.dataset_info import DEFAULT_OUT
-from llamafactory_sekd.data.layout import TASKS
+from llamafactory_sekd.data.alma import DEFAULT_OUT
+from llamafactory_sekd.data.alma_source import TASKS
 from llamafactory_sekd.errors import SekdError
 from llamafactory_sekd.evaluation.evaluation_settings import METRICS
 from llamafactory_sekd.webui.labels import alert, element_labels
