@@ -127,7 +127,8 @@ class OwnSamples:
         self.search = search
         self._window = torch.zeros(_SUMS, dtype=torch.float64)
         self._shown: list[dict[str, Any]] = []
-        self._drawn: dict[str, list[int]] = {}
+        self._drawn: dict[str, list[int]] = {}  # for the present step and those that were drawn for with it
+        self._restored: dict[str, list[int]] = {}
         self._warned: set[str] = set()
         plugin = getattr(accelerator.state, "fsdp_plugin", None)
         if plugin is not None and getattr(plugin, "fsdp_version", 1) == 1:
@@ -139,14 +140,15 @@ class OwnSamples:
     def draw(self, model: Any, batches: list[dict[str, Any]], epoch: int) -> None:
         """Draw a sample for each chosen example of ``batches``, of one step or several; all ranks call this together.
 
-        A sample that is there already stays: after a restart it is from weights that are gone.
+        The first drawing after a restart takes what the checkpoint has: it is from weights that are gone.
 
         Raises:
             DataError: a row holds more than one response, or a batch more than text.
         """
         started = time.perf_counter()
         chosen = {example.name: example for example in self._chosen(batches, epoch)}
-        known = {name: self._drawn[name] for name in chosen if name in self._drawn}
+        known = {name: self._restored[name] for name in chosen if name in self._restored}
+        self._restored = {}
         missing = [example for name, example in chosen.items() if name not in known]
         samples = self._generate(model, missing) if missing or self._is_sharded() else []
         self._drawn = known | {example.name: sample for example, sample in zip(missing, samples, strict=True)}
@@ -160,7 +162,7 @@ class OwnSamples:
 
     def restore(self, samples: dict[str, list[int]]) -> None:
         """Take over what :meth:`state` returned when the checkpoint was written."""
-        self._drawn = samples
+        self._restored = samples
 
     def replace(self, batches: list[dict[str, Any]], epoch: int) -> None:
         """Replace the chosen responses of the micro-batches of a step, in place, by what was drawn for them."""

@@ -252,7 +252,6 @@ def test_loops_and_other_languages_among_own_samples_are_counted_and_warned_of_o
     for _ in range(3):
         own.draw(None, [batch], 0)
         own.replace([dict(batch)], 0)
-        own.restore({})
     logs = own.logs()
     assert logs["gen/loops"] == 0.5
     assert logs["gen/other_language"] == 0.375
