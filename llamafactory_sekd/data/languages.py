@@ -24,6 +24,15 @@ _NAMES: dict[str, str] = {
     "cmn": "Chinese",
     "swh": "Swahili",
     "pes": "Persian",
+    "npi": "Nepali",
+    "ory": "Odia",
+    "luo": "Luo",
+    # The library does not know their usual script.
+    "acm-Arab": "Mesopotamian Arabic",
+    "acq-Arab": "Ta'izzi-Adeni Arabic",
+    "ajp-Arab": "South Levantine Arabic",
+    "ko-Hang": "Korean",
+    "pbt-Arab": "Southern Pashto",
     "prs": "Dari",
     "fa-AF": "Dari",
     "de-AT": "Austrian German",
@@ -47,6 +56,8 @@ _NAMES: dict[str, str] = {
 }
 # Codes for several languages, for none, for unknown ones: nobody translates into them.
 _NO_LANGUAGES = frozenset({"mis", "mul", "und", "zxx"})
+# The library's names of private codes and of groups: "Unknown language [qaa]", "Sign languages".
+_NO_NAME = re.compile(r"Unknown language.*|.* languages")
 
 
 @cache
@@ -75,7 +86,13 @@ def language_name(code: str) -> str:
     usual = Language.get(language.language or code).maximize().script
     if language.script and language.script == usual:
         return language_name("-".join(part for part in (language.language, language.territory) if part))
-    return str(language.display_name("en"))
+    name = str(language.display_name("en"))
+    if _NO_NAME.fullmatch(name):
+        raise DataError(
+            f"The code {code!r} is of no single language ({name}): use the code of one, or give its name as well "
+            "(--from-name, --to-name)."
+        )
+    return name
 
 
 @cache
@@ -172,7 +189,13 @@ def parse_direction(text: str, source_name: str | None = None, target_name: str 
                 f"Unknown direction {text!r}: the language code {code!r} is not known; `sekd data pairs` takes a name "
                 f"for it by {option}-name."
             ) from None
-    return Direction(match[1], match[2], source_name, target_name)
+    direction = Direction(match[1], match[2], source_name, target_name)
+    if None in (source_name, target_name) and direction.source_language == direction.target_language:
+        raise DataError(
+            f"Unknown direction {text!r}: both codes are of {direction.source_language}; write source-target with two "
+            "different languages."
+        )
+    return direction
 
 
 # With fewer letters the language of a sentence is not judged. One of Chinese, Japanese or Korean counts as three.

@@ -20,12 +20,37 @@ MIN_LOOP_CHARACTERS = 24
 MIN_LOOP_SIGNS = 32
 # What belongs to a prompt or to a chat, and not to a translation.
 _HEADING = re.compile(r"#{2,} ?(Instruction|Input|Response)\b|<\|?(im_start|im_end|assistant|user|endoftext)\|?>")
+_HERE_IS = re.compile(r"\b(here is|here's|this is) (the|my|your|a) translation\b", re.IGNORECASE)
+_TRANSLATION = (
+    "translat|übersetz|traduc|traduz|tradução|překlad|preklad|prevod|prijevod|превод|перевод|переклад|tłumacz|fordít"
+    "|käänn|tõlge|översätt|overs[æe]t|vertaal|vertaling|çevir|terjemah|bản dịch|μετάφρασ|תרגום|ترجم|अनुवाद|翻译|翻譯"
+    "|翻訳|번역"
+)
+_LANGUAGE = (
+    "german|english|czech|french|spanish|italian|portuguese|dutch|polish|russian|ukrainian|chinese|japanese|korean"
+    "|arabic|deutsch|englisch|česky|čeština|français|español|中文|日本語"
+)
+# Before a colon that the source does not have: a word or two ("Answer: …", but not "He said: “…"), a language, a
+# chatty start, a word for "translation".
 _PREFACE = re.compile(
-    r"^(sure|certainly|of course|okay)\b[^.:]{0,80}[:!]|\b(here is|here's|this is) (the|my|your|a) translation\b"
-    r"|^(the )?(german|english|translated|translation)\b[^.:]{0,40}:",
+    r"^\W*(?:[^\W\d]+ ?){1,2}[:：](?!\d| ?[\"'“„«»‚‘])"
+    rf"|^\W*(?:in |the )?(?:{_LANGUAGE})[*)]*[:：]"
+    r"|^\W*(?:sure|certainly|of course|okay)\b[^.:]{0,80}:(?!\d)"
+    rf"|^[^.!?:：]{{0,60}}(?:{_TRANSLATION})[^.!?:：]{{0,60}}[:：]",
     re.IGNORECASE,
 )
+_CHATTY = re.compile(r"^\W*(?:sure|certainly|of course|okay)!", re.IGNORECASE)
+# Behind the end of a sentence, and before a colon that the source does not have.
+_NOTE = re.compile(
+    r"[.!?\"”“»)*。！？] *\W*(?:note|explanation|anmerkung|hinweis|erklärung|poznámka|vysvětlení|remarque|nota|"
+    r"примечание|объяснение|注释?|注意|説明)\b[^.:]{0,30}[:：]",
+    re.IGNORECASE,
+)
+_ARROW = re.compile(r"→|[-=]>")
+# A shorter source may be a name, which its translation holds as it is.
+_ECHO = 40
 _QUOTES = {'"': '"', "“": "”", "„": "“”", "«": "»", "»": "«", "「": "」", "'": "'"}
+_MARKS = frozenset("".join(_QUOTES) + "".join(_QUOTES.values()) + "‘’‚‹›")
 # A row of one of these is a ruler or a gap to fill in, in a good translation too.
 RULERS = frozenset("-=_*.~#─━═…·")
 
@@ -76,11 +101,20 @@ def inspect(
 
 
 def has_extra_text(line: str, source: str) -> bool:
-    """Tell whether ``line`` has what no translation of ``source`` has: a heading, a preface, quotation marks."""
-    if any(heading.search(line) and not heading.search(source) for heading in (_HEADING, _PREFACE)):
+    """Tell whether ``line`` has what no translation of ``source`` has.
+
+    That is a heading of a prompt, a preface, a note behind the sentence, an arrow, quotation marks around it, or the
+    source itself with more.
+    """
+    kinds = [_HEADING, _HERE_IS, _CHATTY, _ARROW]
+    if not re.search("[:：]", source):
+        kinds += [_PREFACE, _NOTE]
+    if any(kind.search(line) and not kind.search(source) for kind in kinds):
         return True
-    quoted = len(line) > 1 and _QUOTES.get(line[0], "") and line[-1] in _QUOTES[line[0]]
-    return bool(quoted) and source[:1] not in _QUOTES
+    if len(source) >= _ECHO and len(line) > len(source) and source.casefold() in line.casefold():
+        return True
+    is_quoted = len(line) > 1 and line[-1] in _QUOTES.get(line[0], "")
+    return is_quoted and not _MARKS.intersection(source)
 
 
 def has_loop(line: str) -> bool:

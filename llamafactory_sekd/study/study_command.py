@@ -63,7 +63,7 @@ def study(
     if slurm is not None:
         count = len(opened.spec.models) + len(opened.cells)
         write_slurm(slurm, ["sekd", "study", str(file), *(overrides or [])], opened, count)
-        console.print(f"{slurm} runs {count} tasks: sbatch {slurm}", highlight=False, soft_wrap=True)
+        console.print(f"{slurm} runs {count} tasks: sbatch {slurm}", highlight=False, markup=False, soft_wrap=True)
         return
 
     failed: list[str] = []
@@ -80,7 +80,7 @@ def study(
 
     if only is None:
         for path in report(opened, console):
-            console.print(str(path), highlight=False, soft_wrap=True)
+            console.print(str(path), highlight=False, markup=False, soft_wrap=True)
     end_with(failed, console)
 
 

@@ -54,7 +54,14 @@ def test_direction_of_another_form_is_refused_with_an_example(text: str) -> None
         parse_direction(text)
 
 
-@pytest.mark.parametrize("code", ["und", "mul", "zxx_Zxxx"])
+@pytest.mark.parametrize("text", ["en-eng", "deu_Latn-de", "iw-he", "zh-Hans-zho_Hans"])
+def test_two_codes_of_one_language_are_refused(text: str) -> None:
+    with pytest.raises(DataError, match=f"Unknown direction '{text}': both codes are of "):
+        parse_direction(text)
+    assert parse_direction(text, target_name="Plain words").target_language == "Plain words"
+
+
+@pytest.mark.parametrize("code", ["und", "mul", "zxx_Zxxx", "qaa", "sgn", "art", "bh"])
 def test_a_code_of_no_language_is_refused(code: str) -> None:
     with pytest.raises(DataError, match="is not known"):
         parse_direction(f"en-{code}")
@@ -86,6 +93,12 @@ def test_unknown_language_is_named() -> None:
         ("zh-Hans", "Simplified Chinese"),
         ("sr-Latn", "Serbian (Latin)"),
         ("srp_Cyrl", "Serbian"),
+        ("acm_Arab", "Mesopotamian Arabic"),
+        ("arb_Latn", "Standard Arabic (Latin)"),
+        ("pbt_Arab", "Southern Pashto"),
+        ("kor_Hang", "Korean"),
+        ("npi_Deva", "Nepali"),
+        ("ory_Orya", "Odia"),
     ],
 )
 def test_every_usual_kind_of_code_has_an_english_name(code: str, name: str) -> None:

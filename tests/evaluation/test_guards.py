@@ -9,7 +9,7 @@ from helpers.sentences import ENGLISH, GERMAN
 
 from llamafactory_sekd.data.languages import is_other_language
 from llamafactory_sekd.data.testsets import load_test_set
-from llamafactory_sekd.evaluation.guards import has_loop, inspect
+from llamafactory_sekd.evaluation.guards import has_extra_text, has_loop, inspect
 
 
 LONG = {
@@ -66,6 +66,66 @@ def test_a_repeated_phrase_is_a_loop(line: str) -> None:
 )
 def test_emphasis_figures_and_rulers_are_no_loops(line: str) -> None:
     assert not has_loop(line)
+
+
+SOURCE, GOOD = LONG["en"], LONG["de"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"### Response: {GOOD}",
+        f"{GOOD} <|im_end|>",
+        f"Here is the translation: {GOOD}",
+        f"Hier ist die Übersetzung: {GOOD}",
+        f"Zde je překlad: {GOOD}",
+        f"**Translation:** {GOOD}",
+        f"翻译：{GOOD}",
+        f"German: {GOOD}",
+        f"Deutsch: „{GOOD}“",
+        f"Answer: {GOOD}",
+        f"Sure! {GOOD}",
+        f"Sure, here you go: {GOOD}",
+        f"{GOOD} (Note: I kept the tone of the original.)",
+        f"{GOOD} Anmerkung: frei übersetzt",
+        f"{SOURCE} {GOOD}",
+        f"{SOURCE} → {GOOD}",
+        f'"{GOOD}"',
+        f"„{GOOD}“",
+    ],
+)
+def test_text_that_is_no_translation_is_found(line: str) -> None:
+    assert has_extra_text(line, SOURCE)
+    assert inspect([line, GOOD], "de", None, 1.0, [SOURCE, SOURCE]).extra_text == 0.5
+
+
+@pytest.mark.parametrize(
+    ("line", "source"),
+    [
+        (GOOD, SOURCE),
+        ("„Es regnet“, sagte er.", "It rains, he said."),
+        ("„Es regnet.“", 'It rains."'),
+        ("Er sagte: „Es regnet.“", 'He said, "It rains."'),
+        (
+            "Of course, working late can be dangerous: most are out of work.",
+            "Natürlich kann das riskant sein: viele …",
+        ),
+        ("Sure, it could have gone better than the 0:2.", "Gut, ein 0 zu 2 war zu wenig."),
+        ("Übersetzung: Anna Müller", "Translation: Anna Müller"),
+        ("Siehe A -> B.", "See A -> B."),
+        ("University of California, Los Angeles", "University of California, Los Angeles"),
+    ],
+)
+def test_a_translation_with_colons_and_quotations_is_no_extra_text(line: str, source: str) -> None:
+    assert not has_extra_text(line, source)
+
+
+@pytest.mark.parametrize("task", ["wmt22", "wmt21_valid"])
+@pytest.mark.parametrize("direction", ["en-de", "de-en", "en-cs", "cs-en"])
+def test_references_have_no_extra_text(alma_dir: Path, task: str, direction: str) -> None:
+    test_set = load_test_set(task, alma_dir, direction)
+    found = sum(map(has_extra_text, test_set.references, test_set.sources))
+    assert found <= 0.003 * len(test_set.sources)
 
 
 SPOKEN_AS_ONE = {
