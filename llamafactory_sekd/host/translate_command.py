@@ -153,6 +153,8 @@ def translate(
     if split not in SPLITS:
         raise ArgumentError(f"`--split {split}`: use one of {', '.join(SPLITS)}.")
     chosen: list[Direction] = []
+    if dataset is None and not any((directions, source_language and target_language, source_name and target_language)):
+        raise ArgumentError("Name the languages: --from en --to de, or --directions en-de,de-en.")
     if directions is not None:
         if source_language or target_language:
             raise ArgumentError("Give either --directions or --from and --to.")
@@ -162,8 +164,6 @@ def translate(
         if target_name is not None and len(targets) > 1:
             raise ArgumentError("`--to-name` names one language, and `--to` several.")
         chosen = [parse_direction(f"{source_language or 'und'}-{code}", source_name, target_name) for code in targets]
-    if dataset is None and not chosen:
-        raise ArgumentError("Name the languages: --from en --to de, or --directions en-de,de-en.")
     if (
         dataset is None
         and alma is None

@@ -297,3 +297,8 @@ def test_what_cannot_work_is_refused_in_one_line(
 ) -> None:
     given = () if "--in" in words else ("--in", text)
     assert said in refused(*LANGUAGES, *given, *words)
+
+
+@pytest.mark.parametrize("words", [(), ("--to", "de"), ("--from", "en")])
+def test_languages_that_nobody_named_are_asked_for(refused: Callable[..., str], text: Path, words: tuple) -> None:
+    assert "Name the languages: --from en --to de" in refused(*words, "--in", text)
