@@ -41,8 +41,8 @@ COMMAND = (sys.executable, "-m", "llamafactory_sekd")
 THROUGH_GENERATE = (
     sys.executable,
     "-c",
-    "import llamafactory_sekd.evaluation.architecture_probe as probe; "
-    "probe.agrees_with_plain_forward = lambda *_: False; "
+    "import llamafactory_sekd.evaluation.decoding as decoding; "
+    "decoding.agrees_with_plain_forward = lambda *_: False; "
     "import runpy; runpy.run_module('llamafactory_sekd', run_name='__main__')",
 )
 # Sentences per second, and the translations.

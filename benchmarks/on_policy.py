@@ -37,10 +37,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_sekd.data.prompts import prompt, record
 from llamafactory_sekd.errors import one_line
-from llamafactory_sekd.evaluation.candidates import Drawing, Request, hf_candidates
+from llamafactory_sekd.evaluation.decoding import Drawing, SeededPrompt, hf_candidates
 from llamafactory_sekd.evaluation.evaluation_settings import Decoding
 from llamafactory_sekd.evaluation.greedy import greedy_search
-from llamafactory_sekd.evaluation.translator import BatchLimits
+from llamafactory_sekd.evaluation.systems import BatchLimits
 from llamafactory_sekd.files import write_atomic
 from llamafactory_sekd.objectives import Head, fused_distillation
 from llamafactory_sekd.trainer.on_policy import TOKENS_AT_A_TIME
@@ -255,14 +255,14 @@ def mbr(folder: Path, pairs: Sequence[Any], arguments: argparse.Namespace) -> di
         model, lambda rows: tokenizer.batch_decode(rows, skip_special_tokens=True), [EOS], PAD,
         Decoding(max_new_tokens=NEW_TOKENS), drawing=Drawing(),
     )  # fmt: skip
-    requests = [Request(row, number * samples + k) for number, row in enumerate(prompts) for k in range(samples)]
+    requests = [SeededPrompt(row, number * samples + k) for number, row in enumerate(prompts) for k in range(samples)]
     start = time.perf_counter()
     found = dict(entry for group in sample(requests, BatchLimits(16384)) for entry in group)
     generating = time.perf_counter() - start
     start = time.perf_counter()
     for number in range(count):
         texts = [found[number * samples + k][0].text for k in range(samples)]
-        by_consensus(number, pairs[number][0], texts, chrf_utility)
+        by_consensus(number, texts, chrf_utility)
     choosing = time.perf_counter() - start
     return {
         "ratio": (generating + choosing) / generating,

@@ -48,7 +48,7 @@ COMMANDS = {
     "study": Command(
         "llamafactory_sekd.study.study_command", "Run a matrix of trainings, its tables and figures.", RUN
     ),
-    "card": Command("llamafactory_sekd.evaluation.card_command", "Write scores into a model's card.", RUN),
+    "card": Command("llamafactory_sekd.evaluation.model_card", "Write scores into a model's card.", RUN),
     "demo": Command("llamafactory_sekd.demo.demo_command", "Run the complete job on a small scale.", RUN),
 }
 

@@ -29,8 +29,8 @@ from llamafactory_sekd.reporting.document import (
     Span,
     Table,
 )
+from llamafactory_sekd.reporting.document_files import render_html
 from llamafactory_sekd.reporting.figures import BASELINE, INK, canvas, finish
-from llamafactory_sekd.reporting.html import render_html
 from llamafactory_sekd.reporting.metric_labels import number, p_text
 from llamafactory_sekd.reporting.terminal import print_document
 from llamafactory_sekd.study.report.cells import Group, Study, read_study

@@ -10,7 +10,7 @@ import rich.progress
 from rich.console import Console
 from rich.markup import escape
 
-from llamafactory_sekd.reporting.progress_view import ProgressView, show_seconds
+from llamafactory_sekd.reporting.terminal import ProgressView, show_seconds
 
 
 class RemainingTime:

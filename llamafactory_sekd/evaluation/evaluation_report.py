@@ -4,45 +4,26 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from llamafactory_sekd.evaluation.cost_tables import costs_section
+from sacrebleu.metrics.chrf import CHRF
+
 from llamafactory_sekd.evaluation.evaluation_results import Evaluated
-from llamafactory_sekd.evaluation.noticed import noticed_entry, noticed_section
-from llamafactory_sekd.evaluation.part_tables import parts_section
-from llamafactory_sekd.evaluation.score_cells import columns_of, row_of, score_entry, shown_metrics
-from llamafactory_sekd.evaluation.scores import SURFACE_METRICS
-from llamafactory_sekd.evaluation.sentence_examples import Example, most_different
-from llamafactory_sekd.evaluation.significance import SAMPLES, TRIALS
+from llamafactory_sekd.evaluation.evaluation_tables import (
+    costs_section,
+    guards_section,
+    noticed_by_people,
+    parts_section,
+    score_sections,
+    significance_section,
+    similarity_section,
+)
 from llamafactory_sekd.files import write_json
-from llamafactory_sekd.reporting.document import (
-    NOTHING,
-    Column,
-    Document,
-    Entry,
-    Line,
-    Passage,
-    Row,
-    Section,
-    Span,
-    Table,
-)
+from llamafactory_sekd.reporting.document import Column, Document, Entry, Line, Passage, Row, Section, Span, Table
 from llamafactory_sekd.reporting.document_files import write_document
-from llamafactory_sekd.reporting.metric_labels import (
-    GUARD_LABELS,
-    MARKS,
-    guard_is_alarming,
-    metric_label,
-    metric_look,
-    number,
-    p_text,
-)
+from llamafactory_sekd.reporting.metric_labels import MARKS, metric_label
 from llamafactory_sekd.reporting.terminal import print_document
-
-
-# Columns of figures of more than two metrics that fit on a page side by side.
-WIDEST = 8
 
 
 def write_report(data: Evaluated, results: dict[str, Any]) -> None:
@@ -62,13 +43,13 @@ def write_report(data: Evaluated, results: dict[str, Any]) -> None:
 def build_document(data: Evaluated, results: dict[str, Any]) -> Document:
     """Put ``results`` (the contents of results.json) into the order and the words of the report."""
     sections = [
-        *_scores(results),
-        _noticed(results),
-        _significance(results),
+        *score_sections(results),
+        noticed_by_people(results),
+        significance_section(results),
         parts_section(results),
         costs_section(results),
-        _similarity(results),
-        _guards(results),
+        similarity_section(results),
+        guards_section(results),
         _examples(data),
         _origin(results),
     ]
@@ -96,160 +77,6 @@ def _facts(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             "metric interference",
             f"{name} was trained on text that {shown} or a relative chose: trust other metrics",
         )
-
-
-def _scores(results: Mapping[str, Any]) -> Iterator[Section]:
-    """Yield the paper's table, and chrF2 in a table of its own where the metrics of the paper are there."""
-    metrics = shown_metrics(results)
-    main = tuple(metric for metric in metrics if metric != "chrf") or metrics
-    left_out = [f"{metric_label(metric)} was skipped: {reason}" for metric, reason in results["skipped"].items()]
-    alarm = " ".join([*left_out, *results["notes"]])
-    if not main:
-        yield Section("Scores", "No metric of this evaluation can run; see the guards.", alarm, main=True)
-        return
-    yield Section("Scores", _note(results), alarm, tuple(_score_tables(results, main)), main=True)
-    others = tuple(metric for metric in metrics if metric not in main)
-    if others:
-        note = "A score over characters, more tolerant of rich morphology than BLEU."
-        yield Section(metric_label(others[0]), note, tables=(_score_table(results, others),), main=True)
-
-
-def _note(results: Mapping[str, Any]) -> str:
-    note = ""
-    if results["baseline"] is not None:
-        test = "paired bootstrap" if results["test"] == "paired_bs" else "paired approximate randomization"
-        resampled = [metric_label(m) for m in shown_metrics(results) if m in SURFACE_METRICS]
-        by_model = [metric_label(m) for m in shown_metrics(results) if m not in SURFACE_METRICS]
-        how = [f"{_and(resampled)} by {test}"] if resampled else []
-        how += [f"{_and(by_model)} by a paired t-test, and over all directions by {test}"] if by_model else []
-        note = (
-            f"± is the 95 % interval of a bootstrap with {SAMPLES:,} samples. The smaller figures are differences to "
-            f"the baseline {results['baseline']}. {MARKS}; "
-            f"{'; '.join(how)}. "
-        )
-    note += "The best score of a column is bold"
-    note += ", the teacher aside." if results["teacher"] is not None else "."
-    note += " COMET is shown times 100." if any(m.startswith("comet") for m in shown_metrics(results)) else ""
-    lower = [metric_label(m) for m in shown_metrics(results) if not metric_look(m).higher_is_better]
-    return note + (f" Of {_and(lower)}, lower is better." if lower else "")
-
-
-def _and(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def _score_tables(results: Mapping[str, Any], metrics: Sequence[str]) -> Iterator[Table]:
-    """Yield one table of all metrics, or one for each where they would not fit on a page."""
-    if len(metrics) <= 2 or len(metrics) * len(columns_of(results)) <= WIDEST:
-        yield _score_table(results, metrics)
-        return
-    for metric in metrics:
-        yield _score_table(results, [metric])
-
-
-def _score_table(results: Mapping[str, Any], metrics: Sequence[str]) -> Table:
-    pairs = [(column, metric) for column in columns_of(results) for metric in metrics]
-    columns = tuple(Column(metric_label(metric), column) for column, metric in pairs)
-    rows = (
-        row_of(results, name, [score_entry(results, name, *pair) for pair in pairs]) for name in results["systems"]
-    )
-    return Table(("system",), columns, tuple(rows), title=results["task"])
-
-
-def _significance(results: Mapping[str, Any]) -> Section | None:
-    """List p of every test: hovering over a score does not print."""
-    if len(results["significance"]) < 2:
-        return None
-    pairs = [(column, metric) for column in columns_of(results) for metric in shown_metrics(results)]
-    rows = tuple(
-        row_of(results, name, [_p_entry(results, name, *pair) for pair in pairs])
-        for name in results["significance"]
-        if name != results["baseline"]
-    )
-    columns = tuple(Column(f"p, {metric_label(metric)}", column) for column, metric in pairs)
-    table = Table(("system",), columns, rows)
-    trials = f"{SAMPLES:,} resamples" if results["test"] == "paired_bs" else f"{TRIALS:,} trials"
-    note = (
-        f"p of the paired tests against the baseline {results['baseline']} ({trials}), corrected for the number of "
-        "systems by Holm; below it, p of the test alone."
-    )
-    return Section("Significance", note, tables=(table,))
-
-
-def _noticed(results: Mapping[str, Any]) -> Section | None:
-    found = results["noticed"]
-    known = {metric for one in found.values() for shares in one.values() for metric in shares}
-    shown = [metric for metric in shown_metrics(results) if metric in known]
-    if not shown:
-        return None
-    pairs = [(column, metric) for column in columns_of(results) for metric in shown]
-    columns = tuple(Column(metric_label(metric), column) for column, metric in pairs)
-    shares = {
-        name: [noticed_entry(one[column].get(metric)) for column, metric in pairs] for name, one in found.items()
-    }
-    return noticed_section(
-        Table(("system",), columns, tuple(row_of(results, name, entries) for name, entries in shares.items()))
-    )
-
-
-def _p_entry(results: Mapping[str, Any], name: str, column: str, metric: str) -> Entry:
-    """Return p, none for equal scores: sacrebleu's bootstrap has 1/1001 for them, which says nothing."""
-    own, base = (results["systems"][one]["scores"][column][metric] for one in (name, results["baseline"]))
-    test = results["significance"][name][column].get(metric, {})
-    if own == base or test.get("p") is None:
-        return NOTHING
-    several = len(results["significance"]) > 2
-    return Entry(p_text(test["p_holm"]), small=p_text(test["p"]) if several else "")
-
-
-def _similarity(results: Mapping[str, Any]) -> Section | None:
-    found = {name: entry["similarity"] for name, entry in results["systems"].items() if entry["similarity"]}
-    if not found:
-        return None
-    columns = columns_of(results)
-    rows = tuple(
-        row_of(results, name, [_similarity_entry(values[column]) for column in columns])
-        for name, values in found.items()
-    )
-    note = f"BLEU with the translations of {results['teacher']} as references: how closely a student follows it."
-    table = Table(("system",), tuple(Column("BLEU", column) for column in columns), rows)
-    return Section("Similarity to the teacher", note, tables=(table,))
-
-
-def _similarity_entry(value: float | None) -> Entry:
-    return NOTHING if value is None else Entry(number(value, 1), bar=value / 100)
-
-
-def _guards(results: Mapping[str, Any]) -> Section:
-    everyone = [
-        (d, name, entry["guards"][d]) for d in results["directions"] for name, entry in results["systems"].items()
-    ]
-    shown = [guard for guard in GUARD_LABELS if any(found[guard] is not None for _, _, found in everyone)]
-    shown = [guard for guard in shown if guard != "thoughts" or any(found[guard] for _, _, found in everyone)]
-    rows = tuple(
-        row_of(results, name, [_guard(guard, found[guard]) for guard in shown], direction)
-        for direction, name, found in everyone
-    )
-    note = (
-        "Shares of the sentences; the length ratio is output by reference, in tokens. Extra text is a heading of a "
-        "prompt, a preface, or quotation marks around all of it. Values that deserve a look are marked."
-    )
-    if "thoughts" in shown:
-        note += " Thoughts before a translation are counted and removed."
-    if "unaligned" in shown:
-        note += (
-            " Documents were translated together; the sentences of one that came back with another number of lines "
-            "were translated again, one by one."
-        )
-    table = Table(("system", "direction"), tuple(Column(GUARD_LABELS[guard]) for guard in shown), rows)
-    return Section("Guards", note, tables=(table,))
-
-
-def _guard(name: str, value: float | None) -> Entry:
-    if value is None:
-        return NOTHING
-    text = f"{value:.2f}" if name == "length_ratio" else f"{100 * value:.1f} %"
-    return Entry(text, alarm=guard_is_alarming(name, value))
 
 
 def _examples(data: Evaluated) -> Section | None:
@@ -328,3 +155,62 @@ def _texts(title: str, heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) 
         title,
         folded=True,
     )
+
+
+EXAMPLES = 20
+
+
+@dataclass(frozen=True)
+class Output:
+    """One system's translation of an example, with its sentence chrF2 (0 to 100) against the reference."""
+
+    system: str
+    text: str
+    chrf: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sentence of the test set; ``number`` is its line, counted from 1. The best output comes first."""
+
+    direction: str
+    number: int
+    source: str
+    reference: str
+    outputs: tuple[Output, ...]
+
+    @property
+    def spread(self) -> float:
+        """Return how far the systems are apart in sentence chrF2; of a single one, how far the reference is."""
+        return (self.outputs[0].chrf if len(self.outputs) > 1 else 100.0) - self.outputs[-1].chrf
+
+
+def most_different(data: Evaluated) -> list[Example]:
+    """Return the :data:`EXAMPLES` sentences with the widest spread of sentence chrF2 among the systems.
+
+    Of a single system they are those with the lowest sentence chrF2. Every direction has its part, so that one with
+    noisy references does not take all places; no source appears twice in a direction.
+    """
+    by_direction = [_by_spread(data, direction) for direction in data.test_sets]
+    chosen: list[Example] = []
+    for row in range(max(map(len, by_direction))):
+        chosen += [examples[row] for examples in by_direction if row < len(examples)]
+    return sorted(chosen[:EXAMPLES], key=lambda example: (-example.spread, example.direction, example.number))
+
+
+def _by_spread(data: Evaluated, direction: object) -> list[Example]:
+    test_set = data.test_sets[direction]  # type: ignore[index]
+    lines = {name: by_direction[direction].lines for name, by_direction in data.hypotheses.items()}  # type: ignore[index]
+    metric = CHRF()
+    examples: list[Example] = []
+    for index, (source, reference) in enumerate(zip(test_set.sources, test_set.references, strict=True)):
+        texts = {name: system_lines[index] for name, system_lines in lines.items()}
+        if len(texts) > 1 and len(set(texts.values())) == 1:
+            continue
+        scores = {text: metric.sentence_score(text, [reference]).score for text in set(texts.values())}
+        outputs = [Output(name, text, scores[text]) for name, text in texts.items()]
+        outputs.sort(key=lambda output: -output.chrf)
+        examples.append(Example(str(direction), index + 1, source, reference, tuple(outputs)))
+    examples.sort(key=lambda example: (-example.spread, example.number))
+    once = {example.source: example for example in reversed(examples)}
+    return [example for example in examples if once[example.source] is example][:EXAMPLES]

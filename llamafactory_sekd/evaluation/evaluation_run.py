@@ -1,35 +1,60 @@
-"""An evaluation from its settings to its report."""
+"""An evaluation from its settings to its report: checked, translated, scored."""
 
 from __future__ import annotations
 
+import gc
 import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.prompts import PARROT
 from llamafactory_sekd.data.testsets import TestSet, load_test_set
 from llamafactory_sekd.errors import EvaluationError
-from llamafactory_sekd.evaluation.asking import documents_of, requests_of
-from llamafactory_sekd.evaluation.comet import prepare_comet
-from llamafactory_sekd.evaluation.costs import model_cost
 from llamafactory_sekd.evaluation.evaluation_report import write_report
 from llamafactory_sekd.evaluation.evaluation_results import Evaluated, build_results
 from llamafactory_sekd.evaluation.evaluation_settings import OPTIONAL, Settings, System
-from llamafactory_sekd.evaluation.metricx import prepare_metricx
-from llamafactory_sekd.evaluation.scores import SURFACE_METRICS, surface_metric
-from llamafactory_sekd.evaluation.segment_scores import SegmentScorer
-from llamafactory_sekd.evaluation.system_fingerprint import locate
-from llamafactory_sekd.evaluation.translate import collect_hypotheses, given_hypotheses
-from llamafactory_sekd.evaluation.translator import Host
-from llamafactory_sekd.evaluation.workspace import check_workspace, open_workspace
+from llamafactory_sekd.evaluation.metric_models import prepare_comet, prepare_metricx
+from llamafactory_sekd.evaluation.scores import SURFACE_METRICS, SegmentScorer, surface_metric
+from llamafactory_sekd.evaluation.systems import (
+    BatchLimits,
+    Document,
+    Host,
+    Request,
+    Translation,
+    Translator,
+    documents_of,
+    lines_fingerprint,
+    locate,
+    model_cost,
+    requests_of,
+    system_fingerprint,
+)
+from llamafactory_sekd.evaluation.translation_store import (
+    Hypotheses,
+    Record,
+    Store,
+    aligned,
+    check_workspace,
+    open_workspace,
+    read_hypotheses,
+    split_thought,
+)
+from llamafactory_sekd.files import write_lines
 from llamafactory_sekd.fingerprints import Digests
-from llamafactory_sekd.ranks import join_ranks
+from llamafactory_sekd.ranks import Ranks, join_ranks
 from llamafactory_sekd.reporting.metric_labels import metric_label
 
 
 logger = logging.getLogger(__name__)
+
+TestSets = Mapping[Direction, TestSet]
 
 
 @dataclass(frozen=True)
@@ -144,3 +169,227 @@ def evaluate(settings: Settings, host: Host) -> dict[str, Any] | None:
             results = build_results(data)
             write_report(data, results)
     return results
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a system is asked: a request for each sentence and, in their place, for ``documents`` where there are some.
+
+    ``thought_words`` open and close the thoughts of its template.
+    """
+
+    requests: Sequence[Request]
+    documents: Sequence[Document] = ()
+    thought_words: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One system in one direction that is not finished; ``pending`` are the sentences still to translate."""
+
+    direction: Direction
+    store: Store
+    fingerprint: str
+    asked: Asked
+    pending: list[int]
+
+
+def hypotheses_folder(settings: Settings, system: System) -> Path:
+    """Return the folder of a system's translations."""
+    return settings.save_dir / "hypotheses" / system.name
+
+
+def given_hypotheses(system: System, direction: Direction, test_set: TestSet) -> list[str]:
+    """Return the translations that a scored-only system brought; :class:`EvaluationError` when they do not fit."""
+    assert system.hypotheses is not None
+    return read_hypotheses(system.hypotheses / f"{direction}.txt", len(test_set.sources))
+
+
+def collect_hypotheses(
+    settings: Settings, test_sets: TestSets, host: Host, ranks: Ranks
+) -> dict[str, dict[Direction, Hypotheses]]:
+    """Return ``{system: {direction: translations}}``; on ranks other than the first, what the first knows, too.
+
+    One model is loaded at a time, and none whose translations are all there.
+    """
+    digests = Digests(settings.save_dir / ".digests.json")
+    collected: dict[str, dict[Direction, Hypotheses]] = {}
+    for system in settings.systems:
+        if system.model is None:
+            collected[system.name] = _bring(settings, system, test_sets) if ranks.is_first else {}
+            continue
+        plan = _plan(settings, system, test_sets, host, digests) if ranks.is_first else None
+        done, jobs = ranks.from_first(plan)
+        memory = _translate(settings, system, jobs, host, ranks) if jobs else None
+        if ranks.is_first:
+            done |= {job.direction: job.store.finish(job.fingerprint, ranks.world, memory) for job in jobs}
+            for job in jobs:
+                _say_what_did_not_align(system, job, done[job.direction])
+        collected[system.name] = {direction: done[direction] for direction in settings.directions if direction in done}
+    return collected
+
+
+def _bring(settings: Settings, system: System, test_sets: TestSets) -> dict[Direction, Hypotheses]:
+    brought = {}
+    for direction, test_set in test_sets.items():
+        found = [split_thought(line) for line in given_hypotheses(system, direction, test_set)]
+        lines = [text for text, _ in found]
+        write_lines(hypotheses_folder(settings, system) / f"{direction}.txt", lines)
+        brought[direction] = Hypotheses(lines, lines_fingerprint(lines), thoughts=[thought for _, thought in found])
+    return brought
+
+
+def _plan(
+    settings: Settings, system: System, test_sets: TestSets, host: Host, digests: Digests
+) -> tuple[dict[Direction, Hypotheses], list[_Job]]:
+    """Return what is finished and what remains to be done."""
+    description = host.describe(system)
+    done: dict[Direction, Hypotheses] = {}
+    jobs: list[_Job] = []
+    for direction, test_set in test_sets.items():
+        requests = requests_of(system, direction, test_set, settings.task_dir)
+        documents = documents_of(system, direction, test_set, settings.task_dir)
+        everything = [*(document.request for document in documents), *requests]
+        fingerprint = system_fingerprint(system, description, settings.decoding, everything, digests, host.versions)
+        folder = hypotheses_folder(settings, system)
+        store = Store(folder, str(direction), len(requests), description.thought_words)
+        finished = store.finished(fingerprint)
+        if finished is not None:
+            logger.info("%s %s: already translated and unchanged; skipping.", system.name, direction)
+            done[direction] = finished
+            continue
+        if store.text_path.exists():
+            logger.warning("%s %s: the model or its environment changed; translating again.", system.name, direction)
+        pending = store.resume(fingerprint)
+        if len(pending) < len(requests):
+            kept = len(requests) - len(pending)
+            logger.info("%s %s: continuing, %d of %d are done.", system.name, direction, kept, len(requests))
+        asked = Asked(requests, documents, description.thought_words)
+        jobs.append(_Job(direction, store, fingerprint, asked, pending))
+    return done, jobs
+
+
+def _translate(settings: Settings, system: System, jobs: list[_Job], host: Host, ranks: Ranks) -> int | None:
+    """Translate with one system on all ranks and free its model; return the peak memory of this rank's GPU."""
+    memory = None
+    if any(job.pending for job in jobs):
+        translator = host.load(system)
+        for job in jobs:
+            label = f"{system.name} {job.direction}"
+            translate_pending(translator, job.asked, job.pending, job.store, job.fingerprint, settings, ranks, label)
+        del translator
+        memory = _free_memory()
+    ranks.wait()
+    return memory
+
+
+def _say_what_did_not_align(system: System, job: _Job, done: Hypotheses) -> None:
+    alone = done.unaligned or []
+    documents = sum(any(alone[place] for place in document.places) for document in job.asked.documents if alone)
+    if documents:
+        logger.warning(
+            "%s %s: %d of %d documents came back with another number of lines; their %d sentences were translated one "
+            "by one. (`max_new_tokens` applies to a document; `document: 10` makes pieces of ten sentences.)",
+            *(system.name, job.direction, documents, len(job.asked.documents), sum(alone)),
+        )
+
+
+def _free_memory() -> int | None:
+    """Free what a model held, and return the most that was allocated since the last call; None without a GPU."""
+    import torch
+
+    gc.collect()
+    if not torch.cuda.is_available():
+        return None
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def translate_pending(
+    translator: Translator,
+    asked: Asked,
+    pending: Sequence[int],
+    store: Store,
+    fingerprint: str,
+    settings: Settings,
+    ranks: Ranks,
+    label: str,
+) -> None:
+    """Translate this rank's share of the sentences ``pending``; what is finished is kept at once.
+
+    Shares are dealt out by length, so that all ranks get like work. The sentences of a document that comes back with
+    another number of lines are translated one by one. ``label`` comes before the progress bar, which counts the
+    sentences of this rank. The seconds that are recorded hold everything from here on, writing included.
+    """
+    clock = _Clock()
+    missing = set(pending)
+    singles = [Document(asked.requests[index], (index,)) for index in pending]
+    wanted = [one for one in asked.documents if missing.intersection(one.places)] if asked.documents else singles
+    prompts = [translator.encode(one.request) for one in wanted]
+    order = sorted(range(len(wanted)), key=lambda place: (-len(prompts[place]), place))
+    mine = [(wanted[place], prompts[place]) for place in ranks.share(order)]
+    part = store.open_part(fingerprint, ranks.rank)
+    limits = BatchLimits(settings.batch_tokens, settings.batch_size)
+    note = f" (rank 1 of {ranks.world})" if ranks.world > 1 else ""
+    total = sum(len(missing.intersection(one.places)) for one, _ in mine)
+    with tqdm(total=total, desc=f"{label}{note}", unit=" sentences", disable=not ranks.is_first) as progress:
+        alone: dict[int, float] = {}
+        for documents in _translated(translator, mine, limits):
+            share = clock.lap() / len(documents)
+            records, unaligned = _records(documents, missing, share, asked)
+            alone |= unaligned
+            part.append(records)
+            progress.update(len(records))
+        requests = [(index, asked.requests[index]) for index in alone]
+        again = [(Document(request, (index,)), translator.encode(request)) for index, request in requests]
+        for documents in _translated(translator, again, limits):
+            share = clock.lap() / len(documents)
+            found = [
+                Record(one.places[0], made.in_one_line(), share + alone[one.places[0]], unaligned=True)
+                for one, made in documents
+            ]
+            part.append(found)
+            progress.update(len(found))
+
+
+def _translated(
+    translator: Translator, wanted: Sequence[tuple[Document, list[int]]], limits: BatchLimits
+) -> Iterator[list[tuple[Document, Translation]]]:
+    for group in translator.translate([prompt for _, prompt in wanted], limits):
+        yield [(wanted[place][0], translation) for place, translation in group]
+
+
+def _records(
+    documents: Sequence[tuple[Document, Translation]], missing: set[int], seconds: float, asked: Asked
+) -> tuple[list[Record], dict[int, float]]:
+    """Return what is finished, and the sentences of documents that do not fit, with the seconds that they took."""
+    records: list[Record] = []
+    alone: dict[int, float] = {}
+    for document, made in documents:
+        if not asked.documents:
+            records.append(Record(document.places[0], made.in_one_line(), seconds))
+            continue
+        text, thought = split_thought(made.text, asked.thought_words)
+        lines = aligned(text, len(document.places))
+        share = seconds / len(document.places)
+        for number, place in enumerate(document.places):
+            if place in missing and lines is None:
+                alone[place] = share
+            elif place in missing and lines is not None:
+                # The tokens of a document are counted once, with its first sentence.
+                translation = Translation(lines[number], 0 if number else made.tokens, made.hit_limit)
+                records.append(Record(place, translation, share, thought, unaligned=False))
+    return records, alone
+
+
+class _Clock:
+    """Gives the seconds since it was asked the last time."""
+
+    def __init__(self) -> None:
+        self._mark = time.perf_counter()
+
+    def lap(self) -> float:
+        self._mark, started = time.perf_counter(), self._mark
+        return self._mark - started

@@ -12,8 +12,7 @@ from llamafactory_sekd.config import check_keys, text_of
 from llamafactory_sekd.data.languages import Direction, parse_direction
 from llamafactory_sekd.data.prompts import PARROT, Prompt, prompt_named
 from llamafactory_sekd.errors import ArgumentError, DataError, EvaluationError, one_line
-from llamafactory_sekd.evaluation.scores import SURFACE_METRICS, TOKENIZERS, BleuTokenizer
-from llamafactory_sekd.evaluation.segment_scores import metric_keys
+from llamafactory_sekd.evaluation.scores import SURFACE_METRICS, TOKENIZERS, BleuTokenizer, metric_keys
 
 
 # Metrics that are models, of which an evaluation may have several, and the one that is meant when none is named.

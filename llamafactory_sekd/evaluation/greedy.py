@@ -17,8 +17,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from llamafactory_sekd.evaluation.batching import batch_size
-from llamafactory_sekd.evaluation.translator import BatchLimits
+from llamafactory_sekd.evaluation.systems import BatchLimits
 
 
 # What follows: logits float32 [rows, vocab], the prompts' indices and the numbers of the new tokens in; tokens out.
@@ -26,6 +25,16 @@ Pick = Callable[[torch.Tensor, list[int], list[int]], torch.Tensor]
 
 # The batch is repacked when this share of its sentences has ended. Repacking costs about as much as two steps.
 _ENDED_SHARE = 0.25
+
+
+def batch_size(longest: int, *, new_tokens: int, beams: int, limits: BatchLimits) -> int:
+    """Return how many sentences with prompts of up to ``longest`` tokens may be decoded together, at least one.
+
+    As many as fit ``limits.tokens`` when every beam of every sentence runs to its limit, which bounds the key-value
+    cache: sentences x ``beams`` x (``longest`` + ``new_tokens``); at most ``limits.sentences``.
+    """
+    size = max(1, limits.tokens // (beams * (longest + new_tokens)))
+    return size if limits.sentences is None else min(size, limits.sentences)
 
 
 def can_share_cache(model: Any) -> bool:
@@ -36,7 +45,7 @@ def can_share_cache(model: Any) -> bool:
     """
     config = model.config
     # Whatever is not known to be plain is left out: a wrong mask would show as worse translations, not as an error.
-    if type(inner_model(model)).__module__.startswith("transformers_modules"):
+    if type(_inner_model(model)).__module__.startswith("transformers_modules"):
         return False
     if config.is_encoder_decoder or getattr(model, "_is_stateful", False) or config.get_text_config() is not config:
         return False
@@ -234,9 +243,7 @@ class _Forward:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        # Only the last position's logits are wanted; a long prompt's would fill the memory.
-        only_last = "logits_to_keep" in inspect.signature(inner_model(model).forward).parameters
-        self._keys = {"logits_to_keep": 1} if only_last else {}
+        self._keys = last_logits(model, 1)
         self._attention = getattr(model.config, "_attn_implementation", None)
 
     def logits(self, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
@@ -275,7 +282,14 @@ class _Forward:
         return torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)
 
 
-def inner_model(model: Any) -> Any:
+def last_logits(model: Any, count: int) -> dict[str, int]:
+    """Return how ``model`` is asked for the logits of the last ``count`` positions alone, where it can be."""
+    # The logits of a long prompt's other positions would fill the memory.
+    can = "logits_to_keep" in inspect.signature(_inner_model(model).forward).parameters
+    return {"logits_to_keep": count} if can else {}
+
+
+def _inner_model(model: Any) -> Any:
     """Return the model inside an adapter, or the model."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

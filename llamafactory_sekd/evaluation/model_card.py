@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from llamafactory_sekd.data.languages import base_code
 from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.files import read_json, write_atomic
-from llamafactory_sekd.reporting.markdown import escape
+from llamafactory_sekd.reporting.document_files import escape_markdown
 from llamafactory_sekd.reporting.metric_labels import AVERAGE, metric_label, metric_look, number
 
 
@@ -83,7 +85,12 @@ def _score_lines(results: Mapping[str, Any], name: str) -> Iterable[str]:
     entry = results["systems"][name]
     metrics = [metric for metric in results["metrics"] if metric not in results["skipped"]]
     columns = [*results["directions"], *([AVERAGE] if len(results["directions"]) > 1 else [])]
-    yield from ("## Translation quality", "", f"On {escape(results['task'])}, by `llamafactory-cli eval`:", "")
+    yield from (
+        "## Translation quality",
+        "",
+        f"On {escape_markdown(results['task'])}, by `llamafactory-cli eval`:",
+        "",
+    )
     yield "| | " + " | ".join(metric_label(metric) for metric in metrics) + " |"
     yield "| --- |" + " ---: |" * len(metrics)
     for column in columns:
@@ -133,3 +140,19 @@ def _renew(card: Path, mark: str, lines: Sequence[str], data: Mapping[str, Itera
         metadata[key] = list(dict.fromkeys([*before, *values]))
     kept = ModelCardData(**metadata, ignore_metadata_errors=True).to_yaml()
     write_atomic(card, f"---\n{kept}\n---\n{text.rstrip()}\n")
+
+
+app = typer.Typer(help="Write the scores of an evaluation into a model's card.", add_completion=False)
+
+
+@app.command()
+def card(
+    model: Annotated[Path, typer.Argument(help="The folder that training wrote.")],
+    results: Annotated[Path, typer.Option("--results", help="The save_dir of an evaluation.")],
+    system: Annotated[
+        str | None, typer.Option("--system", help="The model's system in these results, where that is ambiguous.")
+    ] = None,
+) -> None:
+    """Update the section on translation quality in MODEL/README.md; the rest of the card stays unchanged."""
+    name = write_scores(model, results, system)
+    print(f"{model / 'README.md'}: the scores of {name}")

@@ -16,8 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llamafactory_sekd.evaluation.evaluation_settings import Settings
-from llamafactory_sekd.evaluation.scores import BleuTokenizer
-from llamafactory_sekd.evaluation.segment_scores import model_name
+from llamafactory_sekd.evaluation.scores import BleuTokenizer, model_name
 from llamafactory_sekd.reporting.document import NOTHING, Entry, Section, Table
 from llamafactory_sekd.reporting.metric_labels import metric_look
 

@@ -170,18 +170,6 @@ def p_value(samples: np.ndarray, observed: float) -> float:
     return (int(np.sum(samples > observed)) + 1) / (len(samples) + 1)
 
 
-def paired_bootstrap(
-    metric: Metric, references: Sequence[str], baseline: tuple[str, Sequence[str]], others: Mapping[str, Sequence[str]]
-) -> tuple[dict[str, Paired], str]:
-    """Run sacrebleu's paired bootstrap of ``others`` against ``baseline`` (name and translations), in one direction.
-
-    Returns the result per system, the baseline included, and the signature (``…|bs:1000|seed:12345|…``).
-    """
-    lines = {baseline[0]: baseline[1], **others}
-    statistics = {name: [corpus_statistics(metric, texts, references)] for name, texts in lines.items()}
-    return PairedTests("paired_bs", baseline[0], statistics).direction(0), paired_signature(metric, "paired_bs")
-
-
 def paired_signature(metric: Metric, kind: str) -> str:
     """Return the signature of a test of sacrebleu's kind with a metric that has scored something."""
     signature = metric.get_signature()

@@ -8,15 +8,16 @@ its own; a killed run loses the batch it was in.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.errors import EvaluationError
-from llamafactory_sekd.evaluation.hypotheses import read_hypotheses, split_thought
-from llamafactory_sekd.evaluation.translator import Translation
-from llamafactory_sekd.files import read_json, write_atomic, write_json, write_lines
+from llamafactory_sekd.errors import EvaluationError, one_line
+from llamafactory_sekd.evaluation.evaluation_settings import Settings
+from llamafactory_sekd.evaluation.systems import Translation
+from llamafactory_sekd.files import locked, read_json, write_atomic, write_json, write_lines
 from llamafactory_sekd.fingerprints import sha256_of
 
 
@@ -210,3 +211,120 @@ def _line(record: Record) -> str:
 def _parse(line: str) -> Record:
     fields = json.loads(line)
     return Record(**{**fields, "translation": Translation(**fields["translation"])})
+
+
+# What encloses a model's thoughts, whatever template it is used with: Qwen and DeepSeek, Kimi, Magistral, Seed,
+# gpt-oss (harmony), Gemma, Command A.
+THOUGHT_WORDS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("◁think▷", "◁/think▷"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
+    ("<|channel>thought", "<channel|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+)
+# Harmony's words as they are left where another tool took out the special tokens.
+_HARMONY = ("analysis", "assistantfinal")
+
+
+def read_hypotheses(path: Path, expected: int) -> list[str]:
+    r"""Return the translations of ``path``, one per line, checked to be ``expected`` in number.
+
+    Only ``\\n`` and ``\\r\\n`` end a line. Raises :class:`EvaluationError` for a missing file, a wrong number of lines
+    or bytes that are not UTF-8.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise EvaluationError(f"The hypotheses {path} do not exist: one translation per line is expected.") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise EvaluationError(f"The hypotheses {path} are not UTF-8 (line {line}).") from None
+    lines = text.split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    if len(lines) != expected:
+        raise EvaluationError(f"The hypotheses {path} have {len(lines)} lines, but the test set has {expected}.")
+    return [one_line(line) for line in lines]
+
+
+def split_thought(line: str, own: tuple[str, str] | None = None) -> tuple[str, bool]:
+    """Return a translation without the thoughts before it, and whether there were any.
+
+    ``own`` are the words of the model's template that open and close them; those of :data:`THOUGHT_WORDS` count as
+    well. A thought that does not end is all that there is; the opening word may be part of the prompt, so that only
+    the closing one is here.
+    """
+    kinds = [(opening.strip(), closing.strip()) for opening, closing in (*([own] if own else []), *THOUGHT_WORDS)]
+    for _, closing in kinds:
+        _, found, after = line.rpartition(closing)
+        if found:
+            return after.strip(), True
+    if line.startswith(_HARMONY[0]) and _HARMONY[1] in line:
+        return line.rpartition(_HARMONY[1])[2].strip(), True
+    for opening, _ in kinds:
+        if opening in line:
+            return line.partition(opening)[0].strip(), True
+    return line, False
+
+
+def aligned(text: str, count: int) -> list[str] | None:
+    """Return the ``count`` lines of a document's translation, empty lines left out; None where it has another number.
+
+    One sentence is one line, whatever was written.
+    """
+    if count == 1:
+        return [one_line(text)]
+    lines = [one_line(line) for line in text.split("\n") if line.strip()]
+    return lines if len(lines) == count else None
+
+
+_CONFIGURATION = "evaluation.json"
+
+
+@contextmanager
+def open_workspace(settings: Settings, test_sets: Mapping[str, str]) -> Iterator[None]:
+    """Hold ``save_dir`` for the length of the block.
+
+    ``test_sets`` maps the directions to the fingerprints of their test sets. Systems and directions may be added to an
+    evaluation; what all systems share may not change. Raises :class:`EvaluationError` when ``save_dir`` holds
+    something else, when it was made with another configuration, or when another run is at work in it.
+    """
+    folder = settings.save_dir
+    check_workspace(settings, test_sets)
+    busy = f"Another evaluation is running in `save_dir` {folder}: wait for it to end."
+    with locked(folder / ".lock", busy, error=EvaluationError):
+        known = (read_json(folder / _CONFIGURATION) or {}).get("test_sets", {})
+        write_json(folder / _CONFIGURATION, {**_shared(settings), "test_sets": {**known, **test_sets}})
+        yield
+
+
+def check_workspace(settings: Settings, test_sets: Mapping[str, str]) -> None:
+    """Raise :class:`EvaluationError` when ``save_dir`` cannot take this evaluation."""
+    folder = settings.save_dir
+    if folder.exists() and not folder.is_dir():
+        raise EvaluationError(f"`save_dir` {folder} is a file, not a directory.")
+    before = read_json(folder / _CONFIGURATION)
+    if before is None:
+        # Hidden files are ours: the lock, and what a killed run was writing.
+        if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise EvaluationError(f"`save_dir` {folder} holds something other than an evaluation: use another one.")
+        return
+    for key, value in _shared(settings).items():
+        if before.get(key) != value:
+            raise _other_configuration(folder, f"`{key}` {before.get(key)}", str(value))
+    for direction, fingerprint in test_sets.items():
+        if before["test_sets"].get(direction, fingerprint) != fingerprint:
+            raise _other_configuration(folder, f"another {direction} test set", settings.task_dir.as_posix())
+
+
+def _other_configuration(folder: Path, before: str, now: str) -> EvaluationError:
+    return EvaluationError(
+        f"`save_dir` {folder} holds an evaluation with {before}, and this one has {now}: use another `save_dir`."
+    )
+
+
+def _shared(settings: Settings) -> dict[str, Any]:
+    return {"task": settings.task, "template": settings.template, **asdict(settings.decoding)}

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
-from llamafactory_sekd.errors import one_line
-from llamafactory_sekd.evaluation.candidates import Candidates, Drawing, Request
+from llamafactory_sekd.evaluation.decoding import Candidates, Drawing, SeededPrompt
 from llamafactory_sekd.evaluation.evaluation_settings import Decoding
-from llamafactory_sekd.evaluation.translator import BatchLimits, Translate, Translation
+from llamafactory_sekd.evaluation.systems import BatchLimits, Translate, Translation
 
 
 # Sentences handed over at a time: enough to keep vLLM busy, few enough that a killed run loses a minute.
@@ -39,13 +37,7 @@ def vllm_translate(
 
     def translate(prompts: Sequence[list[int]], limits: BatchLimits) -> Iterator[list[tuple[int, Translation]]]:
         for start in range(0, len(prompts), _SENTENCES):
-            outputs = engine.generate(
-                [{"prompt_token_ids": prompt} for prompt in prompts[start : start + _SENTENCES]],
-                sampling_params=sampling,
-                lora_request=lora_request,
-                use_tqdm=False,
-            )
-            yield [(start + place, _translation(output.outputs[0])) for place, output in enumerate(outputs)]
+            yield _answers(engine, prompts[start : start + _SENTENCES], sampling, lora_request, start)
 
     return translate
 
@@ -61,44 +53,48 @@ def vllm_candidates(
     """Return the function that makes one translation of each request with ``engine``: a sample, or the greedy one."""
     from vllm import SamplingParams
 
-    if drawing is None:
-        translate = vllm_translate(engine, stop_ids, decoding, lora_request, skip_special_tokens)
-        return lambda requests, limits: (
-            [(index, [_in_one_line(translation)]) for index, translation in group]
-            for group in translate([request.prompt for request in requests], limits)
-        )
+    translate = vllm_translate(engine, stop_ids, decoding, lora_request, skip_special_tokens)
 
-    def sampling(request: Request) -> Any:
-        return SamplingParams(
-            temperature=drawing.temperature,
-            top_p=drawing.top_p,
-            top_k=drawing.top_k or -1,
-            seed=request.seed,
-            max_tokens=decoding.max_new_tokens,
-            stop_token_ids=list(stop_ids),
-            skip_special_tokens=skip_special_tokens,
-        )
-
-    def several(requests: Sequence[Request], limits: BatchLimits) -> Iterator[list[tuple[int, list[Translation]]]]:
+    def draw(requests: Sequence[SeededPrompt], drawing: Drawing) -> Iterator[list[tuple[int, Translation]]]:
         for start in range(0, len(requests), _SENTENCES):
             part = requests[start : start + _SENTENCES]
-            outputs = engine.generate(
-                [{"prompt_token_ids": request.prompt} for request in part],
-                sampling_params=[sampling(request) for request in part],
-                lora_request=lora_request,
-                use_tqdm=False,
-            )
-            yield [
-                (start + place, [_in_one_line(_translation(output.outputs[0]))])
-                for place, output in enumerate(outputs)
+            samplings = [
+                SamplingParams(
+                    temperature=drawing.temperature,
+                    top_p=drawing.top_p,
+                    top_k=drawing.top_k or -1,
+                    seed=request.seed,
+                    max_tokens=decoding.max_new_tokens,
+                    stop_token_ids=list(stop_ids),
+                    skip_special_tokens=skip_special_tokens,
+                )
+                for request in part
             ]
+            yield _answers(engine, [request.prompt for request in part], samplings, lora_request, start)
 
-    return several
+    def make(requests: Sequence[SeededPrompt], limits: BatchLimits) -> Iterator[list[tuple[int, list[Translation]]]]:
+        if drawing is None:
+            groups = translate([request.prompt for request in requests], limits)
+        else:
+            groups = draw(requests, drawing)
+        for group in groups:
+            yield [(index, [translation.in_one_line()]) for index, translation in group]
+
+    return make
 
 
-def _translation(output: Any) -> Translation:
-    return Translation(output.text.strip(), len(output.token_ids), output.finish_reason == "length")
-
-
-def _in_one_line(translation: Translation) -> Translation:
-    return replace(translation, text=one_line(translation.text))
+def _answers(
+    engine: Any, prompts: Sequence[list[int]], sampling: Any, lora_request: Any, start: int
+) -> list[tuple[int, Translation]]:
+    """Return the translations of ``prompts``, the first of which is number ``start``."""
+    outputs = engine.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        sampling_params=sampling,
+        lora_request=lora_request,
+        use_tqdm=False,
+    )
+    answers = [output.outputs[0] for output in outputs]
+    return [
+        (start + place, Translation(one.text.strip(), len(one.token_ids), one.finish_reason == "length"))
+        for place, one in enumerate(answers)
+    ]

@@ -16,8 +16,8 @@ from llamafactory_sekd.config import read_config
 from llamafactory_sekd.errors import EvaluationError, SekdError
 from llamafactory_sekd.evaluation.evaluation_settings import Settings, System, parse_settings
 from llamafactory_sekd.evaluation.harness import HarnessSettings, is_of_harness, parse_harness
-from llamafactory_sekd.evaluation.hypotheses import THOUGHT_WORDS
-from llamafactory_sekd.evaluation.translator import Description, Host, ModelSource, Request, Translator
+from llamafactory_sekd.evaluation.systems import Description, Host, ModelSource, Request, Translator
+from llamafactory_sekd.evaluation.translation_store import THOUGHT_WORDS
 from llamafactory_sekd.host.run_names import check_template
 
 

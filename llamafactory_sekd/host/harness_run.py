@@ -9,8 +9,7 @@ from typing import Any
 from llamafactory_sekd.errors import EvaluationError, one_line
 from llamafactory_sekd.evaluation.evaluation_settings import System
 from llamafactory_sekd.evaluation.harness import Harness, HarnessSettings, evaluate_by_harness, own_tasks, scores_of
-from llamafactory_sekd.evaluation.system_fingerprint import system_fingerprint
-from llamafactory_sekd.evaluation.translator import Host
+from llamafactory_sekd.evaluation.systems import Host, system_fingerprint
 from llamafactory_sekd.fingerprints import Digests, sha256_of, sha256_of_json
 
 

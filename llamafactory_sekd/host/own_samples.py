@@ -110,9 +110,9 @@ def own_samples_of(run: HostArguments, template: Any, tokenizer: Any) -> Callabl
 
 def _search(sampling: Sampling) -> Search:
     """Return the evaluation's decoder, for students that agree with it; they are asked once up to a length."""
-    from llamafactory_sekd.evaluation.architecture_probe import WayToDecode
+    from llamafactory_sekd.evaluation.decoding import WayToDecode
     from llamafactory_sekd.evaluation.greedy import greedy_search
-    from llamafactory_sekd.evaluation.translator import BatchLimits
+    from llamafactory_sekd.evaluation.systems import BatchLimits
     from llamafactory_sekd.trainer.on_policy import TOKENS_AT_A_TIME
 
     ways: list[WayToDecode] = []

@@ -18,13 +18,19 @@ from llamafactory_sekd.children import end_rank_with_launcher
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.prompts import Prompt
 from llamafactory_sekd.errors import ArgumentError, EvaluationError
-from llamafactory_sekd.evaluation.candidates import hf_candidates
-from llamafactory_sekd.evaluation.comet import prepare_comet
+from llamafactory_sekd.evaluation.decoding import hf_candidates
 from llamafactory_sekd.evaluation.evaluation_settings import Settings, System
-from llamafactory_sekd.evaluation.hypotheses import split_thought
-from llamafactory_sekd.evaluation.segment_scores import SegmentScorer
-from llamafactory_sekd.evaluation.system_fingerprint import source_digests, system_fingerprint
-from llamafactory_sekd.evaluation.translator import BatchLimits, Description, Host, Request
+from llamafactory_sekd.evaluation.metric_models import prepare_comet
+from llamafactory_sekd.evaluation.scores import SegmentScorer
+from llamafactory_sekd.evaluation.systems import (
+    BatchLimits,
+    Description,
+    Host,
+    Request,
+    source_digests,
+    system_fingerprint,
+)
+from llamafactory_sekd.evaluation.translation_store import split_thought
 from llamafactory_sekd.files import write_json
 from llamafactory_sekd.fingerprints import Digests
 from llamafactory_sekd.host.evaluate import (
@@ -38,10 +44,9 @@ from llamafactory_sekd.host.evaluate import (
     wants_torchrun,
 )
 from llamafactory_sekd.ranks import Ranks, join_ranks
-from llamafactory_sekd.translation.generated import Generation, Model, Shard, collect, generate
-from llamafactory_sekd.translation.picking import Result, findings, select, signature
+from llamafactory_sekd.translation.candidates import Generation, Model, Plan, Shard, collect, generate, work_folder
+from llamafactory_sekd.translation.choosing import Result, findings, select, signature
 from llamafactory_sekd.translation.source_texts import STDIN, Texts, mixed, read_alma_split, read_dataset, read_file
-from llamafactory_sekd.translation.translate_options import Plan, work_folder
 from llamafactory_sekd.translation.writing import write_dataset, write_text
 
 

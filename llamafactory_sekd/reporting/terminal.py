@@ -1,11 +1,14 @@
-"""A report's main tables in the terminal, or in the file or pipe that the output goes to."""
+"""What a terminal, or a log file, shows: the main tables of a report, and bars while something takes long."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 from rich.box import ASCII2, SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -79,3 +82,55 @@ def _entry(entry: Entry) -> Text:
         (f" ± {entry.spread}" if entry.spread else "", "dim"),
         (f" ({entry.small}{entry.mark})" if entry.small else entry.mark, style),
     )
+
+
+class ProgressView:
+    """Bars with a name, a share and a note, and lines above them; in a log file, a line now and then.
+
+    Args:
+        console: where to.
+        bar_width: columns of a bar.
+        line_every: seconds between two lines where there is no terminal.
+    """
+
+    def __init__(self, console: Console, bar_width: int, line_every: float) -> None:
+        self.console = console
+        self._line_every = line_every
+        self._last_line = time.monotonic()
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=bar_width),
+            TaskProgressColumn(),
+            TextColumn("[dim]{task.fields[note]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+
+    def say(self, line: str, style: str = "") -> None:
+        """Print a line above the bars."""
+        self.console.print(escape(line), style=style, highlight=False, soft_wrap=True)
+
+    def begin(self, what: str) -> None:
+        """Say what has begun, where no bar shows it."""
+        if not self.console.is_terminal:
+            self.say(f"… {what}")
+
+    def line_is_due(self) -> bool:
+        """Tell whether a line about how far it is should be printed now, and count it as printed."""
+        if self.console.is_terminal or time.monotonic() - self._last_line < self._line_every:
+            return False
+        self._last_line = time.monotonic()
+        return True
+
+
+def show_seconds(seconds: float) -> str:
+    """Return a duration as people say it: ``45 s``, ``3 min 20 s``, ``35 min``, ``2 h 10 min``."""
+    if round(seconds) < 60:
+        return f"{seconds:.0f} s"
+    # Nobody plans by the second what takes minutes, nor by the ten seconds what takes longer.
+    minutes, rest = divmod(round(seconds, -1), 60)
+    if minutes < 10 and rest:
+        return f"{minutes:.0f} min {rest:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.data.languages import parse_direction
-from llamafactory_sekd.evaluation.hypotheses import read_hypotheses
-from llamafactory_sekd.evaluation.scores import mean
-from llamafactory_sekd.evaluation.segment_scores import segment_file, segment_key
-from llamafactory_sekd.evaluation.similarity import similarity
+from llamafactory_sekd.evaluation.scores import mean, segment_file, segment_key, similarity
+from llamafactory_sekd.evaluation.translation_store import read_hypotheses
 from llamafactory_sekd.files import read_json
 from llamafactory_sekd.study.evaluation import SYSTEM, VALIDATION, Evaluation, metric_models
 from llamafactory_sekd.study.jobs import Job, changed, is_evaluated, is_trained, was_resumed

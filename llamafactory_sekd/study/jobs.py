@@ -15,7 +15,7 @@ from typing import Any
 from llamafactory_sekd.config import write_yaml
 from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.errors import EvaluationError
-from llamafactory_sekd.evaluation.workspace import check_workspace
+from llamafactory_sekd.evaluation.translation_store import check_workspace
 from llamafactory_sekd.files import read_json, write_json
 from llamafactory_sekd.fingerprints import Digests
 from llamafactory_sekd.study import ingredients

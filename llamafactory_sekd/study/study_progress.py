@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.markup import escape
 
-from llamafactory_sekd.reporting.progress_view import ProgressView, show_seconds
+from llamafactory_sekd.reporting.terminal import ProgressView, show_seconds
 
 
 # Columns of a bar, and of all that follows a name.

@@ -22,10 +22,11 @@ from llamafactory_sekd.data.products import (
 )
 from llamafactory_sekd.data.readers import read_json_records, read_lines
 from llamafactory_sekd.errors import ArgumentError, DataError
-from llamafactory_sekd.evaluation.asking import Nearest, same_text
+from llamafactory_sekd.evaluation.scores import Nearest
+from llamafactory_sekd.evaluation.systems import same_text
 from llamafactory_sekd.files import locked
 from llamafactory_sekd.fingerprints import sha256_of
-from llamafactory_sekd.translation.declared_records import declared
+from llamafactory_sekd.translation.source_texts import declared
 
 
 @dataclass(frozen=True)

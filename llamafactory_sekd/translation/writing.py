@@ -19,7 +19,7 @@ from llamafactory_sekd.data.products import (
 )
 from llamafactory_sekd.errors import DataError
 from llamafactory_sekd.files import locked, write_atomic
-from llamafactory_sekd.translation.picking import Chosen, Result, findings
+from llamafactory_sekd.translation.choosing import Chosen, Result, findings
 
 
 FORMS = (".txt", ".tsv", ".jsonl")

@@ -14,11 +14,11 @@ from sacrebleu.metrics.chrf import CHRF
 from llamafactory_sekd.data.languages import parse_direction
 from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.errors import EvaluationError
-from llamafactory_sekd.evaluation.asking import Nearest, requests_of
 from llamafactory_sekd.evaluation.evaluation_run import prepare
 from llamafactory_sekd.evaluation.evaluation_settings import Settings, parse_settings
-from llamafactory_sekd.evaluation.hypotheses import split_thought
-from llamafactory_sekd.evaluation.translator import Request
+from llamafactory_sekd.evaluation.scores import Nearest
+from llamafactory_sekd.evaluation.systems import Request, requests_of
+from llamafactory_sekd.evaluation.translation_store import split_thought
 from llamafactory_sekd.host.evaluate import build_host, decoder, evaluate_settings, thought_tokens
 
 

@@ -18,8 +18,8 @@ import yaml
 from helpers.sentences import ENGLISH, GERMAN, write_lines
 
 from llamafactory_sekd.errors import EvaluationError
-from llamafactory_sekd.evaluation.comet import prepare_comet
-from llamafactory_sekd.evaluation.segment_scores import Texts
+from llamafactory_sekd.evaluation.metric_models import prepare_comet
+from llamafactory_sekd.evaluation.scores import Texts
 from llamafactory_sekd.evaluation.significance import comet_paired
 from llamafactory_sekd.fingerprints import Digests
 
@@ -95,7 +95,7 @@ def test_scores_that_are_known_are_not_computed_again(
     def refuse(*_: Any) -> None:
         raise AssertionError("loaded again")
 
-    monkeypatch.setattr("llamafactory_sekd.evaluation.comet._load", refuse)
+    monkeypatch.setattr("llamafactory_sekd.evaluation.metric_models._load_comet", refuse)
     assert scorer.score({place: Texts(ENGLISH, GERMAN, GERMAN)}) == first
     with pytest.raises(AssertionError, match="loaded again"):
         scorer.score({place: Texts(ENGLISH, WORSE, GERMAN)})
@@ -164,7 +164,7 @@ def test_a_checkpoint_that_the_hub_does_not_give_is_named(monkeypatch: pytest.Mo
 OFFLINE = """
 import sys, time
 from llamafactory_sekd.errors import EvaluationError
-from llamafactory_sekd.evaluation.comet import prepare_comet
+from llamafactory_sekd.evaluation.metric_models import prepare_comet
 from llamafactory_sekd.fingerprints import Digests
 start = time.perf_counter()
 try:

@@ -17,12 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Mis
 from llamafactory_sekd.data.languages import parse_direction
 from llamafactory_sekd.data.prompts import prompt
 from llamafactory_sekd.errors import EvaluationError
-from llamafactory_sekd.evaluation.architecture_probe import agrees_with_plain_forward
-from llamafactory_sekd.evaluation.batching import plan_batches
-from llamafactory_sekd.evaluation.decoding import hf_translate
+from llamafactory_sekd.evaluation.decoding import agrees_with_plain_forward, hf_translate, plan_batches
 from llamafactory_sekd.evaluation.evaluation_settings import Decoding
 from llamafactory_sekd.evaluation.greedy import can_share_cache
-from llamafactory_sekd.evaluation.translator import BatchLimits, Translation
+from llamafactory_sekd.evaluation.systems import BatchLimits, Translation
 
 
 LIMIT = 30

@@ -14,12 +14,18 @@ from helpers.sentences import ENGLISH, GERMAN, write_lines
 from llamafactory_sekd.data.languages import parse_direction
 from llamafactory_sekd.data.testsets import TestSet, load_test_set
 from llamafactory_sekd.errors import DataError, EvaluationError
-from llamafactory_sekd.evaluation.asking import documents_in, documents_of, requests_of
+from llamafactory_sekd.evaluation.evaluation_run import Asked, translate_pending
 from llamafactory_sekd.evaluation.evaluation_settings import Settings, parse_settings
-from llamafactory_sekd.evaluation.generation import Asked, translate_pending
-from llamafactory_sekd.evaluation.hypotheses import aligned
-from llamafactory_sekd.evaluation.translation_store import Hypotheses, Store
-from llamafactory_sekd.evaluation.translator import BatchLimits, Request, Translation, Translator
+from llamafactory_sekd.evaluation.systems import (
+    BatchLimits,
+    Request,
+    Translation,
+    Translator,
+    documents_in,
+    documents_of,
+    requests_of,
+)
+from llamafactory_sekd.evaluation.translation_store import Hypotheses, Store, aligned
 from llamafactory_sekd.host.evaluate import evaluate_settings
 from llamafactory_sekd.ranks import Ranks
 

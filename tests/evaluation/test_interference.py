@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from llamafactory_sekd.data.products import record_training_text
+from llamafactory_sekd.evaluation.evaluation_results import interfering
 from llamafactory_sekd.evaluation.evaluation_settings import System
-from llamafactory_sekd.evaluation.interference import interfering
 
 
 METRICS = ("bleu", "chrf", "comet")

@@ -11,7 +11,7 @@ import pytest
 from helpers.latex_tables import faults_of
 
 from llamafactory_sekd.reporting.document import Column, Document, Entry, Row, Section, Table
-from llamafactory_sekd.reporting.latex import render_latex
+from llamafactory_sekd.reporting.document_files import render_latex
 
 
 LATIN = (

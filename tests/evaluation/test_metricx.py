@@ -10,8 +10,8 @@ from helpers.sentences import ENGLISH, GERMAN
 from helpers.tiny_metricx import save_metricx
 
 from llamafactory_sekd.errors import EvaluationError
-from llamafactory_sekd.evaluation.metricx import prepare_metricx
-from llamafactory_sekd.evaluation.segment_scores import Texts
+from llamafactory_sekd.evaluation.metric_models import prepare_metricx
+from llamafactory_sekd.evaluation.scores import Texts
 from llamafactory_sekd.fingerprints import Digests
 from llamafactory_sekd.reporting.metric_labels import best_of, metric_label
 

@@ -18,15 +18,12 @@ from rich.console import Console
 
 from llamafactory_sekd.data.languages import parse_direction
 from llamafactory_sekd.data.testsets import load_test_set
-from llamafactory_sekd.evaluation.evaluation_report import build_document, differing
+from llamafactory_sekd.evaluation.evaluation_report import EXAMPLES, build_document, differing, most_different
 from llamafactory_sekd.evaluation.evaluation_results import Evaluated, build_results
 from llamafactory_sekd.evaluation.evaluation_settings import parse_settings
-from llamafactory_sekd.evaluation.sentence_examples import EXAMPLES, most_different
 from llamafactory_sekd.evaluation.translation_store import Hypotheses
 from llamafactory_sekd.reporting.document import Document, Entry, Section
-from llamafactory_sekd.reporting.html import render_html
-from llamafactory_sekd.reporting.latex import render_latex
-from llamafactory_sekd.reporting.markdown import escape, render_markdown
+from llamafactory_sekd.reporting.document_files import escape_markdown, render_html, render_latex, render_markdown
 from llamafactory_sekd.reporting.metric_labels import significance_mark
 from llamafactory_sekd.reporting.terminal import print_document
 
@@ -130,7 +127,7 @@ def test_all_forms_show_the_same_scores(
         assert all(value in text for text in (page, markdown, terminal))
         assert name in page
         assert name in terminal
-        assert escape(name) in markdown
+        assert escape_markdown(name) in markdown
     for text in (page, markdown, terminal):
         assert "not to be had" in text
     assert results["signatures"]["en-de"]["bleu"] in markdown

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from llamafactory_sekd.errors import DataError, EvaluationError, one_line
-from llamafactory_sekd.evaluation.hypotheses import read_hypotheses
-from llamafactory_sekd.evaluation.translation_store import Record, Store
-from llamafactory_sekd.evaluation.translator import Translation
+from llamafactory_sekd.evaluation.systems import Translation
+from llamafactory_sekd.evaluation.translation_store import Record, Store, read_hypotheses
 from llamafactory_sekd.files import write_atomic
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from llamafactory_sekd.evaluation.candidates import Drawing, Request
+from llamafactory_sekd.evaluation.decoding import Drawing, SeededPrompt
 from llamafactory_sekd.evaluation.evaluation_settings import Decoding
-from llamafactory_sekd.evaluation.translator import BatchLimits, Translation
+from llamafactory_sekd.evaluation.systems import BatchLimits, Translation
 from llamafactory_sekd.evaluation.vllm_backend import vllm_candidates, vllm_translate
 
 
@@ -55,7 +55,7 @@ def test_each_sample_brings_its_own_seed_and_stays_one_line(monkeypatch: pytest.
     engine = Engine()
     drawing = Drawing(temperature=0.8, top_p=0.9, top_k=0)
     candidates = vllm_candidates(engine, [2], Decoding("vllm", max_new_tokens=9), drawing)
-    requests = [Request([number, 5], 1000 + number) for number in range(700)]
+    requests = [SeededPrompt([number, 5], 1000 + number) for number in range(700)]
     found = dict(entry for group in candidates(requests, BatchLimits(1)) for entry in group)
     assert found == {number: [Translation(f"Satz {number}", 3, bool(number % 2))] for number in range(700)}
     sampled = [sampling for _, part, _ in engine.calls for sampling in part]

@@ -53,7 +53,7 @@ def train(config: dict, overrides: list[str]) -> None:
 def evaluate(config: dict) -> None:
     from llamafactory_sekd.data.testsets import load_test_set
     from llamafactory_sekd.evaluation.evaluation_settings import parse_settings
-    from llamafactory_sekd.evaluation.workspace import open_workspace
+    from llamafactory_sekd.evaluation.translation_store import open_workspace
 
     out = Path(config["save_dir"])
     test_set = load_test_set(config["task"], config["task_dir"], "en-de")

@@ -14,9 +14,9 @@ from helpers.study_results import DIRECTIONS, SEEDS, write_study
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from llamafactory_sekd.evaluation.hypotheses import read_hypotheses
 from llamafactory_sekd.evaluation.scores import surface_metric
-from llamafactory_sekd.evaluation.significance import holm, paired_bootstrap
+from llamafactory_sekd.evaluation.significance import PairedTests, corpus_statistics, holm
+from llamafactory_sekd.evaluation.translation_store import read_hypotheses
 from llamafactory_sekd.study.report.cells import Group, Study, read_study
 from llamafactory_sekd.study.report.frequency import BUCKETS, word_recall
 from llamafactory_sekd.study.report.paired import Difference, PairedBootstrap
@@ -105,10 +105,12 @@ def test_with_one_seed_p_is_sacrebleus_own(study: Study, texts: Texts) -> None:
         found = PairedBootstrap(texts, study.directions).compare(*pair, "de-en", "bleu")
         assert found is not None
         references = texts.test_set("de-en").references
-        others = {"other": lines(study, one, 2, "de-en")}
-        expected, _ = paired_bootstrap(
-            surface_metric("bleu", "en"), references, ("base", lines(study, base, 2, "de-en")), others
-        )
+        metric, sides = surface_metric("bleu", "en"), {"base": base, "other": one}
+        statistics = {
+            name: [corpus_statistics(metric, lines(study, side, 2, "de-en"), references)]
+            for name, side in sides.items()
+        }
+        expected = PairedTests("paired_bs", "base", statistics).direction(0)
         assert found.p == pytest.approx(expected["other"].p, abs=1e-12)
 
 

@@ -23,11 +23,11 @@ from transformers import (
 )
 
 from llamafactory_sekd.data.checks import Problem
-from llamafactory_sekd.evaluation.candidates import Drawing, Request, hf_candidates
+from llamafactory_sekd.evaluation.decoding import Drawing, SeededPrompt, hf_candidates
 from llamafactory_sekd.evaluation.evaluation_settings import Decoding
-from llamafactory_sekd.evaluation.translator import BatchLimits, Translation
-from llamafactory_sekd.translation import chrf
-from llamafactory_sekd.translation.filters import FILTERS, find_problem
+from llamafactory_sekd.evaluation.scores import pairwise_chrf
+from llamafactory_sekd.evaluation.systems import BatchLimits, Translation
+from llamafactory_sekd.translation.choosing import FILTERS, find_problem
 
 
 EOS, PAD = 1, 2
@@ -51,7 +51,9 @@ def tiny(kind: str) -> Any:
     return LlamaForCausalLM(LlamaConfig(**keys)).eval()
 
 
-def found(model: Any, requests: list[Request], sentences: int | None = None, **keys: Any) -> list[list[Translation]]:
+def found(
+    model: Any, requests: list[SeededPrompt], sentences: int | None = None, **keys: Any
+) -> list[list[Translation]]:
     def decode(rows: list[list[int]]) -> list[str]:
         return [" ".join(map(str, row)) for row in rows]
 
@@ -65,7 +67,7 @@ def found(model: Any, requests: list[Request], sentences: int | None = None, **k
 def test_samples_are_distributed_as_the_model_says(kind: str) -> None:
     """Chi-square over the second token: 11 degrees of freedom, and 42 is exceeded once in 50,000 times."""
     model, prompt = tiny(kind), [0, 5, 7]
-    requests = [Request(prompt, seed) for seed in range(4000)]
+    requests = [SeededPrompt(prompt, seed) for seed in range(4000)]
     made = found(model, requests, decoding=Decoding(max_new_tokens=2), drawing=Drawing())
     with torch.no_grad():
         first = model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
@@ -89,7 +91,7 @@ def test_samples_are_distributed_as_the_model_says(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["full", "window"])
 def test_a_sample_depends_on_its_own_seed_alone(kind: str) -> None:
     model = tiny(kind)
-    requests = [Request([0, *range(3, 3 + length)], seed) for length in (2, 5, 2) for seed in range(4)]
+    requests = [SeededPrompt([0, *range(3, 3 + length)], seed) for length in (2, 5, 2) for seed in range(4)]
     keys: dict[str, Any] = {"decoding": Decoding(max_new_tokens=9), "drawing": Drawing(temperature=1.3, top_k=8)}
     together = found(model, requests, **keys)
     assert together == found(model, requests, sentences=1, **keys)
@@ -103,7 +105,7 @@ def test_the_best_of_a_beam_are_those_of_transformers(model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     prompts = [[0, *tokenizer.encode(text, add_special_tokens=False)] for text in ENGLISH[:4]]
-    made = found(loaded, [Request(p) for p in prompts], decoding=Decoding(num_beams=4, max_new_tokens=8), best=3)
+    made = found(loaded, [SeededPrompt(p) for p in prompts], decoding=Decoding(num_beams=4, max_new_tokens=8), best=3)
     for prompt, translations in zip(prompts, made, strict=True):
         rows = loaded.generate(
             torch.tensor([prompt]),
@@ -127,7 +129,7 @@ def test_chrf_of_all_pairs_is_that_of_sacrebleu(left: list[str], right: list[str
 
     metric = CHRF()
     expected = [[metric.sentence_score(one, [other]).score for other in right] for one in left]
-    assert chrf.pairwise(left, right) == pytest.approx(np.array(expected), abs=1e-9)
+    assert pairwise_chrf(left, right) == pytest.approx(np.array(expected), abs=1e-9)
 
 
 SOURCE = "The old bridge over the river was closed for repairs last summer."
@@ -162,7 +164,7 @@ def test_candidates_are_those_of_each_prompt_alone(kind: str, keys: dict[str, An
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.5)
-    requests = [Request([0, *range(3, 3 + length)], seed) for seed, length in enumerate((2, 8, 5, 3))]
+    requests = [SeededPrompt([0, *range(3, 3 + length)], seed) for seed, length in enumerate((2, 8, 5, 3))]
     decoding = Decoding(max_new_tokens=6, num_beams=3 if "best" in keys else 1)
     expected = [found(model, [request], decoding=decoding, **keys)[0] for request in requests]
     assert found(model, requests, decoding=decoding, **keys) == expected

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from llamafactory_sekd.errors import DataError
-from llamafactory_sekd.translation.generated import Made
-from llamafactory_sekd.translation.picking import Choice, select
+from llamafactory_sekd.evaluation.systems import Translation
+from llamafactory_sekd.translation.choosing import Choice, select
 from llamafactory_sekd.translation.source_texts import read_dataset
 
 
@@ -103,7 +103,7 @@ def test_sentences_whose_language_cannot_be_judged_are_counted(tmp_path, caplog)
     records = [{"instruction": PROMPT.format("Go."), "input": ""}, {"instruction": "Tell me a joke.", "input": ""}]
     save(tmp_path, records)
     sentences = read_dataset("talk", tmp_path, None).sentences
-    made = [[Made("x", hit_limit=False)] for _ in sentences]
+    made = [[Translation("x", 0, hit_limit=False)] for _ in sentences]
     choice = Choice(n_best=1, consensus=None, closest=False)
     with caplog.at_level("WARNING"):
         select(sentences, made, choice, ["language"], None, tmp_path)

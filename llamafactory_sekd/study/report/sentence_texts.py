@@ -10,9 +10,8 @@ from sacrebleu.metrics.base import Metric
 
 from llamafactory_sekd.data.testsets import TestSet, load_test_set
 from llamafactory_sekd.errors import EvaluationError
-from llamafactory_sekd.evaluation.hypotheses import read_hypotheses
-from llamafactory_sekd.evaluation.scores import SURFACE_METRICS, surface_metric
-from llamafactory_sekd.evaluation.segment_scores import segment_key
+from llamafactory_sekd.evaluation.scores import SURFACE_METRICS, segment_key, surface_metric
+from llamafactory_sekd.evaluation.translation_store import read_hypotheses
 from llamafactory_sekd.files import read_json
 from llamafactory_sekd.study.report.cells import Cell, Study
 

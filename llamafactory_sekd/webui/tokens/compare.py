@@ -12,7 +12,7 @@ from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.prompts import PARROT, Prompt
 from llamafactory_sekd.evaluation.decoding import hf_translate
 from llamafactory_sekd.evaluation.evaluation_settings import Decoding
-from llamafactory_sekd.evaluation.translator import BatchLimits
+from llamafactory_sekd.evaluation.systems import BatchLimits
 from llamafactory_sekd.objectives import distillation_loss
 from llamafactory_sekd.teacher import check_tokenizers, common_vocabulary
 from llamafactory_sekd.webui.page import LoadedModel
