@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from datetime import date
 from pathlib import Path
 
 import nox
@@ -85,6 +86,7 @@ def _smoke(session: nox.Session, name: str, extra: str) -> None:
         "torch": versions["torch"],
         "numpy": versions["numpy"],
         "peft": versions["peft"],
+        "measured": date.today().isoformat(),
         "outcomes": {},
     }
     for part, arguments in SMOKE.items():
@@ -119,9 +121,9 @@ def report(session: nox.Session) -> None:
     for record in records:
         head = [record["python"], record["llamafactory"], record["transformers"], record["comet"] or "not installed"]
         cells = [_shown(record["outcomes"].get(part)) for part in parts]
-        rows.append([*head, record["torch"], record["numpy"], record["peft"], *cells])
+        rows.append([*head, record["torch"], record["numpy"], record["peft"], *cells, record.get("measured", "-")])
 
-    titles = ["Python", "LLaMA-Factory", "transformers", "COMET", "torch", "numpy", "peft", *parts]
+    titles = ["Python", "LLaMA-Factory", "transformers", "COMET", "torch", "numpy", "peft", *parts, "measured"]
     table = [titles, ["---"] * len(titles), *rows]
     page = (ROOT / "docs" / "compatibility.md.in").read_text(encoding="utf-8")
     page = page.replace("@TABLE@", "\n".join("| " + " | ".join(row) + " |" for row in table))

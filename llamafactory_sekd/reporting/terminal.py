@@ -36,6 +36,7 @@ def print_document(document: Document, console: Console | None = None, notes: bo
             continue
         for table in section.tables:
             for one in _narrow(table, section.title):
+                console.print(Text(one.title, style="italic"), soft_wrap=True)  # as a table's title it has its width
                 console.print(_rich(one, console.is_terminal))
         if notes and section.note:
             console.print(Text(section.note, style="dim"))
@@ -63,7 +64,7 @@ def _narrow(table: Table, title: str) -> list[Table]:
 
 def _rich(table: Table, is_terminal: bool) -> RichTable:
     box = SIMPLE_HEAD if is_terminal else ASCII2
-    rich = RichTable(title=Text(table.title), title_justify="left", box=box, pad_edge=False)
+    rich = RichTable(box=box, pad_edge=False)
     for head in table.heads:
         rich.add_column(Text(head), no_wrap=True)
     for column in table.columns:
