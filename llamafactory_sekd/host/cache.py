@@ -32,7 +32,7 @@ from llamafactory_sekd.teacher.cache import (
     fill,
     make_plan,
 )
-from llamafactory_sekd.teacher.vocabulary import fingerprint_of_tokenizer
+from llamafactory_sekd.teacher.compatibility import fingerprint_of_tokenizer
 
 
 # What a template makes of this tells two templates of one name apart.

@@ -17,6 +17,7 @@ from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.formula import Formula
 from llamafactory_sekd.host.cache import autocast_type, fingerprints_of
 from llamafactory_sekd.host.run_arguments import HostArguments
+from llamafactory_sekd.ranks import on_any_rank
 from llamafactory_sekd.teacher import Teacher, readable_rows, used_ids
 from llamafactory_sekd.teacher.cache import (
     CacheCollator,
@@ -26,7 +27,6 @@ from llamafactory_sekd.teacher.cache import (
     Session,
     TopKFormat,
     first_unanswered,
-    on_any_rank,
     open_caches,
     open_for_reading,
     padding_of_head,

@@ -14,7 +14,7 @@ from llamafactory_sekd.errors import ArgumentError, DataError, SekdError, one_li
 from llamafactory_sekd.files import read_json
 from llamafactory_sekd.host.run_arguments import HostArguments
 from llamafactory_sekd.host.teacher_loading import each_teacher, teacher_identity
-from llamafactory_sekd.teacher.teacher_files import check_adapter_files, check_model_files, check_teacher_files
+from llamafactory_sekd.teacher.compatibility import check_adapter_files, check_model_files, check_teacher_files
 
 
 _INFO = "dataset_info.json"

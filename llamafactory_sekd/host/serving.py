@@ -14,11 +14,9 @@ from llamafactory_sekd.host.cache import teacher_fields
 from llamafactory_sekd.teacher import Teacher, check_teacher_files
 from llamafactory_sekd.teacher.cache import DTYPES
 from llamafactory_sekd.teacher.cache.formats import TOPK_RANGE, written_transform
-from llamafactory_sekd.teacher.served.protocol import ServerInfo, answer_of
-from llamafactory_sekd.teacher.served.served_tokenizer import describe
-from llamafactory_sekd.teacher.served.service import make_app
-from llamafactory_sekd.teacher.served.worker import Worker
-from llamafactory_sekd.teacher.teacher_files import check_adapter_files, check_is_causal
+from llamafactory_sekd.teacher.compatibility import check_adapter_files, check_is_causal
+from llamafactory_sekd.teacher.served.protocol import ServerInfo, answer_of, describe
+from llamafactory_sekd.teacher.served.service import Worker, make_app
 
 
 if TYPE_CHECKING:

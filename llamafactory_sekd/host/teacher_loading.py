@@ -129,13 +129,13 @@ def _check_fit(run: HostArguments) -> str:
     """Return what is to be said of a teacher's positions."""
     from llamafactory.model import load_config, load_tokenizer
 
-    from llamafactory_sekd.teacher.teacher_files import (
+    from llamafactory_sekd.teacher.compatibility import (
         check_adapter_files,
         check_is_causal,
         check_teacher_files,
+        check_tokenizers,
         positions_line,
     )
-    from llamafactory_sekd.teacher.vocabulary import check_tokenizers
 
     name, adapters, _ = teacher_identity(run.model, run.finetuning)
     check_teacher_files(name)

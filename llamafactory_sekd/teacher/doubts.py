@@ -10,7 +10,7 @@ import torch
 
 from llamafactory_sekd.objectives import distillation_loss
 from llamafactory_sekd.objectives.equations import cross_entropy
-from llamafactory_sekd.teacher.cache.build import collate
+from llamafactory_sekd.teacher.cache.filling import collate
 from llamafactory_sekd.teacher.cache.segments import Segment
 from llamafactory_sekd.teacher.model import Teacher
 

@@ -1,4 +1,4 @@
-"""Several models in one process, each the teacher of its own data sets."""
+"""Several teachers in one run: each answers its own examples, or the mean of those that know one does."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import torch
 
 from llamafactory_sekd.objectives import LogitsSource
 from llamafactory_sekd.ranks import on_any_rank
-from llamafactory_sekd.teacher.mixture import MixedLogits
 from llamafactory_sekd.teacher.model import Teacher
-from llamafactory_sekd.teacher.source import Answers
-from llamafactory_sekd.teacher.wrapped_collator import WrappedCollator
+from llamafactory_sekd.teacher.source import Answers, TeacherSource, WrappedCollator
 
 
 TEACHER_NUMBER = "teacher_number"  # int64 [batch], in a batch: the number of each example's data set
@@ -21,7 +19,64 @@ TEACHER_NUMBER = "teacher_number"  # int64 [batch], in a batch: the number of ea
 _BY_EXAMPLE = {"input_ids", "attention_mask", "position_ids"}
 
 
-class SeveralTeachers:
+class MixedLogits:
+    """The logits of a batch's tokens, of which each source knows some.
+
+    Where several sources know a token, its distribution is their weighted mean, ``log Σ w p``; the weights of the
+    sources that know it are scaled to a sum of one.
+
+    Args:
+        sources: over the same vocabulary; each holds the tokens that it knows, in the order of the batch.
+        knows: bool ``[tokens, sources]``; every token is known to at least one.
+        weights: one per source, positive; None for equal ones.
+    """
+
+    def __init__(
+        self, sources: Sequence[LogitsSource], knows: torch.Tensor, weights: Sequence[float] | None = None
+    ) -> None:
+        self.sources = sources
+        self.knows = knows
+        self.places = knows.long().cumsum(0) - 1  # a token's number among those of a source
+        self.is_mixed = bool((knows.sum(-1) > 1).any())
+        self.vocab_size = sources[0].vocab_size
+        self.dtype = torch.float32 if self.is_mixed else sources[0].dtype
+        for source in sources:
+            self.dtype = torch.promote_types(self.dtype, source.dtype)
+
+        self.may_be_infinite = any(source.may_be_infinite for source in sources)
+        shares = knows * torch.tensor(list(weights or [1.0] * len(sources)), dtype=torch.float32, device=knows.device)
+        self.log_shares = (shares / shares.sum(-1, keepdim=True)).log()
+
+    def __len__(self) -> int:
+        return len(self.knows)
+
+    def logits(self, tokens: slice | torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Write the logits of some tokens to the first rows of `out`, `[chunk, vocab]`, and return these rows."""
+        knows, places = self.knows[tokens], self.places[tokens]
+        out = out[: len(knows)]
+        if self.is_mixed:
+            out.fill_(-torch.inf)
+
+        for number, source in enumerate(self.sources):
+            here = knows[:, number].nonzero().squeeze(-1)
+            if len(here) == 0:
+                continue
+
+            if len(here) == len(out) and not self.is_mixed and source.dtype == out.dtype:
+                return source.logits(places[:, number], out)  # no copy where a chunk has one teacher
+
+            logits = source.logits(places[here, number], out.new_empty(len(here), self.vocab_size, dtype=source.dtype))
+            if not self.is_mixed:
+                out[here] = logits.to(out.dtype)
+                continue
+
+            share = self.log_shares[tokens][here, number].unsqueeze(-1)
+            out[here] = torch.logaddexp(out[here], logits.to(out.dtype).log_softmax(-1) + share.to(out.dtype))
+
+        return out
+
+
+class SeveralTeachers(TeacherSource):
     """Asks about each example the teacher of its data set; see :class:`TeacherSource`.
 
     Args:
@@ -30,15 +85,12 @@ class SeveralTeachers:
         numbers: of each data set's teacher, its place in `teachers`.
     """
 
-    collated_keys: tuple[str, ...] = (TEACHER_NUMBER,)
+    collated_keys = (TEACHER_NUMBER,)
 
     def __init__(self, teachers: Sequence[Teacher], names: Sequence[str], numbers: Sequence[int]) -> None:
         self.teachers = teachers
         self.names = tuple(names)
         self.numbers = torch.tensor(list(numbers))
-
-    def announce(self, batches: Sequence[dict[str, Any]]) -> None:
-        """Do nothing: models that compute when they are asked."""
 
     def can_answer_in_chunks(self, inputs: dict[str, Any]) -> bool:
         """Whether all of them can; each looks at itself, so none is left out."""

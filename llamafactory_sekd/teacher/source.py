@@ -1,7 +1,8 @@
-"""What the trainer asks of a teacher, wherever its answers come from."""
+"""What the trainer asks of a teacher, wherever its answers come from, and the batches that bring what it needs."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -15,18 +16,19 @@ Answers = Callable[[int | None], AbstractContextManager[LogitsSource]]
 
 
 class TeacherSource(Protocol):
-    """A teacher that is computed now, or read from a cache.
+    """A teacher that is computed now, or read from a cache. The defaults are those of one alone that needs no notice.
 
     Attributes:
         collated_keys: entries of a batch that are the teacher's alone; the student must not see them.
         names: of the teachers that this one consists of; none where it is one alone.
     """
 
-    collated_keys: tuple[str, ...]
-    names: tuple[str, ...]
+    collated_keys: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
     def announce(self, batches: Sequence[dict[str, Any]]) -> None:
         """Take note of batches, labels included, that :meth:`answers` will be asked about; they may gain entries."""
+        return
 
     def can_answer_in_chunks(self, inputs: dict[str, Any]) -> bool:
         """Whether :meth:`answers` works: the logits of a few tokens can be had without those of all."""
@@ -49,6 +51,7 @@ class TeacherSource(Protocol):
 
     def who_answers(self, inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
         """Return which of the teachers in `names` have a say on each response token, bool ``[tokens, names]``."""
+        return rows.new_empty(int(rows.sum()), 0)
 
 
 def product(
@@ -61,3 +64,27 @@ def product(
     """Logits as products of hidden states ``[tokens, width]`` with a head, over its first ``vocab_size`` rows."""
     used = len(weight) if vocab_size is None else vocab_size
     return Head(hidden, weight, bias, used, product_type(weight), transform)
+
+
+Collate = Callable[[list[dict[str, Any]]], Any]
+
+
+class WrappedCollator(ABC):
+    """Wraps a collator, in the workers of the data loader too.
+
+    Args:
+        collate: the host's collator; it may change the features, so what a subclass takes from them it takes before.
+    """
+
+    def __init__(self, collate: Collate) -> None:
+        self.collate = collate
+
+    def __getattr__(self, name: str) -> Any:
+        # The host asks its collator for the template and the like. While a worker unpickles one, `collate` is not set.
+        if name.startswith("__") or name == "collate":
+            raise AttributeError(name)
+        return getattr(self.collate, name)
+
+    @abstractmethod
+    def __call__(self, features: list[dict[str, Any]]) -> Any:
+        """Collate as the host does, and add the teacher's entries."""

@@ -15,8 +15,9 @@ from llamafactory_sekd.teacher.cache.record_store import (
     damaged_shards,
     drop_shards,
     listed_shards,
+    read_json,
+    write_json,
 )
-from llamafactory_sekd.teacher.cache.records import read_json, write_json
 from llamafactory_sekd.teacher.cache.segments import segments
 
 

@@ -18,7 +18,7 @@ from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.errors import ArgumentError, TeacherError
 from llamafactory_sekd.host.teachers import build_caches
 from llamafactory_sekd.teacher.cache import Settings
-from llamafactory_sekd.teacher.mixture import MixedLogits
+from llamafactory_sekd.teacher.several_teachers import MixedLogits
 
 
 SIZES = {"first": 11, "second": 13}

@@ -17,8 +17,7 @@ from safetensors.torch import load
 from transformers import AutoModelForCausalLM
 
 from llamafactory_sekd.errors import TeacherError
-from llamafactory_sekd.teacher.served import Connection, ServerInfo
-from llamafactory_sekd.teacher.served import worker as worker_module
+from llamafactory_sekd.teacher.served import Connection, ServerInfo, service
 from llamafactory_sekd.teacher.served.service import make_app
 
 
@@ -121,7 +120,7 @@ def test_progress_and_counters_grow_with_what_was_answered(server):
 
 
 def test_a_full_queue_is_429_with_the_pause_and_a_failed_pass_is_500_and_counted(monkeypatch):
-    monkeypatch.setattr(worker_module, "WAITING", 1)
+    monkeypatch.setattr(service, "WAITING", 1)
     computes, may_go_on = threading.Event(), threading.Event()
 
     class Failing:
@@ -131,7 +130,7 @@ def test_a_full_queue_is_429_with_the_pause_and_a_failed_pass_is_500_and_counted
             raise RuntimeError("out of memory,\nsays the device")
 
     info = ServerInfo("tiny", rows=384, width=2, dtype="float32", hidden=True, max_length=99, max_k=64)
-    worker = worker_module.Worker(Failing(), torch.device("cpu"), 1024)
+    worker = service.Worker(Failing(), torch.device("cpu"), 1024)
     client = TestClient(make_app(worker, info, head=None, tokenizer={}, token=None, max_bytes=2**20))
     asked = {"teacher": info.fingerprint, "format": "hidden", "dtype": "float32", "together": False}
     asked["sequences"] = [{"ids": IDS, "runs": [[3, 7]]}]

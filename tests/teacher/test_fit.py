@@ -10,8 +10,13 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, BertConfig, LlamaConfig, T5Config
 
 from llamafactory_sekd.errors import TeacherError
-from llamafactory_sekd.teacher.teacher_files import check_is_causal, check_teacher_files, positions_line
-from llamafactory_sekd.teacher.vocabulary import check_tokenizers, common_vocabulary
+from llamafactory_sekd.teacher.compatibility import (
+    check_is_causal,
+    check_teacher_files,
+    check_tokenizers,
+    common_vocabulary,
+    positions_line,
+)
 
 
 @pytest.fixture(scope="module")

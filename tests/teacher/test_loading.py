@@ -16,7 +16,7 @@ from llamafactory.hparams import DataArguments, FinetuningArguments, ModelArgume
 from transformers import AutoTokenizer
 
 from llamafactory_sekd.errors import TeacherError
-from llamafactory_sekd.teacher.vocabulary import check_tokenizers
+from llamafactory_sekd.teacher.compatibility import check_tokenizers
 
 
 def test_the_teachers_path_adapters_and_bits_take_the_place_of_the_students():

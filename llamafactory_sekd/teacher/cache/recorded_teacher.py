@@ -1,9 +1,11 @@
-"""A teacher whose answers come with the batch, and one that computes and keeps what is missing."""
+"""Reading in training: the caches of a run, their records in its batches, and the teacher that answers with them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,16 +15,190 @@ from safetensors.torch import load_file
 from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.objectives import IDENTITY, LogitsSource
 from llamafactory_sekd.ranks import on_any_rank
-from llamafactory_sekd.teacher.cache.collator import FOUND, SEGMENTS, TOKENS, field_key
-from llamafactory_sekd.teacher.cache.formats import HiddenFormat, TopKFormat, TopKLogits
-from llamafactory_sekd.teacher.cache.record_store import Record, ShardWriter
-from llamafactory_sekd.teacher.cache.several import OpenCache, unanswered
-from llamafactory_sekd.teacher.mixture import MixedLogits
+from llamafactory_sekd.teacher.cache.cache_manifest import HEAD, Manifest
+from llamafactory_sekd.teacher.cache.formats import Format, HiddenFormat, TopKFormat, TopKLogits, as_bits
+from llamafactory_sekd.teacher.cache.record_store import Record, ShardReader, ShardWriter
+from llamafactory_sekd.teacher.cache.segments import Key, Segment, is_teacher_forced, segments
 from llamafactory_sekd.teacher.model import Teacher
-from llamafactory_sekd.teacher.source import Answers, product
+from llamafactory_sekd.teacher.several_teachers import MixedLogits
+from llamafactory_sekd.teacher.source import Answers, Collate, TeacherSource, WrappedCollator, product
 
 
-HEAD = "head.safetensors"
+# Of an example's text, in a message of one line.
+_SHOWN = 120
+PREFIX = "teacher_"
+SEGMENTS = "teacher_segments"
+# Columns of SEGMENTS, after the two halves of the key; from the last one on there is one for every cache.
+TOKENS, FOUND = 2, 3
+
+
+@dataclass(frozen=True)
+class OpenCache:
+    """A cache that a run reads.
+
+    Attributes:
+        directory: its folder.
+        name: of its teacher, in the metrics.
+        kept: its format.
+        vocab_size: how many ids its teacher's answers are over.
+        reader: of its records.
+    """
+
+    directory: Path
+    name: str
+    kept: Format
+    vocab_size: int
+    reader: ShardReader
+
+
+def names_of(directories: Sequence[Path]) -> list[str]:
+    """Return the shortest ends of the paths that tell them apart, their parts joined by hyphens."""
+    parts = [path.absolute().parts for path in directories]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["-".join(path[-count:]) for path in parts]
+        if len(set(names)) == len(names):
+            return names
+
+    raise TeacherError(f"`teacher_cache: {','.join(map(str, directories))}` names a folder twice: remove one.")
+
+
+def open_caches(directories: Sequence[Path], manifests: Sequence[Manifest]) -> list[OpenCache]:
+    """Open caches that were checked, by their manifests; :class:`TeacherError` where a folder is named twice."""
+    return [
+        OpenCache(directory, name, manifest.kept(), manifest.vocab_size, ShardReader(directory))
+        for directory, name, manifest in zip(directories, names_of(directories), manifests, strict=True)
+    ]
+
+
+def first_unanswered(
+    datasets: Sequence[Any], known: Sequence[Container[Key]], *, mixes: bool = False
+) -> tuple[Segment, list[int]] | None:
+    """Return the first segment that no cache holds, or several do, with the numbers of those; None for none.
+
+    Args:
+        datasets: of tokenized examples.
+        known: the keys of each cache.
+        mixes: whether several answers are allowed.
+    """
+    for dataset in datasets:
+        for example in dataset:
+            for segment in segments(example):
+                key = segment.key()
+                holders = [number for number, keys in enumerate(known) if key in keys]
+                if not holders or (len(holders) > 1 and not mixes):
+                    return segment, holders
+
+    return None
+
+
+def unanswered(directories: Sequence[Path], holders: Sequence[int], text: str) -> str:
+    """Return the message for an example that no cache holds, or several do.
+
+    Args:
+        directories: of the run's caches.
+        holders: the numbers of those that hold it.
+        text: of the example.
+    """
+    text = " ".join(text.split())
+    shown = repr(text if len(text) <= _SHOWN else f"… {text[-_SHOWN:]}")
+    if len(holders) > 1:
+        names = " and ".join(f"`{directories[number]}`" for number in holders)
+        return (
+            f"`teacher_cache`: {names} hold the example {shown}, and each would answer it: set `teacher_mix: mean` to "
+            "train on the mean of their distributions, or name one of them."
+        )
+
+    remedy = (
+        "or name the teacher under `teacher_model` as well" if len(directories) == 1 else "into one of the folders"
+    )
+    return (
+        f"`teacher_cache: {','.join(map(str, directories))}` lacks the example {shown}: run `sekd cache` with this "
+        f"YAML to add what is missing, {remedy}."
+    )
+
+
+def field_key(cache: int, name: str) -> str:
+    """Return the name that a field of the run's cache of that number has in a batch."""
+    return f"{PREFIX}{cache}_{name}"
+
+
+class CacheCollator(WrappedCollator):
+    """Wraps a collator: it adds what the caches hold for the batch, in the workers of the data loader.
+
+    A batch gains ``teacher_segments`` ``[batch, segments, 3 + caches]`` int64 (key, response tokens, whether each
+    cache has it) and for every field of a cache's format ``teacher_<cache>_<field>`` ``[batch, tokens, ...]``, the
+    field's bytes as integers: of each sequence the tokens that the cache has, one after the other, then zeros.
+
+    Args:
+        collate: the host's collator; it may change the features, so keys are taken before it runs.
+        caches: those of the run.
+    """
+
+    def __init__(self, collate: Collate, caches: Sequence[OpenCache]) -> None:
+        super().__init__(collate)
+        self.caches = caches
+
+    def __call__(self, features: list[dict[str, Any]]) -> Any:
+        """Collate as the host does and add the records."""
+        sequences = [segments(feature) if is_teacher_forced(feature) else [] for feature in features]
+        batch = self.collate(features)
+        batch.update(self._records(sequences))
+        return batch
+
+    def _records(self, sequences: Sequence[Sequence[Segment]]) -> dict[str, torch.Tensor]:
+        columns = max(map(len, sequences), default=0)
+        table = torch.zeros(len(sequences), columns, FOUND + len(self.caches), dtype=torch.int64)
+        for row, parts in enumerate(sequences):
+            for column, part in enumerate(parts):
+                table[row, column, :FOUND] = torch.tensor([*part.key(), part.tokens])
+
+        batch = {SEGMENTS: table}
+        found = self._found(sequences)
+        for number, cache in enumerate(self.caches):
+            records = [[everywhere[number] for everywhere in parts] for parts in found]
+            for row, of_row in enumerate(records):
+                is_found = [record is not None for record in of_row]
+                table[row, : len(of_row), FOUND + number] = torch.tensor(is_found, dtype=torch.int64)
+
+            stacked = _stacked(records, table[..., TOKENS], cache)
+            batch.update({field_key(number, name): values for name, values in stacked.items()})
+
+        return batch
+
+    def _found(self, sequences: Sequence[Sequence[Segment]]) -> list[list[list[Record | None]]]:
+        """Return what each cache holds of each segment."""
+        return [[self._read(part.key()) for part in parts] for parts in sequences]
+
+    def _read(self, key: Key) -> list[Record | None]:
+        records = [cache.reader.read(key) for cache in self.caches]
+        if all(record is None for record in records):  # another rank, or this one, may have written it since
+            records = [cache.reader.read(key) if cache.reader.refresh() else None for cache in self.caches]
+
+        return records
+
+
+def _stacked(found: Sequence[Sequence[Record | None]], tokens: torch.Tensor, cache: OpenCache) -> Record:
+    """Write the records that there are one after the other, a row for each sequence."""
+    counts = [
+        sum(int(tokens[row, column]) for column, record in enumerate(records) if record is not None)
+        for row, records in enumerate(found)
+    ]
+    tensors = {
+        name: as_bits(torch.zeros(len(found), max(counts, default=0), *shape, dtype=dtype))
+        for name, (dtype, shape) in cache.kept.fields().items()
+    }
+    for row, records in enumerate(found):
+        start = 0
+        for column, record in enumerate(records):
+            if record is None:
+                continue
+
+            stop = start + int(tokens[row, column])
+            for name, values in record.items():
+                tensors[name][row, start:stop] = as_bits(values)
+            start = stop
+
+    return tensors
 
 
 def padding_of_head(cache: OpenCache, used: int) -> list[torch.Tensor]:
@@ -34,7 +210,7 @@ def padding_of_head(cache: OpenCache, used: int) -> list[torch.Tensor]:
         return [head.get_slice(name)[used:] for name in head.keys()]  # noqa: SIM118  # it is no mapping
 
 
-class CachedTeacher:
+class CachedTeacher(TeacherSource):
     """Hands out what :class:`CacheCollator` put into the batch.
 
     Args:
@@ -59,9 +235,6 @@ class CachedTeacher:
         fields = (field_key(number, name) for number, cache in enumerate(caches) for name in cache.kept.fields())
         self.collated_keys = (SEGMENTS, *fields)
         self._heads: dict[int, dict[str, torch.Tensor]] = {}
-
-    def announce(self, batches: Sequence[dict[str, Any]]) -> None:
-        """Do nothing: the answers are in the batch."""
 
     def can_answer_in_chunks(self, inputs: dict[str, Any]) -> bool:
         """Return true: hidden states are kept only where the head says the rest."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from llamafactory_sekd.teacher.served.connection import TOKEN, Connection, NoAnswerError, speaks_our_protocol
-from llamafactory_sekd.teacher.served.live_teacher import Answering, ServedTeacher, TicketCollator
-from llamafactory_sekd.teacher.served.protocol import ServerInfo
-from llamafactory_sekd.teacher.served.remote_fill import fill_from_server
-from llamafactory_sekd.teacher.served.served_tokenizer import check_served_tokenizer
+from llamafactory_sekd.teacher.served.live_teacher import Answering, ServedTeacher, TicketCollator, fill_from_server
+from llamafactory_sekd.teacher.served.protocol import ServerInfo, check_served_tokenizer
 from llamafactory_sekd.teacher.served.vllm_teacher import VllmConnection
 
 

@@ -1,10 +1,11 @@
-"""A teacher on another machine that answers while the student trains."""
+"""A teacher on another machine that answers while the student trains, or fills a cache."""
 
 from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
@@ -14,13 +15,13 @@ import torch
 
 from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.objectives import LogitsSource, LogitTransform, response_positions
-from llamafactory_sekd.teacher.cache import Format, TopKFormat, TopKLogits
+from llamafactory_sekd.teacher.cache import Format, Plan, ShardWriter, TopKFormat, TopKLogits
+from llamafactory_sekd.teacher.cache.filling import fetch, write
 from llamafactory_sekd.teacher.cache.formats import read_transform
 from llamafactory_sekd.teacher.cache.record_store import Record
-from llamafactory_sekd.teacher.cache.segments import Segment, is_teacher_forced, segments
+from llamafactory_sekd.teacher.cache.segments import Key, Segment, is_teacher_forced, segments
 from llamafactory_sekd.teacher.served.protocol import ServerInfo
-from llamafactory_sekd.teacher.source import Answers, product
-from llamafactory_sekd.teacher.wrapped_collator import Collate, WrappedCollator
+from llamafactory_sekd.teacher.source import Answers, Collate, TeacherSource, WrappedCollator, product
 
 
 TICKET = "teacher_ticket"
@@ -47,7 +48,7 @@ class Answering(Protocol):
         """End what waits."""
 
 
-class ServedTeacher:
+class ServedTeacher(TeacherSource):
     """Asks a server about each batch, where it can before the batch is due.
 
     A batch that is known ahead gets a ticket, ``teacher_ticket`` ``[batch, 2]`` int64: the number of its request and
@@ -59,8 +60,7 @@ class ServedTeacher:
         device: where the batches are.
     """
 
-    collated_keys: tuple[str, ...] = (TICKET,)
-    names: tuple[str, ...] = ()
+    collated_keys = (TICKET,)
 
     def __init__(self, server: Answering, kept: Format, device: torch.device) -> None:
         self.server = server
@@ -108,10 +108,6 @@ class ServedTeacher:
         """Wait for the batch's answers; see :class:`TeacherSource`."""
         records = self._records(inputs, rows)
         return lambda vocab_size: nullcontext(self._source(records, vocab_size))
-
-    def who_answers(self, inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
-        """Return no columns: it is one teacher alone."""
-        return torch.zeros(int(rows.sum()), 0, dtype=torch.bool, device=rows.device)
 
     def logit_transform(self, inputs: dict[str, Any]) -> LogitTransform | None:
         """Return what makes its logits of its head times its hidden states; None where nothing does."""
@@ -211,3 +207,57 @@ class TicketCollator(WrappedCollator):
         batch = self.collate(features)
         batch[TICKET] = ticket
         return batch
+
+
+def fill_from_server(
+    plan: Plan,
+    datasets: Sequence[Any],
+    *,
+    server: Answering,
+    kept: Format,
+    writer: ShardWriter,
+    batch_size: int,
+    in_flight: int,
+    rank: int = 0,
+    ranks: int = 1,
+    progress: Callable[[int], None] = lambda _: None,
+    informed: Sequence[Any] | None = None,
+) -> None:
+    """Let a server compute the plan's segments and write them; see :func:`llamafactory_sekd.teacher.cache.fill`.
+
+    A request is a batch of the local build, so a server on the same kind of machine gives its answers to the bit.
+    Where a request fails in the end, what has arrived before it is written first.
+
+    Args:
+        plan, datasets, kept, writer, batch_size, rank, ranks, progress, informed: as for a local teacher.
+        server: the teacher.
+        in_flight: requests at a time.
+
+    Raises:
+        TeacherError: the server refuses or stays away, or a shard cannot be written.
+    """
+    starts = list(range(0, plan.missing, batch_size))[rank::ranks]
+    waiting: deque[tuple[int, list[tuple[Key, Segment]], Future[Record]]] = deque()
+    with ThreadPoolExecutor(in_flight, thread_name_prefix="teacher") as pool:
+
+        def take() -> None:
+            start, asked, future = waiting.popleft()
+            write(asked, future.result(), writer)
+            progress(sum(plan.lengths[start : start + batch_size]))
+
+        try:
+            for start in starts:
+                asked = [fetch(place, datasets, informed) for place in plan.places[start : start + batch_size]]
+                parts = [segment for _, segment in asked]
+                waiting.append((start, asked, pool.submit(server.ask, parts, kept, together=False)))
+                if len(waiting) > in_flight:
+                    take()
+            while waiting:
+                take()
+        except BaseException:
+            for _, _, future in waiting:
+                future.cancel()
+            server.close()
+            raise
+        finally:
+            writer.flush()

@@ -19,6 +19,7 @@ from llamafactory_sekd.teacher.cache import DTYPES, Format, HiddenFormat, TopKFo
 from llamafactory_sekd.teacher.cache.formats import written_transform
 from llamafactory_sekd.teacher.cache.record_store import Record
 from llamafactory_sekd.teacher.cache.segments import Segment
+from llamafactory_sekd.teacher.compatibility import SAMPLES
 from llamafactory_sekd.teacher.served.connection import HttpConnection
 from llamafactory_sekd.teacher.served.protocol import GarbageError, ServerInfo
 from llamafactory_sekd.teacher.served.vllm_hidden_states import (
@@ -27,7 +28,6 @@ from llamafactory_sekd.teacher.served.vllm_hidden_states import (
     read_last_layers,
     remove_hidden_file,
 )
-from llamafactory_sekd.teacher.vocabulary import SAMPLES
 
 
 _TOLERANCE = 1e-3  # of a sum of probabilities that travelled as text
