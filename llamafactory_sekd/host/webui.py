@@ -18,8 +18,7 @@ def extend_create_train_tab(host_create: Callable[[Any], dict[str, Any]]) -> Cal
         from llamafactory_sekd.host.patches import STAGE_LABEL
         from llamafactory_sekd.host.served_teacher import server_problem
         from llamafactory_sekd.host.webui_page import list_adapters, list_teachers, output_folder
-        from llamafactory_sekd.webui.own_samples_table import build_samples_table
-        from llamafactory_sekd.webui.panel import build_panel
+        from llamafactory_sekd.webui.panel import build_panel, build_samples_table
 
         panel = build_panel()
         with _base_elements_with(engine.manager, panel.fields.values()):
@@ -57,7 +56,7 @@ def extend_create_eval_tab(host_create: Callable[[Any], dict[str, Any]]) -> Call
     @wraps(host_create)
     def create_eval_tab(engine: Any) -> dict[str, Any]:
         from llamafactory_sekd.host.webui_page import page_of
-        from llamafactory_sekd.webui.quality import build_quality_section
+        from llamafactory_sekd.webui.quality_section import build_quality_section
 
         elements = host_create(engine)
         with _next_to_this_tab():
@@ -75,7 +74,7 @@ def extend_create_infer_tab(host_create: Callable[[Any], dict[str, Any]]) -> Cal
     @wraps(host_create)
     def create_infer_tab(engine: Any) -> dict[str, Any]:
         from llamafactory_sekd.host.webui_page import page_of
-        from llamafactory_sekd.webui.tokens import build_tokens_section
+        from llamafactory_sekd.webui.tokens_section import build_tokens_section
 
         elements = host_create(engine)
         with _next_to_this_tab():
@@ -127,7 +126,7 @@ def extend_loss_plot(host_plot: Callable[[list[dict[str, Any]]], Any]) -> Callab
 
     @wraps(host_plot)
     def gen_loss_plot(trainer_log: list[dict[str, Any]]) -> Any:
-        from llamafactory_sekd.webui.curves import add_distillation_axes
+        from llamafactory_sekd.webui.charts import add_distillation_axes
 
         figure = host_plot(trainer_log)
         add_distillation_axes(figure, trainer_log)

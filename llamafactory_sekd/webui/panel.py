@@ -1,16 +1,18 @@
-"""The panel of the training tab: one field for every key of the stage."""
+"""The panel of the training tab: a field for every key of the stage, the equation, the student's own samples."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from llamafactory_sekd.arguments import AUTO, HARD_SCALES, KEYS, DistillationArguments
-from llamafactory_sekd.webui.equation_markup import equation
-from llamafactory_sekd.webui.labels import element_labels, objective_choices
+from llamafactory_sekd.webui.labels import element_labels, objective_choices, words
 from llamafactory_sekd.webui.panel_settings import COMPILE, NO_QUANTIZATION, unused_keys
 
 
@@ -28,6 +30,81 @@ body:not(.dark) :is(#sekd_tab, #quality_tab, #compare_tab) {
 }
 """
 _DELIMITERS: list[dict[str, str | bool]] = [{"left": "$$", "right": "$$", "display": True}]
+_COLUMNS = ("step", "source", "sample", "reference", "teacher_logprob")
+_STEPS = 5  # the newest ones
+
+# The equations in LaTeX, as the page renders them.
+_TARGET = r"\tilde y = (1-\lambda)\,y + \lambda\,p"
+_PROXY = r"\hat q = \beta\,q + (1-\beta)\,\tilde y"
+_TO_PROXY = r"\mathrm{KL}(\tilde y \,\|\, \hat q)"
+_TO_STUDENT = r"\mathrm{KL}(\tilde y \,\|\, q)"
+_DIFFICULTY = r"d = \mathrm{KL}(\tilde y \,\|\, q)"
+_FORWARD = r"\mathrm{KL}(p \,\|\, q)"
+_REVERSE = r"\mathrm{KL}(q \,\|\, p)"
+_CROSS_ENTROPY = r"(1-\lambda)\,(-\log q_y)"
+
+_EQUATIONS = {
+    "self_evolution": (
+        rf"\ell = \begin{{cases}} {_TO_PROXY} & d > \Gamma \\ {_TO_STUDENT} & \text{{else}} \end{{cases}}",
+        _TARGET,
+        _PROXY,
+        _DIFFICULTY,
+    ),
+    "self_evolution_topk": (
+        rf"\ell = \begin{{cases}} {_TO_PROXY} & d \in \text{{top-}}K \\ {_TO_STUDENT} & \text{{else}} \end{{cases}}",
+        _TARGET,
+        _PROXY,
+        _DIFFICULTY,
+    ),
+    "no_evolution": (rf"\ell = {_TO_STUDENT}", _TARGET),
+    "skew": (rf"\ell = {_TO_PROXY}", _TARGET, _PROXY),
+    "skew_teacher": (
+        rf"\ell = {_CROSS_ENTROPY} + \lambda\,\mathrm{{KL}}(p \,\|\, \hat q)",
+        r"\hat q = \beta\,q + (1-\beta)\,p",
+    ),
+    "forward_kl": (rf"\ell = {_CROSS_ENTROPY} + \lambda\,{_FORWARD}",),
+    "reverse_kl": (rf"\ell = {_CROSS_ENTROPY} + \lambda\,{_REVERSE}",),
+    "jsd": (
+        rf"\ell = {_CROSS_ENTROPY} + \lambda\,[(1-\beta)\,\mathrm{{KL}}(p \,\|\, m) "
+        r"+ \beta\,\mathrm{KL}(q \,\|\, m)]",
+        r"m = \beta\,q + (1-\beta)\,p",
+    ),
+    "skew_reverse_kl": (
+        rf"\ell = {_CROSS_ENTROPY} + \lambda\,\mathrm{{KL}}(q \,\|\, m)",
+        r"m = \beta\,q + (1-\beta)\,p",
+    ),
+    "tvd": (rf"\ell = {_CROSS_ENTROPY} + \lambda\,\tfrac12 \textstyle\sum |p - q|",),
+    "alpha_beta": (
+        rf"\ell = {_CROSS_ENTROPY} + \lambda\,D_{{0.2,\,0.7}}(p \,\|\, q)",
+        r"D_{a,b} = -\tfrac{1}{ab} \textstyle\sum \left[\, p^a q^b - \tfrac{a}{a+b}\,p^{a+b} "
+        r"- \tfrac{b}{a+b}\,q^{a+b} \right]",
+    ),
+    "entropy_gate": (
+        rf"\ell = \begin{{cases}} {_CROSS_ENTROPY} + \lambda\,{_FORWARD} & H(q) \in \text{{top 20 \%}} "
+        r"\\ 0 & \text{else} \end{cases}",
+    ),
+    "acceptance_gate": (
+        rf"\ell = \begin{{cases}} {_CROSS_ENTROPY} + \lambda\,{_FORWARD} & \arg\max q = \arg\max p "
+        r"\\ 0 & \text{else} \end{cases}",
+    ),
+    "entropy_forward": (
+        rf"\ell = {_CROSS_ENTROPY} + \lambda\,{_REVERSE} + \begin{{cases}} \lambda\,{_FORWARD} & H(p) > 0.8 "
+        r"\\ 0 & \text{else} \end{cases}",
+    ),
+    "adaptive_kl": (rf"\ell = {_CROSS_ENTROPY} + \lambda\,[g\,{_FORWARD} + (1-g)\,{_REVERSE}]",),
+    "adaptive_temperature": (
+        rf"\ell = {_CROSS_ENTROPY} + \lambda\,T^2\,{_REVERSE}",
+        r"T = e^{-0.6 \tanh \log (h / \bar h)} \qquad h^2 = 1 - \textstyle\sum \sqrt{p\,q}",
+    ),
+    "taid": (
+        rf"\ell = {_CROSS_ENTROPY} + \lambda\,\mathrm{{KL}}(p' \,\|\, q)",
+        r"p' = \mathrm{softmax}(\tau\,w + (1-\tau)\,z) \qquad \tau: 0.4 \to 1",
+    ),
+    "verified_reference": (
+        rf"\ell = {_TO_STUDENT}",
+        r"\tilde y = \begin{cases} p & p_y < 0.01 \\ (1-\lambda)\,y + \lambda\,p & \text{else} \end{cases}",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -180,3 +257,58 @@ def _text(key: str, value: str | None = None, **layout: Any) -> gr.Textbox:
     """Return a field for text or for a number: Gradio's own number field shows an empty value as 0."""
     default = "" if _default(key) is None else str(_default(key))
     return gr.Textbox(value=default if value is None else value, **_texts(key), **layout)
+
+
+def equation(kd_loss: str) -> str:
+    """Return the loss of one response token as display mathematics in Markdown, empty for a mapping of the user."""
+    parts = _EQUATIONS.get(kd_loss)
+    return "$$" + r" \qquad ".join(parts) + "$$" if parts else ""
+
+
+def read_samples(output_dir: Path, steps: int = _STEPS) -> list[list[str]]:
+    """Return a row for each sample of the newest steps that a run has written down, the newest first."""
+    files = {
+        int(found[1]): path
+        for path in (output_dir / "samples").glob("step-*.jsonl")
+        if (found := re.fullmatch(r"step-(\d+)", path.stem))
+    }
+    rows = []
+    for step in sorted(files, reverse=True)[:steps]:
+        for line in filter(None, files[step].read_text(encoding="utf-8").split("\n")):  # a sample may hold U+2028
+            entry = {"step": step, **json.loads(line)}
+            rows.append([_shown(entry.get(column)) for column in _COLUMNS])
+    return rows
+
+
+def build_samples_table(
+    panel: gr.Accordion, inputs: Sequence[Any], output_dir: Callable[..., Path | None]
+) -> dict[str, Any]:
+    """Build a button and a table at the end of the panel, connect them, and return them by name.
+
+    Args:
+        panel: the accordion of our stage.
+        inputs: the language's field, then those that ``output_dir`` reads.
+        output_dir: from their values to the folder of the run; None where they name none.
+    """
+    with panel:
+        button = gr.Button(**element_labels()["samples_btn"]["en"])
+        table = gr.Dataframe(headers=_headers(None), value=[], visible=False, wrap=True, interactive=False)
+
+    def show(language: str | None, *values: Any) -> gr.Dataframe:
+        folder = output_dir(*values)
+        rows = read_samples(folder) if folder is not None else []
+        if not rows:
+            gr.Info(words(language)["no_samples"])
+        return gr.Dataframe(headers=_headers(language), value=rows, visible=bool(rows))
+
+    button.click(show, list(inputs), [table], queue=False)
+    return {"samples_btn": button, "samples_table": table}
+
+
+def _headers(language: str | None) -> list[str]:
+    texts = words(language)
+    return [texts[f"sample_{column}"] for column in _COLUMNS]
+
+
+def _shown(value: Any) -> str:
+    return "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from llamafactory_sekd.webui.own_samples_table import read_samples
+from llamafactory_sekd.webui.panel import read_samples
 
 
 def test_the_newest_steps_come_first_and_a_sample_that_nobody_judged_has_a_dash(tmp_path):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from llamafactory_sekd.presets import PRESETS
-from llamafactory_sekd.webui.equation_markup import equation
-from llamafactory_sekd.webui.quality.evaluation_yaml import checkpoint_list, follow_test_set
-from llamafactory_sekd.webui.quality.report_view import report_files
+from llamafactory_sekd.webui.charts import report_files
+from llamafactory_sekd.webui.evaluation_process import checkpoint_list, follow_test_set
+from llamafactory_sekd.webui.panel import equation
 
 
 def test_complete_models_anywhere_below_saves_are_suggested_as_teachers(tmp_path, monkeypatch):

@@ -9,9 +9,15 @@ import yaml
 
 from llamafactory_sekd.errors import SekdError
 from llamafactory_sekd.evaluation.evaluation_settings import parse_settings
-from llamafactory_sekd.webui.quality.evaluation_yaml import as_yaml, check_config, evaluation_config, system_names
-from llamafactory_sekd.webui.quality.process import EvaluationProcess, Progress
-from llamafactory_sekd.webui.quality.report_view import draw_report
+from llamafactory_sekd.webui.charts import draw_report
+from llamafactory_sekd.webui.evaluation_process import (
+    EvaluationProcess,
+    Progress,
+    as_yaml,
+    check_config,
+    evaluation_config,
+    system_names,
+)
 
 
 FIELDS = {

@@ -12,8 +12,8 @@ from llamafactory_sekd.data.prompts import prompt
 from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.webui.labels import words
 from llamafactory_sekd.webui.page import LoadedModel
-from llamafactory_sekd.webui.tokens.compare import Column, Comparison, Token, compare, pieces
-from llamafactory_sekd.webui.tokens.view import render
+from llamafactory_sekd.webui.token_comparison import Column, Comparison, Token, compare, pieces
+from llamafactory_sekd.webui.tokens_section import render
 
 
 SOURCE, REFERENCE = tiny.SENTENCES[0]

@@ -1,4 +1,4 @@
-"""The fields, buttons and events of the section."""
+"""The tab "Translation quality": `llamafactory-cli eval` from the page."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from llamafactory_sekd.data.alma import DEFAULT_OUT
 from llamafactory_sekd.data.alma_source import TASKS
 from llamafactory_sekd.errors import SekdError
 from llamafactory_sekd.evaluation.evaluation_settings import METRICS
-from llamafactory_sekd.webui.labels import alert, element_labels
-from llamafactory_sekd.webui.page import Page
-from llamafactory_sekd.webui.quality.evaluation_yaml import (
+from llamafactory_sekd.webui.charts import draw_report, read_report, report_files
+from llamafactory_sekd.webui.evaluation_process import (
     BASE,
     TEACHER,
+    EvaluationProcess,
     as_yaml,
     check_config,
     checkpoint_list,
@@ -27,8 +27,8 @@ from llamafactory_sekd.webui.quality.evaluation_yaml import (
     results_folder,
     system_names,
 )
-from llamafactory_sekd.webui.quality.process import EvaluationProcess
-from llamafactory_sekd.webui.quality.report_view import draw_report, read_report, report_files
+from llamafactory_sekd.webui.labels import alert, element_labels
+from llamafactory_sekd.webui.page import Page
 
 
 _PREFIX = "quality_"

@@ -19,7 +19,9 @@ _OBJECTIVE = "kd_loss"
 
 @cache
 def _texts(language: str) -> dict[str, dict[str, Any]]:
-    return yaml.safe_load(files(__name__).joinpath(f"{language}.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load(
+        files("llamafactory_sekd.webui").joinpath("languages", f"{language}.yaml").read_text(encoding="utf-8")
+    )
 
 
 @cache

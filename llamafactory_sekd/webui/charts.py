@@ -1,4 +1,4 @@
-"""The report of an evaluation in the page: the tables and a picture."""
+"""What the page draws and shows of results: the curves of a training, the report of an evaluation."""
 
 from __future__ import annotations
 
@@ -6,17 +6,46 @@ import itertools
 import json
 import tempfile
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamafactory_sekd.reporting.figures import Look, canvas, distinct_looks
+from llamafactory_sekd.reporting.figures import Look, canvas, distinct_looks, draw_gate, draw_validation
 from llamafactory_sekd.reporting.metric_labels import metric_label, metric_look
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+def add_distillation_axes(figure: Figure, trainer_log: Sequence[Mapping[str, Any]]) -> None:
+    """Draw hard share and mean difficulty below the loss, the NLL of a validation over it.
+
+    A log without these metrics leaves the figure as it is.
+
+    Args:
+        figure: the host's figure, with one pair of axes.
+        trainer_log: the records of ``trainer_log.jsonl``.
+    """
+    records = [record for record in trainer_log if "kd/hard_ratio" in record]
+    if not records:
+        return
+
+    grid = figure.add_gridspec(2, 1)
+    loss = figure.axes[0]
+    loss.set_subplotspec(grid[0])
+    figure.set_size_inches(4.8, 6.4)  # narrow, as its place in the page is, so that the letters stay legible
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 0.95))  # the page puts a label into the upper corner
+
+    if nll := [(record["current_steps"], record["eval_kd/ce"]) for record in trainer_log if "eval_kd/ce" in record]:
+        draw_validation(loss, nll)
+    draw_gate(
+        figure.add_subplot(grid[1], sharex=loss),
+        [record["current_steps"] for record in records],
+        [record["kd/hard_ratio"] for record in records],
+        [record["kd/difficulty"] for record in records],
+    )
 
 
 def read_report(save_dir: Path) -> str | None:
