@@ -1,9 +1,9 @@
-"""The teacher cache and the host: its arguments, data sets and models for building, its trainer for reading."""
+"""Building a teacher's cache from the host's data sets, with prompts of its own, or a cache for each data set."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +13,14 @@ import torch
 
 from llamafactory_sekd.arguments import STAGE
 from llamafactory_sekd.errors import ArgumentError, TeacherError
-from llamafactory_sekd.fingerprints import xxh3_of_json, xxh3_of_model, xxh3_of_models
-from llamafactory_sekd.host.cut_text import counting_cut_text
+from llamafactory_sekd.host.cached_teacher import PROMPTS, autocast_type, fingerprints_of
 from llamafactory_sekd.host.run_arguments import HostArguments
 from llamafactory_sekd.host.run_names import check_names
-from llamafactory_sekd.host.teacher_loading import check_fit, teacher_identity, teacher_model_arguments
-from llamafactory_sekd.host.teacher_prompts import TeacherPrompts, configurations, templates_restored
+from llamafactory_sekd.host.teacher_keys import check_teacher_of_each, names_of_data_sets
+from llamafactory_sekd.host.teacher_loading import check_fit, teacher_model_arguments
+from llamafactory_sekd.host.templates import templates_restored
+from llamafactory_sekd.host.tokenizing import counting_cut_text
+from llamafactory_sekd.ranks import position
 from llamafactory_sekd.teacher import Teacher, used_ids
 from llamafactory_sekd.teacher.cache import (
     Fingerprints,
@@ -32,46 +34,16 @@ from llamafactory_sekd.teacher.cache import (
     fill,
     make_plan,
 )
-from llamafactory_sekd.teacher.compatibility import fingerprint_of_tokenizer
 
 
-# What a template makes of this tells two templates of one name apart.
-_CONVERSATION = (
-    {"role": "user", "content": "Translate the following sentences from English to German.\n\n### Input:\nA dog."},
-    {"role": "assistant", "content": "Ein Hund."},
-    {"role": "user", "content": "And this one:\nTwo cats."},
-    {"role": "assistant", "content": "Zwei Katzen."},
-)
+TEACHERS = "teachers"
+_REPLACED = (TEACHERS, "dataset", "eval_dataset", "do_eval")
+_EVALUATION = ("eval_dataset", "do_eval")
+# The teacher's prompts are longer than the student's; how long they may be is checked against the teacher.
+_UNCUT = 2**30
 _ONLY_FOR_TRAINING = ("teacher_cache", "resume_from_checkpoint", "load_best_model_at_end", "early_stopping_steps")
-PROMPTS = "prompts"  # in the fingerprint: what the teacher reads where it is not the student's
 # A cache needs a little more than its records: keys, offsets, headers.
 _HEADROOM = 1.05
-
-
-def fingerprints_of(tokenizer: Any, template: Any, run: HostArguments) -> Fingerprints:
-    """Return what decides the examples' ids and, where the run names a teacher, the teacher's answers."""
-    data_args = run.data
-    encoded = template.encode_multiturn(tokenizer, [dict(message) for message in _CONVERSATION], None, None)
-    return Fingerprints(
-        data={
-            "tokenizer": fingerprint_of_tokenizer(tokenizer),
-            "template": data_args.template,
-            "template_text": xxh3_of_json(encoded),
-            "cutoff_len": data_args.cutoff_len + bool(data_args.packing),  # the host takes one off for packing
-            "train_on_prompt": bool(data_args.train_on_prompt),
-            "mask_history": bool(data_args.mask_history),
-            # Examples that are packed apart are the same as unpacked ones.
-            "packing": bool(data_args.packing) and not data_args.neat_packing,
-        },
-        teacher=(lambda: teacher_fields(*teacher_identity(run.model, run.finetuning), run.model))
-        if run.finetuning.teacher_model
-        else None,
-    )
-
-
-def autocast_type(accelerator: Any) -> torch.dtype | None:
-    """Return the type that products are cast to in mixed precision; None without."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
 
 
 def build_cache(
@@ -271,29 +243,6 @@ def _datasets(module: dict[str, Any], *, skip_evaluation: bool) -> list[Any]:
     return found
 
 
-def teacher_fields(model: str, adapters: str | None, quantization_bit: int | None, model_args: Any) -> dict[str, Any]:
-    """Return what decides a teacher's answers, as a cache's manifest records it."""
-    return {
-        "teacher_weights": weights_of(model),
-        "teacher_adapters": xxh3_of_models([Path(name.strip()) for name in (adapters or "").split(",") if name]),
-        "teacher_model_quantization_bit": quantization_bit,
-        "compute_dtype": str(model_args.compute_dtype).removeprefix("torch."),
-        PROMPTS: None,  # the student's
-        "rope_scaling": str(getattr(model_args.rope_scaling, "value", model_args.rope_scaling)),
-    }
-
-
-def weights_of(name: str) -> str:
-    """Return the content of a local folder; of a hub id the commit, which identifies the content."""
-    if Path(name).expanduser().is_dir():
-        return xxh3_of_model(Path(name).expanduser())
-
-    from transformers.utils.hub import cached_file, extract_commit_hash
-
-    config = cached_file(name, "config.json")
-    return f"{name}@{extract_commit_hash(config, None)}"
-
-
 def _announce(plan: Plan, session: Session, expected: Callable[[], Manifest], say: Callable[[str], None]) -> None:
     """Say what is missing and how large it will be; refuse where the disk is too small."""
     if not plan.missing:
@@ -355,3 +304,112 @@ def bar(total: int, what: str, unit: str, rank: int) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=rank != 0)
+
+
+@dataclass(frozen=True)
+class TeacherPrompts:
+    """What the teacher reads in place of the student's prompts; None for what stays the student's.
+
+    Attributes:
+        dataset: data sets with the student's responses and other prompts, separated by commas: one for each of
+            `dataset` and, to answer them as well, of `eval_dataset`.
+        template: the template of its prompts.
+        system: its system prompt.
+    """
+
+    dataset: str | None = None
+    template: str | None = None
+    system: str | None = None
+
+    def __bool__(self) -> bool:
+        return any(value is not None for value in (self.dataset, self.template, self.system))
+
+
+def configurations(config: dict[str, Any], prompts: TeacherPrompts) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the configurations of the student's examples and of the teacher's.
+
+    Evaluation sets are left out of both where `prompts.dataset` names none for them.
+
+    Raises:
+        ArgumentError: the numbers of data sets differ, or examples have no response of their own.
+    """
+    unpacked = "an unpacked cache serves `neat_packing` as well: add packing=false neat_packing=false"
+    reasons = {"packing": unpacked, "neat_packing": unpacked, "train_on_prompt": "the prompts differ: set it to false"}
+    for key, remedy in reasons.items():
+        if config.get(key):
+            raise ArgumentError(
+                f"`{key}: {config[key]}` cannot be used with a teacher that reads other prompts; {remedy}."
+            )
+
+    training, evaluation = names_of_data_sets(config.get("dataset")), names_of_data_sets(config.get("eval_dataset"))
+    asked = names_of_data_sets(prompts.dataset) if prompts.dataset is not None else training + evaluation
+    if len(asked) not in (len(training), len(training) + len(evaluation)):
+        wanted = f"{len(training)} for `dataset: {','.join(training)}`"
+        more = f", and {len(evaluation)} more to answer `eval_dataset`" if evaluation else ""
+        raise ArgumentError(
+            f"`--teacher-dataset {prompts.dataset}` names {len(asked)} data sets: name {wanted}{more}."
+        )
+
+    student = dict(config)
+    if len(asked) == len(training):
+        student = {key: value for key, value in config.items() if key not in _EVALUATION}
+
+    teacher = {key: value for key, value in student.items() if key != "tokenized_path"}
+    teacher |= {"dataset": ",".join(asked[: len(training)]), "cutoff_len": _UNCUT}
+    if len(asked) > len(training):
+        teacher["eval_dataset"] = ",".join(asked[len(training) :])
+    if prompts.template is not None:
+        teacher["template"] = prompts.template
+    if prompts.system is not None:
+        teacher["default_system"] = prompts.system
+
+    return student, teacher
+
+
+def build_caches(
+    config: dict[str, Any],
+    out: Path,
+    settings: Settings,
+    *,
+    batch_size: int | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Fill a cache for each data set with its own teacher, as ``out/<data set>``.
+
+    Args:
+        config: the training YAML's keys, with ``teachers``, from data set to model, in place of ``teacher_model``.
+        out: the folder of the caches.
+        settings, batch_size, say: see :func:`build_cache`.
+
+    Raises:
+        ArgumentError: a data set has no teacher, or ``teachers`` names what the run does not read.
+        TeacherError: see :func:`build_cache`.
+    """
+    teachers = _checked(config)
+    shared = {key: value for key, value in config.items() if key not in _REPLACED}
+    for name, model in teachers.items():
+        # Every set is read as one of training: the records are the same, and each has the teacher of its name.
+        build_cache(
+            {**shared, "dataset": name, "teacher_model": model}, out / name, settings, batch_size=batch_size, say=say
+        )
+
+    folders = ",".join(str(out / name) for name in teachers)
+    if position()[0] == 0:
+        say(f"In the training YAML, in place of `{TEACHERS}`: teacher_cache: {folders}")
+
+
+def _checked(config: dict[str, Any]) -> dict[str, str]:
+    teachers = config[TEACHERS]
+    if not isinstance(teachers, Mapping) or not all(isinstance(model, str) for model in teachers.values()):
+        raise ArgumentError(
+            f"`{TEACHERS}: {teachers}` cannot be used: give a model for each data set, {{NAME: MODEL}}."
+        )
+
+    for key in ("teacher_model", "val_size"):
+        if config.get(key):
+            raise ArgumentError(
+                f"`{key}: {config[key]}` cannot be used together with `{TEACHERS}`: remove one of them."
+            )
+
+    check_teacher_of_each(TEACHERS, teachers, config.get("dataset"), config.get("eval_dataset"))
+    return {str(name): model for name, model in teachers.items()}

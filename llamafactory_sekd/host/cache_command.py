@@ -54,9 +54,7 @@ def cache(
         raise ArgumentError(f"`--dtype {dtype}` cannot be used: choose one of {', '.join(DTYPES)}.")
 
     from llamafactory_sekd.config import read_config
-    from llamafactory_sekd.host.cache import build_cache
-    from llamafactory_sekd.host.teacher_prompts import TeacherPrompts
-    from llamafactory_sekd.host.teachers import TEACHERS, build_caches
+    from llamafactory_sekd.host.cache import TEACHERS, TeacherPrompts, build_cache, build_caches
 
     keys, settings = read_config(config, overrides or []), Settings(kept, dtype, k)
     prompts = TeacherPrompts(teacher_dataset, teacher_template, teacher_system)

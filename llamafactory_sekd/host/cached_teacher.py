@@ -1,4 +1,4 @@
-"""A training run whose teacher comes from a cache: opened and checked before any model is read, closed at the end."""
+"""A training run whose teacher comes from a cache, and the fingerprints by which a cache is known."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from transformers.utils import logging
 from llamafactory_sekd.argument_checks import mixing_weights
 from llamafactory_sekd.arguments import cache_folders
 from llamafactory_sekd.errors import TeacherError
+from llamafactory_sekd.fingerprints import xxh3_of_json, xxh3_of_model, xxh3_of_models
 from llamafactory_sekd.formula import Formula
-from llamafactory_sekd.host.cache import autocast_type, fingerprints_of
 from llamafactory_sekd.host.run_arguments import HostArguments
+from llamafactory_sekd.host.teacher_loading import teacher_identity
 from llamafactory_sekd.ranks import on_any_rank
 from llamafactory_sekd.teacher import Teacher, readable_rows, used_ids
 from llamafactory_sekd.teacher.cache import (
     CacheCollator,
     CachedTeacher,
     FillingTeacher,
+    Fingerprints,
     OpenCache,
     Session,
     TopKFormat,
@@ -32,10 +34,70 @@ from llamafactory_sekd.teacher.cache import (
     padding_of_head,
     unanswered,
 )
+from llamafactory_sekd.teacher.compatibility import fingerprint_of_tokenizer
 from llamafactory_sekd.teacher.source import TeacherSource
 
 
 logger = logging.get_logger(__name__)
+
+
+# What a template makes of this tells two templates of one name apart.
+_CONVERSATION = (
+    {"role": "user", "content": "Translate the following sentences from English to German.\n\n### Input:\nA dog."},
+    {"role": "assistant", "content": "Ein Hund."},
+    {"role": "user", "content": "And this one:\nTwo cats."},
+    {"role": "assistant", "content": "Zwei Katzen."},
+)
+PROMPTS = "prompts"  # in the fingerprint: what the teacher reads where it is not the student's
+
+
+def fingerprints_of(tokenizer: Any, template: Any, run: HostArguments) -> Fingerprints:
+    """Return what decides the examples' ids and, where the run names a teacher, the teacher's answers."""
+    data_args = run.data
+    encoded = template.encode_multiturn(tokenizer, [dict(message) for message in _CONVERSATION], None, None)
+    return Fingerprints(
+        data={
+            "tokenizer": fingerprint_of_tokenizer(tokenizer),
+            "template": data_args.template,
+            "template_text": xxh3_of_json(encoded),
+            "cutoff_len": data_args.cutoff_len + bool(data_args.packing),  # the host takes one off for packing
+            "train_on_prompt": bool(data_args.train_on_prompt),
+            "mask_history": bool(data_args.mask_history),
+            # Examples that are packed apart are the same as unpacked ones.
+            "packing": bool(data_args.packing) and not data_args.neat_packing,
+        },
+        teacher=(lambda: teacher_fields(*teacher_identity(run.model, run.finetuning), run.model))
+        if run.finetuning.teacher_model
+        else None,
+    )
+
+
+def teacher_fields(model: str, adapters: str | None, quantization_bit: int | None, model_args: Any) -> dict[str, Any]:
+    """Return what decides a teacher's answers, as a cache's manifest records it."""
+    return {
+        "teacher_weights": weights_of(model),
+        "teacher_adapters": xxh3_of_models([Path(name.strip()) for name in (adapters or "").split(",") if name]),
+        "teacher_model_quantization_bit": quantization_bit,
+        "compute_dtype": str(model_args.compute_dtype).removeprefix("torch."),
+        PROMPTS: None,  # the student's
+        "rope_scaling": str(getattr(model_args.rope_scaling, "value", model_args.rope_scaling)),
+    }
+
+
+def weights_of(name: str) -> str:
+    """Return the content of a local folder; of a hub id the commit, which identifies the content."""
+    if Path(name).expanduser().is_dir():
+        return xxh3_of_model(Path(name).expanduser())
+
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    config = cached_file(name, "config.json")
+    return f"{name}@{extract_commit_hash(config, None)}"
+
+
+def autocast_type(accelerator: Any) -> torch.dtype | None:
+    """Return the type that products are cast to in mixed precision; None without."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
 
 
 class CacheOfRun:

@@ -13,9 +13,6 @@ from llamafactory_sekd.data.corpora_command import app
 if TYPE_CHECKING:
     from llamafactory_sekd.host.corpus import Judged
 
-# Rows of the table in the terminal.
-SHOWN = 10
-
 
 @app.command()
 def check(
@@ -125,7 +122,7 @@ def informed(
 
 
 def _summary(judged: list[Judged], doubt: float) -> list[str]:
-    from llamafactory_sekd.host.corpus import REASONS
+    from llamafactory_sekd.host.corpus import REASONS, doubted_lines
 
     lines = []
     for reason, words in REASONS.items():
@@ -134,9 +131,3 @@ def _summary(judged: list[Judged], doubt: float) -> list[str]:
         lines.append(f"{count:>8,} of {len(judged):,} pairs: {words}{note}")
     lines += doubted_lines([(one.probability, one.pair.source, one.pair.target) for one in judged])
     return lines
-
-
-def doubted_lines(pairs: list[tuple[float, str, str]]) -> list[str]:
-    """Return the most doubted pairs, one a line: the teacher's probability, source, reference."""
-    most = sorted(pairs)[:SHOWN]
-    return ["Most doubted:", *(f"  {probability:8.2g}  {source}  →  {target}" for probability, source, target in most)]

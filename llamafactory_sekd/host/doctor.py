@@ -118,7 +118,7 @@ def doctor(
 
 
 def _look(console: Console, keys: dict[str, Any], count: int) -> None:
-    from llamafactory_sekd.host.look import look, report
+    from llamafactory_sekd.host.corpus import look, report
 
     with console.status(f"Reading {count:,} examples"):
         sample = look(keys, count)
@@ -129,7 +129,7 @@ def _look(console: Console, keys: dict[str, Any], count: int) -> None:
 
 def _count_cut_text(console: Console, parsed: HostArguments) -> bool:
     """Print what is cut, or why it is not known; return whether the data could be read."""
-    from llamafactory_sekd.host.cut_text import UNREADABLE, cut_text_of
+    from llamafactory_sekd.host.tokenizing import UNREADABLE, cut_text_of
 
     lines = cut_text_of(parsed)
     for line in lines:

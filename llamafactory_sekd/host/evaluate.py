@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.children import end_rank_with_launcher, end_with_parent
 from llamafactory_sekd.config import read_config
-from llamafactory_sekd.errors import EvaluationError, SekdError
+from llamafactory_sekd.errors import EvaluationError, SekdError, one_line
 from llamafactory_sekd.evaluation.evaluation_settings import Settings, System, parse_settings
-from llamafactory_sekd.evaluation.harness import HarnessSettings, is_of_harness, parse_harness
-from llamafactory_sekd.evaluation.systems import Description, Host, ModelSource, Request, Translator
-from llamafactory_sekd.evaluation.translation_store import THOUGHT_WORDS
-from llamafactory_sekd.host.run_names import check_template
+from llamafactory_sekd.evaluation.harness import (
+    Harness,
+    HarnessSettings,
+    evaluate_by_harness,
+    is_of_harness,
+    own_tasks,
+    parse_harness,
+    scores_of,
+)
+from llamafactory_sekd.evaluation.systems import Description, Host, ModelSource, Translator, system_fingerprint
+from llamafactory_sekd.fingerprints import Digests, sha256_of, sha256_of_json
+from llamafactory_sekd.host.templates import check_template, encoder, template_of, text_arguments, thought_tokens
 
 
+# What the harness takes at a time where nobody says how much.
+_BATCH = 8
 USAGE = "usage: llamafactory-cli eval CONFIG.yaml [KEY=VALUE …]   (keys: docs/evaluation.md)"
 
 
@@ -58,11 +68,60 @@ def run_eval(argv: list[str]) -> None:
 
 
 def evaluate_on_tasks(asked: HarnessSettings) -> dict[str, Any]:
-    """Run an evaluation by EleutherAI's harness in this process and return the contents of ``results.json``."""
-    from llamafactory_sekd.host.harness_run import run_harness
+    """Run an evaluation by EleutherAI's harness in this process and return the contents of ``results.json``.
 
+    Raises:
+        EvaluationError: the harness is not installed, or cannot run.
+    """
     settings = asked.settings
-    return run_harness(asked, build_host(settings), lambda system: load_model_for_generation(settings, system))
+    host = build_host(settings)
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise EvaluationError(
+            f"`task: {settings.task}` needs the harness (pip install 'llamafactory-sekd[lm-eval]'): "
+            f"{one_line(str(error))}."
+        ) from None
+    folder = own_tasks(settings)
+    manager = TaskManager(include_path=str(folder) if folder is not None else None)
+    digests = Digests(settings.save_dir / ".digests.json")
+    versions = {**host.versions, "lm_eval": version("lm_eval")}
+
+    def fingerprint(system: System) -> str:
+        model = system_fingerprint(system, host.describe(system), settings.decoding, [], digests, versions)
+        texts = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()} if folder else {}
+        others = [model, asked.tasks, asked.num_fewshot, asked.apply_chat_template, settings.seed, texts]
+        return sha256_of_json(others)
+
+    known = frozenset(manager.all_tasks)
+    harness = Harness(known, lambda system: _scores_of_tasks(asked, system, manager), fingerprint, versions)
+    return evaluate_by_harness(asked, harness)
+
+
+def _scores_of_tasks(asked: HarnessSettings, system: System, manager: Any) -> Mapping[str, Any]:
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer, _ = load_model_for_generation(asked.settings, system)
+    seed = asked.settings.seed
+    try:
+        found = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=asked.settings.batch_size or _BATCH),
+            tasks=list(asked.tasks),
+            num_fewshot=asked.num_fewshot,
+            apply_chat_template=asked.apply_chat_template,
+            task_manager=manager,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    except Exception as error:
+        # Data sets that cannot be had raise whatever their hub's client does.
+        reason = one_line(f"{type(error).__name__}: {error}")[:300]
+        raise EvaluationError(f"`systems.{system.name}`: the harness cannot run: {reason}") from error
+    return scores_of(found, asked.tasks)
 
 
 def refuse_ranks(asked: HarnessSettings) -> None:
@@ -131,8 +190,6 @@ def build_host(settings: Settings) -> Host:
 
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "llamafactory": VERSION}
     if _is_vllm(settings):
-        from importlib.metadata import PackageNotFoundError, version
-
         try:
             versions["vllm"] = version("vllm")
         except PackageNotFoundError:
@@ -186,73 +243,15 @@ def _describe(settings: Settings, system: System) -> Description:
     )
 
 
-def encoder(tokenizer: Any, template: Any) -> Any:
-    """Return the function that turns a request into prompt ids, exactly as the host's chat engine does."""
-
-    def encode(request: Request) -> list[int]:
-        turns = []
-        for message, answer in (*request.examples, (request.message, "")):
-            turns += [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
-        prompt_ids, _ = template.encode_oneturn(tokenizer, turns)
-        return prompt_ids
-
-    return encode
-
-
-def thought_tokens(tokenizer: Any, template: Any) -> frozenset[int]:
-    """Return the special tokens that a text must keep, because thoughts are told by them.
-
-    gpt-oss's channels are such tokens: without them, a thought and the answer are one text.
-    """
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    words = [word.strip() for pair in (template.thought_words, *THOUGHT_WORDS) for word in pair]
-    used = {number for word in words for number in tokenizer.encode(word, add_special_tokens=False)}
-    return frozenset(special & used)
-
-
-def decoder(tokenizer: Any, template: Any) -> Callable[[list[list[int]]], list[str]]:
-    """Return the function that turns tokens into text, without special tokens other than those of thoughts."""
-    kept = thought_tokens(tokenizer, template)
-    if not kept:
-        return lambda rows: tokenizer.batch_decode(rows, skip_special_tokens=True)
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special} - kept
-    return lambda rows: tokenizer.batch_decode([[number for number in row if number not in special] for row in rows])
-
-
-def _template(tokenizer: Any, data_args: Any) -> Any:
-    """Return the template of a system, whose system prompt and way of thinking stay its own.
-
-    The host writes both into the registry's template, where the next system would find them.
-    """
-    from llamafactory.data import get_template_and_fix_tokenizer
-    from llamafactory.data.template import TEMPLATES
-
-    registered = TEMPLATES[data_args.template]
-    TEMPLATES[data_args.template] = copy.deepcopy(registered)
-    try:
-        return get_template_and_fix_tokenizer(tokenizer, data_args)
-    finally:
-        TEMPLATES[data_args.template] = registered
-
-
 def load_model_for_generation(settings: Settings, system: System) -> tuple[Any, Any, Any]:
     """Return a system's model, tokenizer and template."""
     from llamafactory.model import load_model, load_tokenizer
 
     model_args, data_args, finetuning_args, _ = _host_arguments(settings, system)
     tokenizer = load_tokenizer(model_args)["tokenizer"]
-    template = _template(tokenizer, data_args)
+    template = template_of(tokenizer, data_args)
     model = load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
     return model, tokenizer, template
-
-
-def text_arguments(tokenizer: Any, template: Any) -> dict[str, Any]:
-    """Return what every decoder is told of a model's text: its ids to text, what ends a response, what pads."""
-    return {
-        "decode": decoder(tokenizer, template),
-        "stop_ids": template.get_stop_token_ids(tokenizer),
-        "pad_id": tokenizer.pad_token_id,
-    }
 
 
 def _load_hf(settings: Settings, system: System) -> Translator:
@@ -272,7 +271,7 @@ def load_vllm_engine(settings: Settings, system: System) -> tuple[Any, Any, Any,
 
     model_args, data_args, _, _ = _host_arguments(settings, system)
     tokenizer = load_tokenizer(model_args)["tokenizer"]
-    template = _template(tokenizer, data_args)
+    template = template_of(tokenizer, data_args)
     adapters = model_args.adapter_name_or_path
     options = {
         "model": model_args.model_name_or_path,

@@ -20,14 +20,14 @@ from llamafactory_sekd.argument_checks import (
 from llamafactory_sekd.arguments import KEYS, STAGE, DistillationArguments
 from llamafactory_sekd.children import end_rank_with_launcher
 from llamafactory_sekd.errors import ArgumentError, suggestion
-from llamafactory_sekd.host import versions
-from llamafactory_sekd.host.ledger import check_in_effect
-from llamafactory_sekd.host.own_samples import check_own_samples, set_sampling_defaults
+from llamafactory_sekd.host.ledger import check_in_effect, sekd_requested
 from llamafactory_sekd.host.patches import STAGE_LABEL
-from llamafactory_sekd.host.resume import choose_checkpoint
-from llamafactory_sekd.host.run_arguments import HostArguments
-from llamafactory_sekd.host.teacher_choice import check_teacher_choice
-from llamafactory_sekd.host.teacher_placement import check_devices, check_placement
+from llamafactory_sekd.host.run_arguments import HostArguments, choose_checkpoint
+from llamafactory_sekd.host.teacher_keys import check_devices, check_placement, check_teacher_choice
+
+
+# The distribution that the loss is an expectation over. The host's own defaults (0.95, 0.7, 50) are for chatting.
+_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 
 
 def with_our_stage(stages: dict[str, str]) -> dict[str, str]:
@@ -163,7 +163,7 @@ def _unknown_keys_explained(args: Any) -> Iterator[None]:
         if found is None:
             raise
         names = [str(word).lstrip("-").split("=")[0] for word in ast.literal_eval(found[1])]
-        ours = (isinstance(args, Mapping) and args.get("stage") == STAGE) or versions.sekd_requested(sys.argv[1:])
+        ours = (isinstance(args, Mapping) and args.get("stage") == STAGE) or sekd_requested(sys.argv[1:])
         _refuse_mistyped(names, ours)
         raise
 
@@ -290,4 +290,53 @@ def _check_quantization(finetuning_args: Any) -> None:
         raise ArgumentError(
             f"`teacher_model_quantization_bit: {bits}` needs a CUDA device, and none is here: remove the key to load "
             "the teacher unquantized."
+        )
+
+
+def set_sampling_defaults(args: Any, generating_args: Any) -> None:
+    """Replace the host's defaults of temperature, top_p and top_k by those of training; a key that is given stays.
+
+    Args:
+        args: what the host's parser was called with: a mapping, a list of flags, or None for the command line.
+        generating_args: the parsed arguments, changed in place.
+    """
+    if isinstance(args, Mapping):
+        given = set(args)
+    else:
+        words = sys.argv[1:] if args is None else args
+        given = {word.lstrip("-").split("=")[0] for word in words if word.startswith("--")}
+    for key, value in _DEFAULTS.items():
+        if key not in given:
+            setattr(generating_args, key, value)
+
+
+def check_own_samples(data_args: Any, generating_args: Any) -> None:
+    """Check what ``kd_on_policy`` cannot go with.
+
+    Raises:
+        ArgumentError: a key that it cannot go with.
+    """
+    reasons = {
+        "packing": "own samples have lengths of their own, and packed texts have no prompt each",
+        "neat_packing": "own samples have lengths of their own, and packed texts have no prompt each",
+        "train_on_prompt": "a sample continues a prompt, so the prompt has no label",
+    }
+    refuse_keys(
+        data_args,
+        reasons,
+        "`{key}: true` cannot be used with `kd_on_policy` ({reason}): set it to false, or `kd_on_policy: 0`.",
+    )
+    if generating_args.num_beams != 1:
+        raise ArgumentError(
+            f"`num_beams: {generating_args.num_beams}` cannot be used with `kd_on_policy`, which samples: remove it."
+        )
+    if generating_args.do_sample and generating_args.temperature <= 0:
+        raise ArgumentError(
+            f"`temperature: {generating_args.temperature}` cannot be sampled with: use a number above 0, or "
+            "`do_sample: false` for greedy decoding."
+        )
+    if generating_args.repetition_penalty != 1.0:
+        raise ArgumentError(
+            f"`repetition_penalty: {generating_args.repetition_penalty}` cannot be used with `kd_on_policy` of "
+            f"`stage: {STAGE}`: the loss assumes samples of the student itself; remove it."
         )

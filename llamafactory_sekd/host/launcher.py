@@ -13,7 +13,7 @@ from llamafactory_sekd import __version__
 from llamafactory_sekd.arguments import STAGE
 from llamafactory_sekd.children import end_with_parent
 from llamafactory_sekd.errors import HostError
-from llamafactory_sekd.host import ledger, versions
+from llamafactory_sekd.host import ledger
 from llamafactory_sekd.host.patches import PATCHES
 
 
@@ -37,7 +37,7 @@ def extend_launch(host_launch: Callable[[], None]) -> Callable[[], None]:
             run_eval(sys.argv[2:])
             return
 
-        if command == "train" and versions.sekd_requested(sys.argv[2:]):
+        if command == "train" and ledger.sekd_requested(sys.argv[2:]):
             with _torchrun_ends_with_us(host_launch):
                 host_launch()
             return
@@ -65,7 +65,7 @@ def _torchrun_ends_with_us(host_launch: Any) -> Iterator[None]:
 
 def describe() -> str:
     """Return the plug-in's part of ``llamafactory-cli env``: its version and its patches."""
-    lines = [f"- `llamafactory_sekd` version: {__version__} (supports LLaMA-Factory {versions.SUPPORTED})"]
+    lines = [f"- `llamafactory_sekd` version: {__version__} (supports LLaMA-Factory {ledger.SUPPORTED})"]
     applied = set(ledger.applied())
     for patch in PATCHES:
         state = "applied" if patch.name in applied else "waits for the module's import"
@@ -79,7 +79,7 @@ def refuse_v1(host_launch: Callable[[], None]) -> Callable[[], None]:
 
     @wraps(host_launch)
     def launch() -> None:
-        if versions.sekd_requested(sys.argv[1:]):
+        if ledger.sekd_requested(sys.argv[1:]):
             raise HostError(f"USE_V1=1 selects trainers without a teacher: unset USE_V1 for `stage: {STAGE}`.")
 
         host_launch()

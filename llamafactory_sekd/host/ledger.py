@@ -1,4 +1,4 @@
-"""Applies and undoes the patches of :mod:`llamafactory_sekd.host.patches`.
+"""Applies and undoes the patches of :mod:`llamafactory_sekd.host.patches`, in the supported versions of the host.
 
 A patch replaces one attribute of one module of the host, right after that module was imported and before anything else
 could bind the attribute. So every patch is one record: module, attribute, a function from the host's value to ours.
@@ -11,14 +11,51 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from packaging.specifiers import SpecifierSet
+
 from llamafactory_sekd import __version__
 from llamafactory_sekd.arguments import STAGE
+from llamafactory_sekd.config import peek
 from llamafactory_sekd.errors import HostError, SekdError
-from llamafactory_sekd.host import versions
 from llamafactory_sekd.host.patches import PATCHES, Patch
+
+
+SUPPORTED = SpecifierSet(">=0.9.4,<0.10", prereleases=True)
+REMEDY = '`pip install "llamafactory>=0.9.4,<0.10"`'
+
+
+def host_version() -> str:
+    """Return the installed version of LLaMA-Factory, or "unknown" where it runs from a plain folder."""
+    try:
+        return metadata.version("llamafactory")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def is_supported() -> bool:
+    """Whether the installed host is in the supported range (a host without metadata counts as not supported)."""
+    version = host_version()
+    return version != "unknown" and version in SUPPORTED
+
+
+def sekd_requested(argv: Sequence[str]) -> bool:
+    """Whether a command line (without the program's name) asks for ``stage: sekd``.
+
+    It looks at ``--stage sekd``, ``stage=sekd`` and the ``stage`` of a YAML or JSON file, and it never raises: what
+    cannot be read is refused elsewhere.
+    """
+    words = [word for argument in argv for word in argument.removeprefix("--").split("=", 1)]
+    if any(key == "stage" for key in words):
+        return ("stage", STAGE) in pairwise(words)
+
+    files = [Path(word) for word in argv if word.endswith((".yaml", ".yml", ".json"))]
+    return any(peek(file).get("stage") == STAGE for file in files)
 
 
 @dataclass(frozen=True)
@@ -77,8 +114,8 @@ def _apply_one(patch: Patch, module: ModuleType) -> None:
 
     if not hasattr(module, patch.attribute):
         raise HostError(
-            f"LLaMA-Factory {versions.host_version()} has no {patch.name}, which llamafactory_sekd {__version__} "
-            f"patches: install a supported host with {versions.REMEDY}, or switch the plug-in off with "
+            f"LLaMA-Factory {host_version()} has no {patch.name}, which llamafactory_sekd {__version__} "
+            f"patches: install a supported host with {REMEDY}, or switch the plug-in off with "
             "LLAMAFACTORY_SEKD=0."
         )
 
@@ -138,17 +175,17 @@ def _too_late_message(too_late: Sequence[str]) -> str:
 
 def _version_message() -> str:
     """Why this version of the host cannot be patched; empty where it can."""
-    if versions.is_supported():
+    if is_supported():
         return ""
 
     return (
-        f"llamafactory_sekd {__version__} does not support LLaMA-Factory {versions.host_version()} and stays switched "
-        f"off: install a supported host with {versions.REMEDY}."
+        f"llamafactory_sekd {__version__} does not support LLaMA-Factory {host_version()} and stays switched "
+        f"off: install a supported host with {REMEDY}."
     )
 
 
 def _stay_off(message: str) -> None:
-    if versions.sekd_requested(sys.argv[1:]):
+    if sekd_requested(sys.argv[1:]):
         raise HostError(message)
 
     warnings.warn(message, RuntimeWarning, stacklevel=2)

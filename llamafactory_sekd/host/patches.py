@@ -1,6 +1,6 @@
 """The ledger: everything that we change in LLaMA-Factory, one record each. `llamafactory-cli env` prints it.
 
-The records hold for the host versions in :data:`llamafactory_sekd.host.versions.SUPPORTED`. The open requests upstream
+The records hold for the host versions in :data:`llamafactory_sekd.host.ledger.SUPPORTED`. The open requests upstream
 for a distillation stage or a plug-in point: hiyouga/LLaMA-Factory issues 6927, 7365, 8313, 9142.
 """
 
@@ -71,7 +71,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         module="llamafactory.data.template",
         attribute="TEMPLATES",
-        replace="llamafactory_sekd.host.template:with_parrot",
+        replace="llamafactory_sekd.host.templates:with_parrot",
         what="adds the template `parrot`",
         why="templates are registered by the host's own module",
         remove_when="the host ships the Parrot prompt, or lets a package register a template",
@@ -79,7 +79,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         module="llamafactory.data.loader",
         attribute="get_dataset_list",
-        replace="llamafactory_sekd.host.datasets:explain_undefined",
+        replace="llamafactory_sekd.host.run_arguments:explain_undefined",
         what="says which command makes one of our data sets where it is not declared",
         why="the host's error does not know the command",
         remove_when="never needed for function; remove it when it gets in the way",
@@ -87,7 +87,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         module="llamafactory.data.loader",
         attribute="_load_single_dataset",
-        replace="llamafactory_sekd.host.datasets:explain_missing_file",
+        replace="llamafactory_sekd.host.run_arguments:explain_missing_file",
         what="says which command makes one of our data sets where its file is missing",
         why="the host's error does not know the command",
         remove_when="never needed for function; remove it when it gets in the way",
@@ -95,7 +95,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         module="llamafactory.train.callbacks",
         attribute="LogCallback",
-        replace="llamafactory_sekd.host.logs:extend_log_callback",
+        replace="llamafactory_sekd.host.run_progress:extend_log_callback",
         what="writes the metrics named kd/… to trainer_log.jsonl as well",
         why="the host writes a fixed list of metrics",
         remove_when="the host's LogCallback writes every logged metric",
@@ -151,7 +151,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         module="llamafactory.webui.runner",
         attribute="Runner",
-        replace="llamafactory_sekd.host.webui_runner:extend_runner",
+        replace="llamafactory_sekd.host.webui_page:extend_runner",
         what=f"adds the panel's keys to runs of `stage: {STAGE}`, checks them, lets several pages watch such a run",
         why="the runner builds its arguments from a fixed list of fields",
         remove_when=_WHEN_THE_PAGE_IS_PLUGGABLE,

@@ -14,6 +14,7 @@ from llamafactory_sekd.errors import ArgumentError, DataError, SekdError, one_li
 from llamafactory_sekd.files import read_json
 from llamafactory_sekd.host.run_arguments import HostArguments
 from llamafactory_sekd.host.teacher_loading import each_teacher, teacher_identity
+from llamafactory_sekd.host.templates import check_template
 from llamafactory_sekd.teacher.compatibility import check_adapter_files, check_model_files, check_teacher_files
 
 
@@ -77,22 +78,10 @@ def _check_teacher_files(run: HostArguments, one: HostArguments) -> None:
     check_adapter_files(adapters.split(",") if adapters else [])
 
 
-def check_template(key: str, name: str | None, error: type[SekdError] = ArgumentError) -> None:
-    """Check that the host has a template; none is the host's to choose.
-
-    Raises:
-        SekdError: of the class ``error``: it has no template of this name.
-    """
-    from llamafactory.data.template import TEMPLATES
-
-    if name is not None and name not in TEMPLATES:
-        raise error(f"`{key}`: LLaMA-Factory has no template {name!r}{suggestion(str(name), TEMPLATES)}")
-
-
 def _check_data_set(name: str, folder: Any, planned: bool) -> None:
     """Refuse what the host would not find in a folder; it looks for data sets of its other places itself."""
     if command_for(name) or (isinstance(folder, str) and (folder == "ONLINE" or folder.startswith("REMOTE:"))):
-        return  # of ours, `datasets.py` says which command makes it
+        return  # of ours, `explain_undefined` says which command makes it
 
     info = folder if isinstance(folder, Mapping) else read_json(Path(folder) / _INFO)
     if not isinstance(info, Mapping):

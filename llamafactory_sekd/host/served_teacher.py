@@ -12,9 +12,16 @@ import torch
 
 from llamafactory_sekd.arguments import KEYS, DistillationArguments
 from llamafactory_sekd.errors import ArgumentError, TeacherError
-from llamafactory_sekd.host.cache import Tokenized, filling, run_session, tokenized, used_ids, with_prompts
+from llamafactory_sekd.host.cache import (
+    TeacherPrompts,
+    Tokenized,
+    filling,
+    run_session,
+    tokenized,
+    used_ids,
+    with_prompts,
+)
 from llamafactory_sekd.host.run_arguments import HostArguments
-from llamafactory_sekd.host.teacher_prompts import TeacherPrompts
 from llamafactory_sekd.teacher.cache import DTYPES, Format, HiddenFormat, Plan, Session, Settings, TopKFormat
 from llamafactory_sekd.teacher.served import (
     Answering,

@@ -1,29 +1,41 @@
-"""The stage: the host's own SFT workflow with our trainer in place of the host's."""
+"""The stage: the host's own SFT workflow with our trainer in place of the host's, and what it says at its start."""
 
 from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llamafactory_sekd.arguments import STAGE
+from llamafactory_sekd.arguments import SELF, STAGE, DistillationArguments, keys_read_by
 from llamafactory_sekd.data.products import record_training_text
 from llamafactory_sekd.errors import DataError, HostError
 from llamafactory_sekd.evaluation.model_card import write_training
-from llamafactory_sekd.host.cut_text import counting_cut_text
-from llamafactory_sekd.host.own_samples import own_samples_of
-from llamafactory_sekd.host.phases import LOADING, LOADING_STEPS, Phases, phases_of
-from llamafactory_sekd.host.resume import check_same_teacher, teacher_fingerprint
 from llamafactory_sekd.host.run_arguments import HostArguments
 from llamafactory_sekd.host.run_names import check_names, check_output, check_student
+from llamafactory_sekd.host.run_progress import LOADING, LOADING_STEPS, Phases, phases_of
 from llamafactory_sekd.host.served_teacher import ServerOfRun, connect
-from llamafactory_sekd.host.start_block import print_opening
-from llamafactory_sekd.host.teacher_choice import numbered_examples
-from llamafactory_sekd.host.teacher_loading import check_fit, head_rows, online_teacher
+from llamafactory_sekd.host.teacher_loading import (
+    check_fit,
+    check_same_teacher,
+    head_rows,
+    online_teacher,
+    teacher_fingerprint,
+    teacher_identity,
+)
+from llamafactory_sekd.host.tokenizing import counting_cut_text, numbered_examples
+from llamafactory_sekd.presets import PRESETS, preset_of
+
+
+if TYPE_CHECKING:
+    from llamafactory_sekd.trainer.on_policy import OwnSamples, Search
+    from llamafactory_sekd.trainer.sampling import RowDraws, Sampling
+
+
+_SIGNS = {"kd_lambda": "λ", "kd_beta": "β", "kd_gamma": "Γ", "kd_topk": "hard share", "kd_hard_scale": "hard scale"}
 
 
 def dispatch(host_run_sft: Callable[..., None]) -> Callable[..., None]:
@@ -216,3 +228,157 @@ def _unusable_dataset_explained(data_args: Any) -> Iterator[None]:
             f"one of the data sets {names} holds no record: look at its file in "
             f"`dataset_dir: {data_args.dataset_dir}`."
         ) from error
+
+
+def own_samples_of(run: HostArguments, template: Any, tokenizer: Any) -> Callable[[Any], OwnSamples] | None:
+    """Return what makes the own samples of a run from the trainer's accelerator, or None where there are none."""
+    if not run.finetuning.kd_on_policy:
+        return None
+
+    from llamafactory_sekd.data.languages import differs_in_language
+    from llamafactory_sekd.evaluation.guards import has_loop
+    from llamafactory_sekd.trainer.on_policy import Look, OwnSamples
+    from llamafactory_sekd.trainer.sampling import Sampling
+
+    def look(sample: list[int], reference: list[int]) -> Look:
+        text, expected = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (sample, reference))
+        return Look(has_loop(text), differs_in_language(text, expected))
+
+    sampling = Sampling(
+        do_sample=run.generating.do_sample,
+        temperature=run.generating.temperature,
+        top_p=run.generating.top_p,
+        top_k=run.generating.top_k,
+        max_new_tokens=run.generating.max_new_tokens,
+        stop_ids=tuple(template.get_stop_token_ids(tokenizer)),
+        pad_id=tokenizer.pad_token_id,
+    )
+    return lambda accelerator: OwnSamples(
+        share=run.finetuning.kd_on_policy,
+        every=run.finetuning.kd_on_policy_every,
+        drop_truncated=run.finetuning.kd_on_policy_truncated == "drop",
+        sampling=sampling,
+        cutoff_len=run.data.cutoff_len,
+        seed=run.training.seed,
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        accelerator=accelerator,
+        output_dir=run.training.output_dir,
+        look=look,
+        search=_search(sampling),
+    )
+
+
+def _search(sampling: Sampling) -> Search:
+    """Return the evaluation's decoder, for students that agree with it; they are asked once up to a length."""
+    from llamafactory_sekd.evaluation.decoding import WayToDecode
+    from llamafactory_sekd.evaluation.greedy import greedy_search
+    from llamafactory_sekd.evaluation.systems import BatchLimits
+    from llamafactory_sekd.trainer.on_policy import TOKENS_AT_A_TIME
+
+    ways: list[WayToDecode] = []
+
+    def search(
+        model: Any, prompts: Sequence[list[int]], draws: RowDraws | None, longest: int
+    ) -> tuple[Iterator[list[tuple[int, list[int]]]] | None, bool]:
+        if not ways:
+            ways.append(WayToDecode(model, sampling.pad_id, sampling.max_new_tokens, greedy=True))
+        ways[0].ask(prompts)
+        if not ways[0].fast:
+            return None, ways[0].padded
+        limits = BatchLimits(TOKENS_AT_A_TIME)
+        return greedy_search(model, prompts, sampling.stop_ids, sampling.pad_id, longest, limits, draws), True
+
+    return search
+
+
+def print_opening(run: HostArguments, trainer: Any) -> list[str]:
+    """Print the block on the first rank, whatever the log level: a run that does something else is seen at once.
+
+    Returns its lines, which the model card has as well.
+    """
+    lines = opening_lines(run, trainer)
+    if trainer.args.process_index == 0:
+        print("\n".join(lines), flush=True)
+    return lines
+
+
+def opening_lines(run: HostArguments, trainer: Any) -> list[str]:
+    """Return the lines: objective, its equation and its formula, its keys, teacher, student, chunk size.
+
+    Args:
+        run: its arguments.
+        trainer: the distillation trainer, with both models placed.
+    """
+    keys: DistillationArguments = run.finetuning
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    trained, everything = _sizes(student)
+    with trainer.autocast_smart_context_manager():  # the type of the products decides how many tokens fit
+        size = trainer.chunk_size()
+    rows = {
+        "objective": _objective(keys.kd_loss),
+        "formula": f"kd_loss: {keys.formula()}",
+        "keys": _keys(keys),
+        "teacher": _teacher(run, trainer.teacher),
+        "student": (
+            f"{run.model.model_name_or_path}, trains {trained:,} of {everything:,} parameters "
+            f"({trained / max(everything, 1):.2%})"
+        ),
+        "chunks": f"{size:,} response tokens at a time in the LM head, where the head allows it (`kd_chunk_size`)",
+    }
+    return [f"Knowledge distillation (`stage: {STAGE}`)", *(f"  {name:<11}{text}" for name, text in rows.items())]
+
+
+def _objective(kd_loss: Any) -> str:
+    name = preset_of(kd_loss)
+    if name is None:
+        return "a mapping of your own"
+    return f"{name}, changed" if isinstance(kd_loss, dict) else f"{name}: {PRESETS[name].equation}"
+
+
+def _keys(keys: DistillationArguments) -> str:
+    read = keys_read_by(keys.kd_loss)
+    shown = {sign: getattr(keys, key) for key, sign in _SIGNS.items() if key in read}
+    if "β" in shown and keys.kd_beta_end is not None:
+        shown["β"] = f"{keys.kd_beta} to {keys.kd_beta_end}"
+    if keys.kd_topk is not None:
+        shown["hard share"] = keys.kd_topk
+    return ", ".join(f"{sign} {value}" for sign, value in {**shown, "T": keys.kd_temperature}.items())
+
+
+def _teacher(run: HostArguments, source: Any) -> str:
+    from llamafactory_sekd.teacher import SeveralTeachers
+
+    keys, parts = run.finetuning, []
+    if keys.teacher_cache:
+        parts.append(f"answers of {keys.teacher_cache}")
+    if isinstance(keys.teacher_model, dict):
+        parts += [f"{model} for {name}" for name, model in keys.teacher_model.items()]
+    elif keys.teacher_model:
+        name, adapters, bits = teacher_identity(run.model, keys)
+        parts.append(name + (f" with {adapters}" if adapters else "") + (f" in {bits} bits" if bits else ""))
+
+    if keys.teacher_server:
+        parts.append(f"{source.server.info.model} at {keys.teacher_server}, {source.kept.name}")
+
+    teacher = getattr(source, "online", source)
+    model = getattr(teacher, "model", None)
+    if isinstance(source, SeveralTeachers):
+        sizes = [_sizes(one.model)[1] for one in source.teachers]
+        parts.append(f"{sum(sizes):,} parameters in {len(sizes)} models")
+    elif keys.teacher_model == SELF:
+        parts.append("the student's own base, loaded once")
+    elif model is not None:
+        parts.append(f"{_sizes(model)[1]:,} parameters")
+        parts.append(f"on {teacher.device}" if teacher.device is not None else "placed as the student is")
+        if keys.teacher_offload:
+            parts.append("its weights in main memory between passes")
+    elif keys.teacher_model:
+        parts.append("not loaded, since nothing is missing in the cache")
+    return ", ".join(parts)
+
+
+def _sizes(model: Any) -> tuple[int, int]:
+    from llamafactory.extras.misc import count_parameters
+
+    trained, everything = count_parameters(model)
+    return int(trained), int(everything)

@@ -1,4 +1,4 @@
-"""The teacher of a run on the host's side: its arguments, whether it fits the student, and loading it."""
+"""The teacher of a run on the host's side: its arguments, whether it fits the student, loading it, its fingerprint."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llamafactory_sekd.arguments import SELF, DistillationArguments
+from llamafactory_sekd.checkpoints import STATE_NAME, DistillationState
 from llamafactory_sekd.errors import TeacherError
+from llamafactory_sekd.fingerprints import xxh3_of_model
 from llamafactory_sekd.host.run_arguments import HostArguments
-from llamafactory_sekd.host.teacher_placement import own_device, read_deepspeed_file
+from llamafactory_sekd.host.teacher_keys import own_device, read_deepspeed_file
 
 
 if TYPE_CHECKING:
@@ -301,3 +303,50 @@ def _whole_weights_on_every_rank() -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def teacher_fingerprint(run: HostArguments) -> str | None:
+    """Return what a checkpoint records of the teacher: a digest or its Hub id; None where nothing is saved.
+
+    Reads every byte of the teacher's files, on the process that writes checkpoints only.
+    """
+    training = run.training
+    saves = training.do_train and str(getattr(training.save_strategy, "value", "no")) != "no"
+    if not run.is_first_rank or not run.finetuning.teacher_model or not saves:
+        return None
+
+    models = run.finetuning.teacher_model
+    digests = [_fingerprint(*teacher_identity(one.model, one.finetuning)) for one in each_teacher(run)]
+    if not isinstance(models, dict):
+        return digests[0]
+
+    of_model = dict(zip(dict.fromkeys(models.values()), digests, strict=True))
+    return " ".join(f"{name}={of_model[model]}" for name, model in sorted(models.items()))
+
+
+def check_same_teacher(run: HostArguments, fingerprint: str | None) -> None:
+    """Check that a resumed run goes on with the teacher that its checkpoint was trained with.
+
+    Raises:
+        TeacherError: it does not.
+    """
+    checkpoint = run.training.resume_from_checkpoint
+    if not isinstance(checkpoint, str) or not Path(checkpoint).is_dir():
+        return
+
+    recorded = DistillationState.load(checkpoint).teacher
+    if None not in (recorded, fingerprint) and recorded != fingerprint:
+        raise TeacherError(
+            f"`teacher_model: {run.finetuning.teacher_model}` is not the teacher that {checkpoint} was trained with: "
+            "its files, its adapters or its quantization have changed. Use the old teacher, start again with "
+            f"another `output_dir`, or delete {STATE_NAME} there to continue with the new one."
+        )
+
+
+def _fingerprint(model: str, adapters: str | None, quantization_bit: int | None) -> str:
+    parts = []
+    for name in filter(None, (model, *(adapters or "").split(","))):
+        folder = Path(name).expanduser()
+        parts.append(xxh3_of_model(folder) if folder.is_dir() else name)
+
+    return " ".join([*parts, *([f"{quantization_bit} bit"] if quantization_bit else [])])

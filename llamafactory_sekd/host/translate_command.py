@@ -221,7 +221,7 @@ def _write_array(path: Path, parts: int, logs: Path) -> None:
     """Write a script that runs this command once for each part, and say what to do with it."""
     import sys
 
-    from llamafactory_sekd.slurm import write_array
+    from llamafactory_sekd.children import write_array
 
     words = sys.argv[sys.argv.index("translate") + 1 :]
     joins = ["sekd", "translate", *_without(words, "--slurm")]

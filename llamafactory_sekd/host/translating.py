@@ -35,14 +35,12 @@ from llamafactory_sekd.files import write_json
 from llamafactory_sekd.fingerprints import Digests
 from llamafactory_sekd.host.evaluate import (
     build_host,
-    encoder,
     load_model_for_generation,
     load_vllm_engine,
     start_ranks,
-    text_arguments,
-    thought_tokens,
     wants_torchrun,
 )
+from llamafactory_sekd.host.templates import encoder, text_arguments, thought_tokens
 from llamafactory_sekd.ranks import Ranks, join_ranks
 from llamafactory_sekd.translation.candidates import Generation, Model, Plan, Shard, collect, generate, work_folder
 from llamafactory_sekd.translation.choosing import Result, findings, select, signature

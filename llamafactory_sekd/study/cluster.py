@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llamafactory_sekd.children import printable
+from llamafactory_sekd.children import printable, write_array
 from llamafactory_sekd.errors import StudyError
-from llamafactory_sekd.slurm import write_array
 from llamafactory_sekd.study.engine import Inputs, Study
 from llamafactory_sekd.study.jobs import make_ready
 from llamafactory_sekd.study.preparation import cache_commands, prepare_commands

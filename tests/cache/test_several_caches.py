@@ -16,7 +16,7 @@ from helpers.runs import base_config, logged, train, write_yaml
 from llamafactory_sekd.argument_checks import check_distillation_arguments
 from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.errors import ArgumentError, TeacherError
-from llamafactory_sekd.host.teachers import build_caches
+from llamafactory_sekd.host.cache import build_caches
 from llamafactory_sekd.teacher.cache import Settings
 from llamafactory_sekd.teacher.several_teachers import MixedLogits
 

@@ -163,14 +163,14 @@ def test_web_ui_offers_the_template() -> None:
 def test_template_name_taken_by_the_host_is_an_error() -> None:
     from llamafactory.data import template
 
-    from llamafactory_sekd.host.template import register_parrot
+    from llamafactory_sekd.host.templates import register_parrot
 
     with pytest.raises(HostError, match="LLaMA-Factory has a template named 'parrot' already"):
         register_parrot(template)
 
 
 def test_registry_of_the_host_stays_as_it_was() -> None:
-    from llamafactory_sekd.host.template import with_parrot
+    from llamafactory_sekd.host.templates import with_parrot
 
     template = pytest.importorskip("llamafactory.data.template")
     with pytest.MonkeyPatch.context() as patch:
@@ -223,7 +223,7 @@ def test_other_data_sets_get_the_hosts_own_errors(dataset_dir: Path, tmp_path: P
 
 
 def test_look_up_and_loader_pass_everything_else_through_unchanged() -> None:
-    from llamafactory_sekd.host.datasets import explain_missing_file, explain_undefined
+    from llamafactory_sekd.host.run_arguments import explain_missing_file, explain_undefined
 
     assert explain_undefined(lambda names, directory: (names, directory))(["a"], {"a": 1}) == (["a"], {"a": 1})
     attr, data = SimpleNamespace(load_from="hf_hub", dataset_name="alma_en_de.json"), SimpleNamespace(dataset_dir="d")

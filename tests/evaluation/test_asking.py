@@ -19,7 +19,8 @@ from llamafactory_sekd.evaluation.evaluation_settings import Settings, parse_set
 from llamafactory_sekd.evaluation.scores import Nearest
 from llamafactory_sekd.evaluation.systems import Request, requests_of
 from llamafactory_sekd.evaluation.translation_store import split_thought
-from llamafactory_sekd.host.evaluate import build_host, decoder, evaluate_settings, thought_tokens
+from llamafactory_sekd.host.evaluate import build_host, evaluate_settings
+from llamafactory_sekd.host.templates import decoder, thought_tokens
 
 
 EN_DE = parse_direction("en-de")

@@ -11,7 +11,7 @@ from helpers.forks import forked
 from helpers.runs import CLI, base_config, train, write_yaml
 
 from llamafactory_sekd.errors import DataError
-from llamafactory_sekd.host.cut_text import counting_cut_text
+from llamafactory_sekd.host.tokenizing import counting_cut_text
 
 
 SEKD = ["sekd"]

@@ -12,7 +12,7 @@ from helpers.runs import base_config, write_yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_sekd.errors import ArgumentError
-from llamafactory_sekd.host.look import HARDLY_ANY_HARD, MANY_DOUBTED, NEARLY_ALL_HARD, Sample, advice, look, report
+from llamafactory_sekd.host.corpus import HARDLY_ANY_HARD, MANY_DOUBTED, NEARLY_ALL_HARD, Sample, advice, look, report
 from llamafactory_sekd.objectives import distillation_loss
 from llamafactory_sekd.teacher.doubts import Verdict
 

@@ -281,11 +281,11 @@ def test_the_entropy_is_that_of_the_distribution_that_was_sampled_from(tiny_root
 
 @pytest.mark.parametrize("do_sample", [True, False])
 def test_samples_are_those_of_generate_whichever_decoder_makes_them(translators, tmp_path, monkeypatch, do_sample):
-    from llamafactory_sekd.host import own_samples
+    from llamafactory_sekd.host import stage
 
     keys = {"kd_on_policy": 1.0, "max_steps": 1, "max_new_tokens": 40, "do_sample": do_sample}
     fast = run(translators, tmp_path / "fast", **keys)
-    monkeypatch.setattr(own_samples, "_search", lambda sampling: None)
+    monkeypatch.setattr(stage, "_search", lambda sampling: None)
     plain = run(translators, tmp_path / "plain", **keys)
     shown = [json.loads((out / "samples" / "step-1.jsonl").read_text().splitlines()[0]) for out in (fast, plain)]
     assert shown[0]["sample"] == shown[1]["sample"]

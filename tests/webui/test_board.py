@@ -16,7 +16,7 @@ import yaml
 from helpers import small_board_models, tiny
 from helpers.board import CHROMIUM, Board, served
 
-from llamafactory_sekd.host.phases import PHASE_FILE
+from llamafactory_sekd.host.run_progress import PHASE_FILE
 from llamafactory_sekd.presets import PRESETS
 from llamafactory_sekd.webui.labels import LANGUAGES, alert, element_labels, words
 

@@ -9,8 +9,16 @@ from typing import Any
 import pytest
 
 from llamafactory_sekd.files import read_json
-from llamafactory_sekd.host import phases
-from llamafactory_sekd.host.phases import LOADING, LOADING_STEPS, PHASE_FILE, Phases, bar_of, first_bar, forget_phase
+from llamafactory_sekd.host import run_progress
+from llamafactory_sekd.host.run_progress import (
+    LOADING,
+    LOADING_STEPS,
+    PHASE_FILE,
+    Phases,
+    bar_of,
+    first_bar,
+    forget_phase,
+)
 from llamafactory_sekd.webui.labels import LANGUAGES, words
 
 
@@ -18,7 +26,7 @@ from llamafactory_sekd.webui.labels import LANGUAGES, words
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The time that a run sees; ``clock.now`` is set by the test."""
     found = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(phases, "time", SimpleNamespace(monotonic=lambda: found.now))
+    monkeypatch.setattr(run_progress, "time", SimpleNamespace(monotonic=lambda: found.now))
     return found
 
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from llamafactory_sekd.host.webui_runner import SharedChild
+from llamafactory_sekd.host.webui_page import SharedChild
 
 
 def child(code: str) -> subprocess.Popen[str]:

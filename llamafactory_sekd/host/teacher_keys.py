@@ -1,4 +1,4 @@
-"""Placement of a run's teacher: what cannot be combined, and the DeepSpeed configuration for loading it."""
+"""The teacher's keys of a run: whose teacher each is, where it is placed, and what they cannot be combined with."""
 
 from __future__ import annotations
 
@@ -13,6 +13,48 @@ import torch
 from llamafactory_sekd.arguments import AUTO, SELF, DistillationArguments
 from llamafactory_sekd.errors import ArgumentError, one_line
 from llamafactory_sekd.host.run_arguments import HostArguments
+
+
+def names_of_data_sets(value: Any) -> list[str]:
+    """Return the names that `dataset` or `eval_dataset` holds, as a list or separated by commas."""
+    names = value if isinstance(value, list) else str(value or "").split(",")
+    return [str(name).strip() for name in names if str(name).strip()]
+
+
+def check_teacher_of_each(key: str, teachers: Mapping[str, str], dataset: Any, eval_dataset: Any) -> None:
+    """Check that every data set of a run has a teacher, and every teacher a data set.
+
+    Raises:
+        ArgumentError: one has none.
+    """
+    names = names_of_data_sets(dataset) + names_of_data_sets(eval_dataset)
+    for name in names:
+        if name not in teachers:
+            raise ArgumentError(f"the data set {name} has no teacher: name its model under `{key}`.")
+
+    for name in teachers:
+        if name not in names:
+            raise ArgumentError(
+                f"`{key}.{name}` is no data set of this YAML, which has {', '.join(names)}: correct the name."
+            )
+
+
+def check_teacher_choice(data_args: Any, finetuning_args: Any) -> None:
+    """Check a run's data against its ``teacher_model``, where that is one for each data set.
+
+    Raises:
+        ArgumentError: a data set has no teacher, or the data do not tell which set an example is from.
+    """
+    teachers = finetuning_args.teacher_model
+    if not isinstance(teachers, Mapping):
+        return
+
+    if data_args.tokenized_path:
+        raise ArgumentError(
+            f"`tokenized_path: {data_args.tokenized_path}` does not tell which data set an example is from, and "
+            "`teacher_model` is one for each: remove it, or use `teacher_cache`."
+        )
+    check_teacher_of_each("teacher_model", teachers, data_args.dataset, data_args.eval_dataset)
 
 
 def own_device(finetuning_args: DistillationArguments) -> torch.device | None:

@@ -1,12 +1,13 @@
-"""How much text a run's examples lose to `cutoff_len` or lack, counted while the host tokenizes them."""
+"""While the host tokenizes a run's examples: what it cuts is counted, and the number of each one's teacher is kept."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
 from importlib import import_module
+from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from llamafactory_sekd.errors import DataError, one_line
 from llamafactory_sekd.host.run_arguments import HostArguments
+from llamafactory_sekd.teacher.several_teachers import TEACHER_NUMBER
 
 
 _COLUMN = "sekd_cut"  # in the host's data set between its tokenizer and ours; an example is a length and flags
@@ -244,3 +246,82 @@ def _total(dataset: Any, limit: int) -> CutText:
     lengths, flags = np.concatenate(chunks).reshape(-1, 2).T
     over = int(np.count_nonzero(lengths > limit))
     return CutText(len(lengths), int(lengths.max()), over, *(int(np.count_nonzero(flags & flag)) for flag in _FLAGS))
+
+
+@contextmanager
+def numbered_examples(finetuning_args: Any) -> Iterator[None]:
+    """For the duration, where each data set has its teacher, the host's examples keep the number of theirs."""
+    teachers = finetuning_args.teacher_model
+    if not isinstance(teachers, Mapping):
+        yield
+        return
+
+    loader: Any = import_module("llamafactory.data.loader")
+    merge, load, choose = loader._get_merged_dataset, loader._load_single_dataset, loader._get_dataset_processor
+    number_of = {name: number for number, name in enumerate(teachers)}
+    coming: list[int] = []
+
+    @wraps(merge)
+    def merged(dataset_names: list[str] | None, *args: Any, **kwargs: Any) -> Any:
+        coming[:] = [number_of[name] for name in dataset_names or []]
+        return merge(dataset_names, *args, **kwargs)
+
+    @wraps(load)
+    def loaded(dataset_attr: Any, model_args: Any, data_args: Any, *args: Any) -> Any:
+        dataset, number = load(dataset_attr, model_args, data_args, *args), coming.pop(0)
+        if data_args.streaming:
+            return dataset.map(_numbered, fn_kwargs={"number": number})
+        return dataset.add_column(TEACHER_NUMBER, [number] * len(dataset))
+
+    loader._get_merged_dataset, loader._load_single_dataset = merged, loaded
+    loader._get_dataset_processor = lambda *args, **kwargs: _OfOneTeacher.around(choose(*args, **kwargs))
+    try:
+        yield
+    finally:
+        loader._get_merged_dataset, loader._load_single_dataset = merge, load
+        loader._get_dataset_processor = choose
+
+
+def _numbered(example: dict[str, Any], number: int) -> dict[str, Any]:
+    return {**example, TEACHER_NUMBER: number}
+
+
+@dataclass
+class _OfOneTeacher:
+    """The host's processor of a data set, which gets the examples of one data set at a time and numbers the rows.
+
+    So a row of packed examples has one teacher, and no example that the host drops shifts the numbers.
+    """
+
+    template: Any
+    inner: Any
+
+    @classmethod
+    def around(cls, inner: Any) -> _OfOneTeacher:
+        return cls(inner.template, inner)
+
+    @property
+    def data_args(self) -> Any:
+        return self.inner.data_args
+
+    def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        inner = replace(self.inner, template=self.template)
+        numbers = examples[TEACHER_NUMBER]
+        places = list(range(len(numbers)))
+        if self.data_args.packing:  # rows have an order of their own
+            places.sort(key=numbers.__getitem__)
+
+        rows: dict[str, list[Any]] = {}
+        for number, found in groupby(places, key=numbers.__getitem__):
+            own = list(found)
+            part = {name: [values[place] for place in own] for name, values in examples.items()}
+            made = inner.preprocess_dataset(part)
+            for name, values in made.items():
+                rows.setdefault(name, []).extend(values)
+            if made:
+                rows.setdefault(TEACHER_NUMBER, []).extend([number] * len(made["input_ids"]))
+
+        return rows
+
+    def print_data_example(self, example: dict[str, Any]) -> None:
+        self.inner.print_data_example({key: value for key, value in example.items() if key != TEACHER_NUMBER})
