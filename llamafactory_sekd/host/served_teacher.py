@@ -172,7 +172,7 @@ class ServerOfRun:
                 f"`teacher_server: {self.server.url}` does not return hidden states of {info.model}: "
                 f"set `teacher_server_topk`, for example to {min(64, info.max_k)}."
             )
-        return HiddenFormat(info.width, DTYPES[info.dtype])
+        return info.hidden_format()
 
 
 def build_from_server(
@@ -228,7 +228,7 @@ def build_from_server(
 
         def compute(plan: Plan, session: Session, data: Tokenized) -> None:
             vocab_size = used_ids(data.tokenizer)
-            asked = ServedTeacher(server, HiddenFormat(info.width, DTYPES[info.dtype]), torch.device("cpu"))
+            asked = ServedTeacher(server, info.hidden_format(), torch.device("cpu"))
             manifest = session.admit(asked, vocab_size, {}, DTYPES[info.dtype])
             examples = batch_size or data.run.training.per_device_train_batch_size
             with filling(plan, session, data, manifest.kept()) as common:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import patch_environment
 
 from llamafactory_sekd.arguments import SELF, DistillationArguments
 from llamafactory_sekd.checkpoints import STATE_NAME, DistillationState
@@ -286,19 +287,10 @@ def _teachers_deepspeed(run: HostArguments) -> Iterator[None]:
         del teachers
 
 
-@contextmanager
-def _whole_weights_on_every_rank() -> Iterator[None]:
+def _whole_weights_on_every_rank() -> AbstractContextManager[None]:
     """FSDP's RAM-efficient loading leaves a second model empty on every rank but the first: off for the duration."""
     key = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-    before = os.environ.get(key)
-    if before is not None:
-        os.environ[key] = "false"
-
-    try:
-        yield
-    finally:
-        if before is not None:
-            os.environ[key] = before
+    return patch_environment(**{key: "false"}) if key in os.environ else nullcontext()
 
 
 def _first_line(error: BaseException) -> str:

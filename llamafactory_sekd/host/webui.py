@@ -53,49 +53,46 @@ def extend_change_stage(host_change: Callable[..., tuple[Any, bool]]) -> Callabl
 def extend_create_eval_tab(host_create: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
     """Wrap ``create_eval_tab``: the tab "Translation quality" follows it."""
 
-    @wraps(host_create)
-    def create_eval_tab(engine: Any) -> dict[str, Any]:
-        from llamafactory_sekd.host.webui_page import page_of
+    def build(engine: Any, page: Any) -> dict[str, Any]:
         from llamafactory_sekd.webui.quality_section import build_quality_section
 
-        elements = host_create(engine)
-        with _next_to_this_tab():
-            section = build_quality_section(page_of(engine))
-
+        section = build_quality_section(page)
         engine.runner.evaluation = section.process
-        return {**elements, **section.elements}
+        return section.elements
 
-    return create_eval_tab
+    return _with_a_tab_of_ours(host_create, build)
 
 
 def extend_create_infer_tab(host_create: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
     """Wrap ``create_infer_tab``: the tab "Token difficulty" follows the chat's tab."""
 
-    @wraps(host_create)
-    def create_infer_tab(engine: Any) -> dict[str, Any]:
-        from llamafactory_sekd.host.webui_page import page_of
+    def build(_: Any, page: Any) -> dict[str, Any]:
         from llamafactory_sekd.webui.tokens_section import build_tokens_section
 
-        elements = host_create(engine)
-        with _next_to_this_tab():
-            ours = build_tokens_section(page_of(engine))
+        return build_tokens_section(page)
 
-        return {**elements, **ours}
-
-    return create_infer_tab
+    return _with_a_tab_of_ours(host_create, build)
 
 
-@contextmanager
-def _next_to_this_tab() -> Iterator[None]:
-    """For the duration, new components go next to the tab that is being filled."""
-    from gradio.context import Context
+def _with_a_tab_of_ours(
+    host_create: Callable[[Any], dict[str, Any]], build: Callable[[Any, Any], dict[str, Any]]
+) -> Callable[[Any], dict[str, Any]]:
+    """Wrap the function that fills a tab: ``build``, from engine and page to elements, adds another one after it."""
 
-    tab = Context.block
-    Context.block = tab.parent  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        Context.block = tab
+    @wraps(host_create)
+    def create_tab(engine: Any) -> dict[str, Any]:
+        from gradio.context import Context
+
+        from llamafactory_sekd.host.webui_page import page_of
+
+        elements, tab = host_create(engine), Context.block
+        Context.block = tab.parent  # type: ignore[union-attr]  # new components go next to the tab
+        try:
+            return {**elements, **build(engine, page_of(engine))}
+        finally:
+            Context.block = tab
+
+    return create_tab
 
 
 @contextmanager

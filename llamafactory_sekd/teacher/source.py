@@ -54,6 +54,12 @@ class TeacherSource(Protocol):
         return rows.new_empty(int(rows.sum()), 0)
 
 
+def every_logit(source: LogitsSource, device: torch.device | None = None) -> torch.Tensor:
+    """Return the logits of all tokens at once, ``[tokens, vocab]``."""
+    out = torch.empty(len(source), source.vocab_size, dtype=source.dtype, device=device)
+    return source.logits(slice(None), out)
+
+
 def product(
     hidden: torch.Tensor,
     weight: torch.Tensor,

@@ -9,7 +9,9 @@ from typing import Any
 from gradio.components import Component
 
 
-Values = Mapping[str, Any]
+Values = Mapping[str, Any]  # of fields, by name
+Data = Mapping[Any, Any]  # of components, as Gradio hands them to an event
+DIRECTIONS = ("en-de", "de-en", "en-cs", "cs-en")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,6 @@ class Page:
     load: Callable[[dict[str, Any], str], LoadedModel]
     alert: Callable[[str, str], str]
 
-    def values(self, data: Mapping[Component, Any]) -> dict[str, Any]:
-        """Return the values of ``elements`` by name, from what Gradio hands to an event."""
+    def values(self, data: Data) -> dict[str, Any]:
+        """Return the values of ``elements`` by name."""
         return {name: data[element] for name, element in self.elements.items()}

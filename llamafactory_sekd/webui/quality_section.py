@@ -28,13 +28,11 @@ from llamafactory_sekd.webui.evaluation_process import (
     system_names,
 )
 from llamafactory_sekd.webui.labels import alert, element_labels
-from llamafactory_sekd.webui.page import Page
+from llamafactory_sekd.webui.page import DIRECTIONS, Data, Page
 
 
 _PREFIX = "quality_"
-_DIRECTIONS = ("en-de", "de-en", "en-cs", "cs-en")
 _SECONDS_BETWEEN_UPDATES = 1.0
-Data = Mapping[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,8 @@ def build_quality_section(page: Page) -> QualitySection:
             )
             fields["task_dir"] = gr.Textbox(value=DEFAULT_OUT, **_texts("task_dir"))
             fields["directions"] = gr.Dropdown(
-                choices=list(_DIRECTIONS),
-                value=list(_DIRECTIONS),
+                choices=list(DIRECTIONS),
+                value=list(DIRECTIONS),
                 multiselect=True,
                 allow_custom_value=True,
                 scale=2,

@@ -19,14 +19,12 @@ from llamafactory_sekd.data.prompts import prompt_named
 from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.errors import DataError, SekdError
 from llamafactory_sekd.webui.labels import alert, element_labels, words
-from llamafactory_sekd.webui.page import LoadedModel, Page
+from llamafactory_sekd.webui.page import DIRECTIONS, Data, LoadedModel, Page
 from llamafactory_sekd.webui.panel_settings import check_keys, distillation_keys
 from llamafactory_sekd.webui.token_comparison import Column, Comparison, Token, compare
 
 
 _PREFIX = "compare_"
-_DIRECTIONS = ("en-de", "de-en", "en-cs", "cs-en")
-Data = Mapping[Any, Any]
 # Two hues that color-blind readers tell apart; hard tokens have a line below as well.
 _HARD, _EASY = "217, 95, 2", "31, 119, 180"
 _STYLE = """<style>
@@ -53,7 +51,7 @@ def build_tokens_section(page: Page) -> dict[str, Any]:
         note = gr.Markdown(**_texts("note"))
         with gr.Row():
             fields["direction"] = gr.Dropdown(
-                choices=list(_DIRECTIONS), value=_DIRECTIONS[0], allow_custom_value=True, **_texts("direction")
+                choices=list(DIRECTIONS), value=DIRECTIONS[0], allow_custom_value=True, **_texts("direction")
             )
             fields["task"] = gr.Dropdown(
                 choices=list(TASKS), value=next(iter(TASKS)), allow_custom_value=True, **_texts("task")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
 
 from llamafactory_sekd.errors import ArgumentError
-from llamafactory_sekd.objectives import IDENTITY, LogitTransform
+from llamafactory_sekd.objectives import IDENTITY, LogitsSource, LogitTransform
 from llamafactory_sekd.teacher.cache.record_store import Record
 from llamafactory_sekd.teacher.model import Teacher
+from llamafactory_sekd.teacher.source import product
 
 
 DTYPES: dict[str, torch.dtype] = {
@@ -47,6 +49,15 @@ class Format(Protocol):
     def encode(self, teacher: Teacher, inputs: dict[str, Any], rows: torch.Tensor) -> Record:
         """One forward pass of the teacher: tensors ``[tokens, ...]`` for the response positions."""
 
+    def decode(self, record: Record, head: Callable[[], Record], vocab_size: int | None) -> LogitsSource:
+        """Return the logits that a record stands for.
+
+        Args:
+            record: tensors ``[tokens, ...]`` with the names of the fields.
+            head: gives the ``weight`` and ``bias`` of the teacher's head, where they are needed.
+            vocab_size: of the common vocabulary; None for the teacher's own.
+        """
+
 
 class HiddenFormat:
     """The hidden states that the teacher's head reads; with the head next to them the logits are exact.
@@ -71,6 +82,11 @@ class HiddenFormat:
     def encode(self, teacher: Teacher, inputs: dict[str, Any], rows: torch.Tensor) -> Record:
         """See :class:`Format`."""
         return {"hidden": teacher.hidden_states(inputs, rows).to(self.dtype)}
+
+    def decode(self, record: Record, head: Callable[[], Record], vocab_size: int | None) -> LogitsSource:
+        """See :class:`Format`."""
+        parts = head()
+        return product(record["hidden"], parts["weight"], parts.get("bias"), vocab_size, self.transform)
 
 
 class TopKFormat:
@@ -108,6 +124,10 @@ class TopKFormat:
     def encode(self, teacher: Teacher, inputs: dict[str, Any], rows: torch.Tensor) -> Record:
         """See :class:`Format`."""
         return self.compress(teacher.logits(inputs, rows))
+
+    def decode(self, record: Record, head: Callable[[], Record], vocab_size: int | None) -> LogitsSource:
+        """See :class:`Format`; the vocabulary is the format's own."""
+        return TopKLogits(self, record)
 
     def compress(self, logits: torch.Tensor) -> Record:
         """Keep the largest probabilities of logits ``[tokens, vocab]``; the tail is summed, not subtracted."""

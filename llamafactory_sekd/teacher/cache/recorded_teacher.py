@@ -13,15 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from llamafactory_sekd.errors import TeacherError
-from llamafactory_sekd.objectives import IDENTITY, LogitsSource
+from llamafactory_sekd.objectives import LogitsSource
 from llamafactory_sekd.ranks import on_any_rank
 from llamafactory_sekd.teacher.cache.cache_manifest import HEAD, Manifest
-from llamafactory_sekd.teacher.cache.formats import Format, HiddenFormat, TopKFormat, TopKLogits, as_bits
+from llamafactory_sekd.teacher.cache.formats import Format, TopKFormat, as_bits
 from llamafactory_sekd.teacher.cache.record_store import Record, ShardReader, ShardWriter
 from llamafactory_sekd.teacher.cache.segments import Key, Segment, is_teacher_forced, segments
 from llamafactory_sekd.teacher.model import Teacher
 from llamafactory_sekd.teacher.several_teachers import MixedLogits
-from llamafactory_sekd.teacher.source import Answers, Collate, TeacherSource, WrappedCollator, product
+from llamafactory_sekd.teacher.source import Answers, Collate, TeacherSource, WrappedCollator, every_logit
 
 
 # Of an example's text, in a message of one line.
@@ -153,7 +153,7 @@ class CacheCollator(WrappedCollator):
                 table[row, column, :FOUND] = torch.tensor([*part.key(), part.tokens])
 
         batch = {SEGMENTS: table}
-        found = self._found(sequences)
+        found = [[self._read(part.key()) for part in parts] for parts in sequences]
         for number, cache in enumerate(self.caches):
             records = [[everywhere[number] for everywhere in parts] for parts in found]
             for row, of_row in enumerate(records):
@@ -165,11 +165,8 @@ class CacheCollator(WrappedCollator):
 
         return batch
 
-    def _found(self, sequences: Sequence[Sequence[Segment]]) -> list[list[list[Record | None]]]:
-        """Return what each cache holds of each segment."""
-        return [[self._read(part.key()) for part in parts] for parts in sequences]
-
     def _read(self, key: Key) -> list[Record | None]:
+        """Return what each cache holds of a segment."""
         records = [cache.reader.read(key) for cache in self.caches]
         if all(record is None for record in records):  # another rank, or this one, may have written it since
             records = [cache.reader.read(key) if cache.reader.refresh() else None for cache in self.caches]
@@ -243,8 +240,7 @@ class CachedTeacher(TeacherSource):
     def logits(self, inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
         """Logits ``[tokens, vocab]``: exact for ``hidden``, with an even tail for ``topk``."""
         with self.answers(inputs, rows)(self._smallest_vocabulary()) as source:
-            out = torch.empty(len(source), source.vocab_size, dtype=source.dtype, device=self.device)
-            return source.logits(slice(None), out)
+            return every_logit(source, self.device)
 
     def answers(self, inputs: dict[str, Any], rows: torch.Tensor) -> Answers:
         """Return what the batch brought; see :class:`TeacherSource`."""
@@ -270,17 +266,13 @@ class CachedTeacher(TeacherSource):
         return None if len(self.caches) == 1 else min(cache.vocab_size for cache in self.caches)
 
     def _source(self, number: int, record: Record, vocab_size: int | None) -> LogitsSource:
-        kept = self.caches[number].kept
-        if isinstance(kept, TopKFormat):
-            return TopKLogits(kept, record)
+        def head() -> Record:
+            if number not in self._heads:
+                found = load_file(self.caches[number].directory / HEAD)
+                self._heads[number] = {name: tensor.to(self.device) for name, tensor in found.items()}
+            return self._heads[number]
 
-        if number not in self._heads:
-            head = load_file(self.caches[number].directory / HEAD)
-            self._heads[number] = {name: tensor.to(self.device) for name, tensor in head.items()}
-
-        head = self._heads[number]
-        transform = kept.transform if isinstance(kept, HiddenFormat) else IDENTITY
-        return product(record["hidden"], head["weight"], head.get("bias"), vocab_size, transform)
+        return self.caches[number].kept.decode(record, head, vocab_size)
 
     def _records(self, inputs: dict[str, Any], rows: torch.Tensor) -> list[Record]:
         table = _of_rows(inputs[SEGMENTS], rows)

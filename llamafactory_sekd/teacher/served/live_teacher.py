@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from llamafactory_sekd.errors import TeacherError
-from llamafactory_sekd.objectives import LogitsSource, LogitTransform, response_positions
-from llamafactory_sekd.teacher.cache import Format, Plan, ShardWriter, TopKFormat, TopKLogits
+from llamafactory_sekd.objectives import LogitTransform, response_positions
+from llamafactory_sekd.teacher.cache import Format, Plan, ShardWriter
 from llamafactory_sekd.teacher.cache.filling import fetch, write
 from llamafactory_sekd.teacher.cache.formats import read_transform
 from llamafactory_sekd.teacher.cache.record_store import Record
 from llamafactory_sekd.teacher.cache.segments import Key, Segment, is_teacher_forced, segments
 from llamafactory_sekd.teacher.served.protocol import ServerInfo
-from llamafactory_sekd.teacher.source import Answers, Collate, TeacherSource, WrappedCollator, product
+from llamafactory_sekd.teacher.source import Answers, Collate, TeacherSource, WrappedCollator, every_logit
 
 
 TICKET = "teacher_ticket"
@@ -100,14 +100,12 @@ class ServedTeacher(TeacherSource):
 
     def logits(self, inputs: dict[str, Any], rows: torch.Tensor) -> torch.Tensor:
         """Logits ``[tokens, vocab]``: exact for ``hidden``, with an even tail for ``topk``."""
-        source = self._source(self._records(inputs, rows), None)
-        out = torch.empty(len(source), source.vocab_size, dtype=source.dtype, device=self.device)
-        return source.logits(slice(None), out)
+        return every_logit(self.kept.decode(self._records(inputs, rows), self._own_head, None), self.device)
 
     def answers(self, inputs: dict[str, Any], rows: torch.Tensor) -> Answers:
         """Wait for the batch's answers; see :class:`TeacherSource`."""
         records = self._records(inputs, rows)
-        return lambda vocab_size: nullcontext(self._source(records, vocab_size))
+        return lambda vocab_size: nullcontext(self.kept.decode(records, self._own_head, vocab_size))
 
     def logit_transform(self, inputs: dict[str, Any]) -> LogitTransform | None:
         """Return what makes its logits of its head times its hidden states; None where nothing does."""
@@ -124,14 +122,6 @@ class ServedTeacher(TeacherSource):
 
         head = self._own_head()
         yield head["weight"], head.get("bias")
-
-    def _source(self, records: Record, vocab_size: int | None) -> LogitsSource:
-        if isinstance(self.kept, TopKFormat):
-            return TopKLogits(self.kept, records)
-
-        head = self._own_head()
-        transform = read_transform(self.server.info.transform)
-        return product(records["hidden"], head["weight"], head.get("bias"), vocab_size, transform)
 
     def _own_head(self) -> dict[str, torch.Tensor]:
         if self._head is None:

@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from llamafactory_sekd.errors import ArgumentError, TeacherError
 from llamafactory_sekd.fingerprints import xxh3, xxh3_of_json
 from llamafactory_sekd.teacher.cache import DTYPES, FORMATS, Format, HiddenFormat, TopKFormat
+from llamafactory_sekd.teacher.cache.formats import read_transform
 from llamafactory_sekd.teacher.cache.record_store import Record
 from llamafactory_sekd.teacher.cache.segments import Segment
 from llamafactory_sekd.teacher.compatibility import SAMPLES, check_tokenizers
@@ -67,6 +68,10 @@ class ServerInfo:
     def fingerprint(self) -> str:
         """Return what is the same for the same weights, types and versions, and only for them."""
         return xxh3_of_json([self.teacher, self.software, self.dtype, self.rows])
+
+    def hidden_format(self, dtype: str | None = None) -> HiddenFormat:
+        """Return the format of its hidden states, in a type that loses nothing unless another is asked for."""
+        return HiddenFormat(self.width, DTYPES[dtype or self.dtype], read_transform(self.transform))
 
     def to_json(self) -> dict[str, Any]:
         """Return its fields and its fingerprint."""
@@ -137,7 +142,7 @@ class Question(BaseModel):
         if self.format == HiddenFormat.name:
             if not info.hidden:
                 raise ArgumentError("this teacher's logits are more than its head's product: ask for topk")
-            return HiddenFormat(info.width, DTYPES[self.dtype])
+            return info.hidden_format(self.dtype)
 
         if self.k is None or self.vocab_size is None or not 0 < self.vocab_size <= info.rows or self.k > info.max_k:
             raise ArgumentError(

@@ -17,7 +17,7 @@ from torch import nn
 from llamafactory_sekd.errors import TeacherError, one_line
 from llamafactory_sekd.lm_head import is_plain_product, logit_transform
 from llamafactory_sekd.objectives import LogitTransform
-from llamafactory_sekd.teacher.source import product
+from llamafactory_sekd.teacher.source import every_logit, product
 
 
 # A file that nobody is writing is there after so many seconds, or never.
@@ -47,7 +47,7 @@ class LastLayers:
             hidden: ``[tokens, width]``, after the norm.
         """
         source = product(hidden, self.head["weight"], self.head.get("bias"), None, self.transform)
-        logits = source.logits(slice(None), torch.empty(len(source), source.vocab_size, dtype=source.dtype)).float()
+        logits = every_logit(source).float()
         return logits.log_softmax(-1), float(logits.abs().max())
 
 
