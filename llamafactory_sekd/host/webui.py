@@ -113,7 +113,7 @@ def _move_after(parent: Any, element: Any, place: Any) -> None:
 
 def extend_locales(host_locales: dict[str, Any]) -> dict[str, Any]:
     """Return the host's labels with ours."""
-    from llamafactory_sekd.webui.labels import element_labels
+    from llamafactory_sekd.webui.page import element_labels
 
     return {**host_locales, **element_labels()}
 

@@ -19,9 +19,7 @@ from llamafactory_sekd.arguments import KEYS, SELF, STAGE, cache_folders
 from llamafactory_sekd.errors import SekdError
 from llamafactory_sekd.host.host_arguments import check_run
 from llamafactory_sekd.host.run_progress import bar_of, first_bar, forget_phase
-from llamafactory_sekd.webui.labels import alert, words
-from llamafactory_sekd.webui.page import LoadedModel, Page
-from llamafactory_sekd.webui.panel_settings import check_keys, distillation_keys
+from llamafactory_sekd.webui.page import LoadedModel, Page, alert, check_keys, distillation_keys, words
 
 
 _READ_BY_OUR_SECTIONS = (

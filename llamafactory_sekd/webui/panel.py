@@ -12,8 +12,14 @@ from typing import Any
 import gradio as gr
 
 from llamafactory_sekd.arguments import AUTO, HARD_SCALES, KEYS, DistillationArguments
-from llamafactory_sekd.webui.labels import element_labels, objective_choices, words
-from llamafactory_sekd.webui.panel_settings import COMPILE, NO_QUANTIZATION, unused_keys
+from llamafactory_sekd.webui.page import (
+    COMPILE,
+    NO_QUANTIZATION,
+    element_labels,
+    objective_choices,
+    unused_keys,
+    words,
+)
 
 
 # Gradio's own colors of help texts and buttons have too little contrast to read.

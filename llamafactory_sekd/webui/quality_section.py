@@ -27,8 +27,7 @@ from llamafactory_sekd.webui.evaluation_process import (
     results_folder,
     system_names,
 )
-from llamafactory_sekd.webui.labels import alert, element_labels
-from llamafactory_sekd.webui.page import DIRECTIONS, Data, Page
+from llamafactory_sekd.webui.page import DIRECTIONS, Data, Page, alert, element_labels
 
 
 _PREFIX = "quality_"

@@ -18,9 +18,17 @@ from llamafactory_sekd.data.languages import parse_direction
 from llamafactory_sekd.data.prompts import prompt_named
 from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.errors import DataError, SekdError
-from llamafactory_sekd.webui.labels import alert, element_labels, words
-from llamafactory_sekd.webui.page import DIRECTIONS, Data, LoadedModel, Page
-from llamafactory_sekd.webui.panel_settings import check_keys, distillation_keys
+from llamafactory_sekd.webui.page import (
+    DIRECTIONS,
+    Data,
+    LoadedModel,
+    Page,
+    alert,
+    check_keys,
+    distillation_keys,
+    element_labels,
+    words,
+)
 from llamafactory_sekd.webui.token_comparison import Column, Comparison, Token, compare
 
 

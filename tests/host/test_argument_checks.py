@@ -21,7 +21,7 @@ from llamafactory_sekd.arguments import (
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.presets import PRESETS
 from llamafactory_sekd.study.matrix import has_effect
-from llamafactory_sekd.webui.panel_settings import unused_keys
+from llamafactory_sekd.webui.page import unused_keys
 
 
 KNOWN = {name for group in _TRAIN_ARGS for name in group.__dataclass_fields__}

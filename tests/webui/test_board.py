@@ -18,7 +18,7 @@ from helpers.board import CHROMIUM, Board, served
 
 from llamafactory_sekd.host.run_progress import PHASE_FILE
 from llamafactory_sekd.presets import PRESETS
-from llamafactory_sekd.webui.labels import LANGUAGES, alert, element_labels, words
+from llamafactory_sekd.webui.page import LANGUAGES, alert, element_labels, words
 
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need `pip install playwright`")

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from llamafactory_sekd.presets import PRESETS, Preset
-from llamafactory_sekd.webui import labels
-from llamafactory_sekd.webui.labels import LANGUAGES, alert, element_labels, objective_choices, words
+from llamafactory_sekd.webui import page
+from llamafactory_sekd.webui.page import LANGUAGES, alert, element_labels, objective_choices, words
 
 
 def test_every_element_has_the_same_properties_in_every_language():
@@ -15,7 +15,7 @@ def test_every_element_has_the_same_properties_in_every_language():
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_objective_has_a_line_of_explanation_in_words(language):
-    assert set(labels._texts(language)["objectives"]) == set(PRESETS)
+    assert set(page._texts(language)["objectives"]) == set(PRESETS)
     assert [value for _, value in objective_choices(language)] == list(PRESETS)
     assert all(text.startswith(f"{value}: ") for text, value in objective_choices(language))
 
@@ -27,7 +27,7 @@ def test_an_objective_without_words_is_shown_with_its_formula(monkeypatch):
 
 @pytest.mark.parametrize("section", ["alerts", "words"])
 def test_messages_and_words_exist_in_every_language(section):
-    assert len({frozenset(labels._texts(language)[section]) for language in LANGUAGES}) == 1
+    assert len({frozenset(page._texts(language)[section]) for language in LANGUAGES}) == 1
 
 
 def test_an_unknown_language_reads_english():

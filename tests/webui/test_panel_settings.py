@@ -6,7 +6,7 @@ from llamafactory_sekd.argument_checks import check_distillation_arguments
 from llamafactory_sekd.arguments import KEYS, DistillationArguments
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.presets import PRESETS
-from llamafactory_sekd.webui.panel_settings import check_keys, distillation_keys, unused_keys
+from llamafactory_sekd.webui.page import check_keys, distillation_keys, unused_keys
 
 
 FIELDS = {

@@ -19,7 +19,7 @@ from llamafactory_sekd.host.run_progress import (
     first_bar,
     forget_phase,
 )
-from llamafactory_sekd.webui.labels import LANGUAGES, words
+from llamafactory_sekd.webui.page import LANGUAGES, words
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import sys
 import threading
 
 import pytest
+import torch  # noqa: F401  (registers the plug-in, as in every process of the host)
 
 from llamafactory_sekd.host.webui_page import SharedChild
 

@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.prompts import prompt
 from llamafactory_sekd.errors import TeacherError
-from llamafactory_sekd.webui.labels import words
-from llamafactory_sekd.webui.page import LoadedModel
+from llamafactory_sekd.webui.page import LoadedModel, words
 from llamafactory_sekd.webui.token_comparison import Column, Comparison, Token, compare, pieces
 from llamafactory_sekd.webui.tokens_section import render
 

@@ -50,7 +50,7 @@ class Format(Protocol):
         """One forward pass of the teacher: tensors ``[tokens, ...]`` for the response positions."""
 
     def decode(self, record: Record, head: Callable[[], Record], vocab_size: int | None) -> LogitsSource:
-        """Return the logits that a record stands for.
+        """Return the logits that a record was made from, as far as it keeps them.
 
         Args:
             record: tensors ``[tokens, ...]`` with the names of the fields.
