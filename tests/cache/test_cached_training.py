@@ -11,6 +11,7 @@ import torch
 from helpers.cached_runs import assert_same_content, build, content, counted_forwards, from_cache, losses
 from helpers.runs import base_config, train, weights
 from helpers.tiny import FAMILIES, save_scaled_or_capped
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_sekd.errors import TeacherError
 
@@ -129,6 +130,32 @@ def test_topk_is_read_in_both_paths_and_comes_closer_with_k(tiny_root, tmp_path)
 
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 0.1
+
+
+def test_a_topk_cache_is_a_teacher_without_padding_and_says_so(tiny_root, tmp_path, caplog):
+    """A hidden cache has the head's padding; top-k keeps used ids alone, so both heads are cut to them."""
+    config = base_config(tiny_root, output_dir=str(tmp_path / "padded"), kd_loss="no_evolution", max_steps=3)
+    hidden = from_cache(config, build(config, tmp_path / "hidden"))
+    assert losses(hidden) == pytest.approx(losses(config), rel=1e-6)
+    assert not caplog.messages or not any("ids; the tokenizer uses" in line for line in caplog.messages)
+
+    used = len(AutoTokenizer.from_pretrained(tiny_root / "teacher"))
+    settings = {"format": "topk", "k": used - 1, "dtype": "float32"}  # and one in the tail: nothing is lost
+    topk = losses(from_cache(config, build(config, tmp_path / "topk", **settings)))
+    said = [line for line in caplog.messages if "ids; the tokenizer uses" in line]
+    assert len(said) == 1
+    assert all(f"{number:,}" in said[0] for number in (384, used))
+    assert topk != pytest.approx(losses(config), rel=1e-3)
+
+    for name in ("teacher", "student"):
+        model = AutoModelForCausalLM.from_pretrained(tiny_root / name)
+        model.resize_token_embeddings(used)
+        model.save_pretrained(tmp_path / name)
+        shutil.copytree(
+            tiny_root / name, tmp_path / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("model*", "config*")
+        )
+    bare = {"model_name_or_path": str(tmp_path / "student"), "teacher_model": str(tmp_path / "teacher")}
+    assert topk == pytest.approx(losses({**config, **bare}), rel=1e-5)
 
 
 def test_the_first_epoch_fills_and_later_epochs_read(tiny_root, tmp_path):
