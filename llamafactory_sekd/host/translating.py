@@ -15,6 +15,7 @@ from typing import Any
 
 from llamafactory_sekd import __version__
 from llamafactory_sekd.children import end_rank_with_launcher
+from llamafactory_sekd.config import read_overrides
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.prompts import Prompt
 from llamafactory_sekd.errors import ArgumentError, EvaluationError
@@ -264,15 +265,10 @@ def _settings(
     weights: Weights, plan: Plan, work: Path, seed: int, batch_tokens: int, batch_size: int | None
 ) -> Settings:
     """Word the options as an evaluation's, whose loaders they go to."""
-    from omegaconf import OmegaConf
-
-    malformed = next((text for text in weights.overrides if "=" not in text), None)
-    if malformed is not None:
-        raise ArgumentError(f"{malformed!r} is not an argument of the model: write key=value.")
     model: dict[str, Any] = {"model_name_or_path": weights.model}
     if weights.adapter is not None:
         model["adapter_name_or_path"] = weights.adapter
-    model |= {str(key): value for key, value in OmegaConf.from_cli(list(weights.overrides)).items()}
+    model |= read_overrides(weights.overrides)
     return Settings(
         task="translate",
         directions=(),
