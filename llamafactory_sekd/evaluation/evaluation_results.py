@@ -41,7 +41,7 @@ from llamafactory_sekd.evaluation.significance import (
 from llamafactory_sekd.evaluation.systems import Cost, documents_in
 from llamafactory_sekd.evaluation.translation_store import Hypotheses
 from llamafactory_sekd.fingerprints import versions
-from llamafactory_sekd.reporting.metric_labels import AVERAGE, metric_label
+from llamafactory_sekd.reporting.metric_labels import AVERAGE, metric_look
 
 
 logger = logging.getLogger(__name__)
@@ -279,7 +279,7 @@ def _significance(
     result: dict[str, dict[str, dict[str, Any]]] = {name: {c: {} for c in columns} for name in data.hypotheses}
     for metric in data.metrics:
         others = ", ".join(name for name in data.hypotheses if name != baseline)
-        logger.info("Significance of %s: %s against %s", metric_label(metric), others, baseline)
+        logger.info("Significance of %s: %s against %s", metric_look(metric).label, others, baseline)
         tests = PairedTests(data.settings.significance, baseline, statistics[metric])
         for index, direction in enumerate(directions):
             if metric in data.scorers:

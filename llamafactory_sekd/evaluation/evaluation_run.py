@@ -49,7 +49,7 @@ from llamafactory_sekd.evaluation.translation_store import (
 from llamafactory_sekd.files import write_lines
 from llamafactory_sekd.fingerprints import Digests
 from llamafactory_sekd.ranks import Ranks, join_ranks
-from llamafactory_sekd.reporting.metric_labels import metric_label
+from llamafactory_sekd.reporting.metric_labels import metric_look
 
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ def evaluate(settings: Settings, host: Host) -> dict[str, Any] | None:
     with join_ranks() as ranks:
         prepared = ranks.from_first(prepare(settings, host) if ranks.is_first else None)
         for metric, reason in prepared.skipped.items() if ranks.is_first else ():
-            logger.warning("%s is skipped: %s", metric_label(metric), reason)
+            logger.warning("%s is skipped: %s", metric_look(metric).label, reason)
         hold = open_workspace(settings, prepared.fingerprints) if ranks.is_first else nullcontext()
         with hold:
             hypotheses = collect_hypotheses(settings, prepared.test_sets, host, ranks)

@@ -34,7 +34,7 @@ def score_sections(results: Mapping[str, Any]) -> Iterator[Section]:
     """Yield the paper's table, and chrF2 in a table of its own where the metrics of the paper are there."""
     metrics = shown_metrics(results)
     main = tuple(metric for metric in metrics if metric != "chrf") or metrics
-    left_out = [f"{metric_label(metric)} was skipped: {reason}" for metric, reason in results["skipped"].items()]
+    left_out = [f"{metric_look(metric).label} was skipped: {reason}" for metric, reason in results["skipped"].items()]
     alarm = " ".join([*left_out, *results["notes"]])
     if not main:
         yield Section("Scores", "No metric of this evaluation can run; see the guards.", alarm, main=True)

@@ -149,7 +149,7 @@ def _check_teacher(console: Console, parsed: HostArguments) -> None:
         console.print(f"Teacher: not checked, {missing}.", highlight=False, markup=False, soft_wrap=True)
         return
 
-    others = check_fit(parsed)
+    others = check_fit(parsed, logged=False)
     line = vocabulary_line(parsed) or "its tokenizer is the student's, and so is the size of its head."
     for text in (line, *others):
         console.print(f"Teacher: {text}", highlight=False, markup=False, soft_wrap=True)

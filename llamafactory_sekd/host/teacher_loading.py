@@ -111,11 +111,15 @@ def copy_model_arguments(source: Any, **changes: Any) -> Any:
     return ModelArguments.copyfrom(source, **{**texts, **changes})
 
 
-def check_fit(run: HostArguments) -> list[str]:
+def check_fit(run: HostArguments, *, logged: bool = True) -> list[str]:
     """Check, before any weight is read, that each teacher exists, is a causal LM and has the student's tokenizer.
 
+    Args:
+        run: its arguments.
+        logged: whether the log gets the lines that are returned.
+
     Returns:
-        What else is to be said of them, which the log has as well.
+        What else is to be said of them.
 
     Raises:
         TeacherError: one does not fit.
@@ -123,7 +127,7 @@ def check_fit(run: HostArguments) -> list[str]:
     from transformers.utils import logging
 
     lines = [line for one in each_teacher(run) if (line := _check_fit(one))]
-    for line in lines:
+    for line in lines if logged else ():
         logging.get_logger(__name__).warning(line)
     return lines
 

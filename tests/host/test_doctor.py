@@ -167,12 +167,14 @@ def test_batches_are_padded_to_multiples_of_eight_and_the_length_can_be_given(we
 
 
 def test_the_command_prints_table_and_fit_without_weights(weightless, tmp_path):
-    path = write_yaml(tmp_path / "x.yaml", base_config(weightless))
+    path = write_yaml(tmp_path / "x.yaml", base_config(weightless, cutoff_len=3000))
     done = command([*SEKD, str(path), "per_device_train_batch_size=2", "--length", "64"])
     assert done.returncode == 0, done.stderr[-2000:]
     assert "1 device, 2 × 64 tokens" in done.stdout
     assert "fits" in done.stdout
     assert "Teacher: its tokenizer is the student's" in done.stdout
+    # The models have 2,048 positions; the command says so once, and not in the log as well.
+    assert [text.count("`cutoff_len: 3000` goes beyond") for text in (done.stdout, done.stderr)] == [1, 0]
     assert done.stdout.splitlines()[-1].startswith("Verdict: this run fits, ")
 
 
