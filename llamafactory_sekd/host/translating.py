@@ -18,7 +18,7 @@ from llamafactory_sekd.children import end_rank_with_launcher
 from llamafactory_sekd.config import read_overrides
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.prompts import Prompt
-from llamafactory_sekd.errors import ArgumentError, EvaluationError
+from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.evaluation.decoding import hf_candidates
 from llamafactory_sekd.evaluation.evaluation_settings import Settings, System
 from llamafactory_sekd.evaluation.metric_models import prepare_comet
