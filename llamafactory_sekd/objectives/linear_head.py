@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from llamafactory_sekd.objectives import products
+from llamafactory_sekd.objectives import head_products
 from llamafactory_sekd.objectives.chunking import free_memory
 
 
@@ -99,7 +99,7 @@ class Head:
     def logits(self, tokens: slice | torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Write the logits of some tokens to the first rows of `out`, `[chunk, vocab]`, and return these rows."""
         hidden = self.rows(tokens)
-        logits = products.logits(hidden, self.weight, self.bias, out=out[: len(hidden)])
+        logits = head_products.logits(hidden, self.weight, self.bias, out=out[: len(hidden)])
         cap = self.transform.cap
         # In place: a second buffer of the size of a chunk's logits would double what the chunk takes.
         if cap is not None:
@@ -201,7 +201,7 @@ class HeadGradients:
             self._add_some(tokens, gradient, rows)
             return
         if self.hidden is not None:
-            products.hidden_gradient(gradient, self.head.weight, out=self.hidden[tokens])
+            head_products.hidden_gradient(gradient, self.head.weight, out=self.hidden[tokens])
         self._add_head(gradient, tokens)
 
     def _add_some(self, tokens: slice, gradient: torch.Tensor, rows: torch.Tensor) -> None:
@@ -212,7 +212,7 @@ class HeadGradients:
         gradient = gradient[: len(rows)]
         if self.hidden is not None:
             part = self.hidden.new_empty(len(rows), self.hidden.shape[1])
-            products.hidden_gradient(gradient, self.head.weight, out=part)
+            head_products.hidden_gradient(gradient, self.head.weight, out=part)
             self.hidden[tokens].zero_().index_copy_(0, rows, part)
         self._add_head(gradient, rows + tokens.start)
 
@@ -221,7 +221,7 @@ class HeadGradients:
         before, after = self.head.through_transform(before), self.head.through_transform(after)
         if self.hidden is not None:
             out = torch.empty_like(self.hidden[tokens])
-            self.hidden[tokens] = products.hidden_gradient(after, self.head.weight, out=out)
+            self.hidden[tokens] = head_products.hidden_gradient(after, self.head.weight, out=out)
         # One product of the difference in place of one that takes out and one that takes in.
         self._add_head(torch.sub(after, before, out=before), tokens)
 
@@ -242,7 +242,7 @@ class HeadGradients:
         vocab_size = gradient.shape[1]
         if self.weight is not None:
             used, hidden = self.weight[:vocab_size], self.head.rows(tokens)
-            products.add_weight_gradient(used, gradient, hidden, scale=self.scale)
+            head_products.add_weight_gradient(used, gradient, hidden, scale=self.scale)
         if self.bias is not None:
             self.bias[:vocab_size].add_(gradient.sum(0, dtype=self.bias.dtype), alpha=self.scale)
 

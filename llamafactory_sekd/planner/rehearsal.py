@@ -27,7 +27,7 @@ from llamafactory_sekd.objectives import (
     product_type,
 )
 from llamafactory_sekd.objectives.blocks import ACCELERATOR_BUFFER, BUFFERS, CPU_BUFFER
-from llamafactory_sekd.objectives.products import as_on_an_accelerator
+from llamafactory_sekd.objectives.head_products import as_on_an_accelerator
 from llamafactory_sekd.planner.contentless import AnswerQuestions, build_without_content, to_fake
 from llamafactory_sekd.planner.live_memory import LiveMemory
 from llamafactory_sekd.planner.planned_run import Run

@@ -22,7 +22,7 @@ from llamafactory_sekd.objectives import (
     compiling,
     distillation_loss,
     fused_linear_distillation,
-    products,
+    head_products,
 )
 from llamafactory_sekd.objectives.losses import elementwise
 from llamafactory_sekd.objectives.losses.users_divergence import try_user_function
@@ -371,13 +371,13 @@ def test_tokens_that_a_gate_leaves_out_are_in_no_product_of_the_backward_pass(na
     student = student if cap is None else cap * (student / cap).tanh()
     plain = distillation_loss(student, teacher[0] @ teacher[1].t(), labels, kd_loss=formula)
     rows = []
-    product = products.hidden_gradient
+    product = head_products.hidden_gradient
 
     def counted(gradient, weight, *, out):
         rows.append(len(gradient))
         return product(gradient, weight, out=out)
 
-    monkeypatch.setattr(products, "hidden_gradient", counted)
+    monkeypatch.setattr(head_products, "hidden_gradient", counted)
     output = fused(trained, teacher, labels, formula, chunk_size=23, student_transform=LogitTransform(cap=cap))
     close(output.loss, plain.loss.sum() / 5)
     close(torch.autograd.grad(output.loss, trained), torch.autograd.grad(plain.loss.sum() / 5, trained))

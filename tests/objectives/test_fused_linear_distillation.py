@@ -24,8 +24,8 @@ from llamafactory_sekd.objectives import (
     default_chunk_size,
     distillation_loss,
     fused_linear_distillation,
+    head_products,
     linear_head,
-    products,
     sweep,
 )
 from llamafactory_sekd.objectives.chunking import bytes_moved, products_seconds
@@ -270,7 +270,7 @@ def test_self_evolution_identities_hold_in_the_fused_path(kd_loss: str) -> None:
 @pytest.fixture(params=[True, False], ids=["instructions for halves", "none"])
 def has_instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """A CPU that says that it has, or has not, instructions for products of half-precision types."""
-    names = [name for names in products.INSTRUCTIONS.values() for name in names]
+    names = [name for names in head_products.INSTRUCTIONS.values() for name in names]
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, request.param), raising=False)
     return request.param
 
@@ -393,7 +393,7 @@ def test_a_head_tied_to_the_embedding_gets_both_gradients() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("has_instructions", [False], indirect=True, ids=["none"])
 def test_products_in_float32_are_those_of_the_converted_heads(monkeypatch, has_instructions, dtype) -> None:
-    monkeypatch.setattr(products, "TILE", 5)
+    monkeypatch.setattr(head_products, "TILE", 5)
     keys, narrow = keys_for("self_evolution"), problem(dtype=dtype)
     wide = Problem(
         *(value.detach().float() if value.is_floating_point() else value for value in vars(narrow).values())
