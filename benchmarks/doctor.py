@@ -96,7 +96,7 @@ def measured_peak(folder: Path, config: dict[str, Any]) -> int:
 def estimated_peak(config: dict[str, Any]) -> int:
     apply_plugin()
     from llamafactory_sekd.host.memory_plan import parse, run_of
-    from llamafactory_sekd.planner import estimate
+    from llamafactory_sekd.planner.estimate import estimate
 
     return estimate(run_of(parse(config), 1, accelerator=False), libraries=0).device
 

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llamafactory_sekd.arguments import DistillationArguments
-from llamafactory_sekd.planner import Blueprint, Run, estimate
-from llamafactory_sekd.planner.sharding import read_deepspeed
+from llamafactory_sekd.planner.estimate import estimate
+from llamafactory_sekd.planner.planned_run import Blueprint, Run, read_deepspeed
 
 
 DEEPSPEED = Path(__file__).parents[1] / "examples" / "deepspeed" / "ds_z3_config.json"

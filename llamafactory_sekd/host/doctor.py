@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llamafactory_sekd.host.run_arguments import HostArguments
-    from llamafactory_sekd.planner import Run
+    from llamafactory_sekd.planner.planned_run import Run
 
 app = typer.Typer(add_completion=False)
 
@@ -59,15 +59,8 @@ def doctor(
     from llamafactory_sekd.config import read_config
     from llamafactory_sekd.host.memory_plan import parse, run_of
     from llamafactory_sekd.host.run_names import wrong_names
-    from llamafactory_sekd.planner import device_memory as machine
-    from llamafactory_sekd.planner import estimate
-    from llamafactory_sekd.planner.estimate import CONTEXT
-    from llamafactory_sekd.planner.memory_report import (
-        fits,
-        print_estimate,
-        print_remedies,
-        print_verdict,
-    )
+    from llamafactory_sekd.planner import memory_report as report
+    from llamafactory_sekd.planner.estimate import CONTEXT, estimate
     from llamafactory_sekd.planner.remedies import price
 
     keys = read_config(config, overrides or [])
@@ -77,25 +70,25 @@ def doctor(
     for line in (*wrong_data, *wrong_models):
         console.print(f"Problem: {line}", highlight=False, markup=False, soft_wrap=True)
     if wrong_models:
-        print_verdict(console, None, 0, problems=len(wrong_data) + len(wrong_models))
+        report.print_verdict(console, None, 0, problems=len(wrong_data) + len(wrong_models))
         raise typer.Exit(2)
 
-    given = machine.parse_memory(memory) if memory is not None else machine.device_memory()
+    given = report.parse_memory(memory) if memory is not None else report.device_memory()
     accelerator = given is not None and not parsed.training.use_cpu
-    count = devices or machine.devices_of_the_environment()
+    count = devices or report.devices_of_the_environment()
 
     def describe(arguments: HostArguments) -> Run:
         return run_of(arguments, count, accelerator=accelerator, length=length, responses=responses)
 
     run = describe(parsed)
-    libraries = CONTEXT if accelerator else machine.resident_memory()
-    available = given if accelerator and given is not None else machine.main_memory() // count
+    libraries = CONTEXT if accelerator else report.resident_memory()
+    available = given if accelerator and given is not None else report.main_memory() // count
 
     with console.status("Rehearsing a step"):
         result = estimate(run, libraries)
 
-    print_estimate(console, result, run, available)
-    if not fits(result, available):
+    report.print_estimate(console, result, run, available)
+    if not report.fits(result, available):
 
         def plan(changed: Mapping[str, Any]) -> Any:
             return estimate(describe(parse(changed)), libraries)
@@ -103,7 +96,7 @@ def doctor(
         with console.status("Looking for remedies"):
             priced = list(price(keys, run, result.device, available, plan))
 
-        print_remedies(console, priced, available)
+        report.print_remedies(console, priced, available)
 
     readable = False
     if not wrong_data:
@@ -112,7 +105,7 @@ def doctor(
         if look:
             _look(console, keys, look)
 
-    print_verdict(console, result, available, problems=len(wrong_data), readable=readable)
+    report.print_verdict(console, result, available, problems=len(wrong_data), readable=readable)
     if wrong_data:
         raise typer.Exit(2)
 

@@ -17,8 +17,7 @@ from llamafactory_sekd.host.host_arguments import check_run
 from llamafactory_sekd.host.run_arguments import HostArguments
 from llamafactory_sekd.host.teacher_keys import check_teacher_choice, read_deepspeed_file
 from llamafactory_sekd.host.teacher_loading import copy_model_arguments, each_teacher, teacher_model_arguments
-from llamafactory_sekd.planner import Blueprint, Run, Sharding, TeacherPlace
-from llamafactory_sekd.planner.sharding import read_deepspeed
+from llamafactory_sekd.planner.planned_run import Blueprint, Run, Sharding, TeacherPlace, read_deepspeed
 from llamafactory_sekd.teacher import common_vocabulary, engine_config
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llamafactory_sekd.planner.optimizers import copies_nothing, state_bytes
-from llamafactory_sekd.planner.planned_run import Run
+from llamafactory_sekd.planner.planned_run import Run, Sharding
 from llamafactory_sekd.planner.rehearsal import Rehearsal, rehearse
-from llamafactory_sekd.planner.sharding import Sharding
 
 
 # The driver's context, cuBLAS and NCCL: an assumption, the one number here that is neither counted nor measured.
@@ -244,3 +242,33 @@ def _count(parameters: int) -> str:
             return f"{parameters / size:.3g} {unit}"
 
     return str(parameters)
+
+
+# The host's `optim`, by how it begins -> bytes per trainable parameter. The first that fits counts.
+STATE_BYTES: tuple[tuple[str, float], ...] = (
+    ("adamw_bnb_8bit", 2),
+    ("adamw_8bit", 2),
+    ("paged_adamw_8bit", 2),
+    ("paged_adamw", 8),
+    ("adamw_torch_8bit", 2),
+    ("adamw_torch_4bit", 1),
+    ("adamw", 8),
+    ("adafactor", 0),  # a row and a column per matrix
+    ("lion_8bit", 1),
+    ("paged_lion_8bit", 1),
+    ("lion", 4),
+    ("paged_lion", 4),
+    ("sgd", 0),
+    ("rmsprop", 4),
+    ("adagrad", 4),
+)
+
+
+def state_bytes(optimizer: str) -> float | None:
+    """Bytes that an optimizer keeps per trainable parameter; None where that is not known."""
+    return next((size for prefix, size in STATE_BYTES if optimizer.startswith(prefix)), None)
+
+
+def copies_nothing(optimizer: str) -> bool:
+    """Whether it updates parameters without copies of them."""
+    return optimizer.endswith("_fused") or "bit" in optimizer or "bnb" in optimizer

@@ -28,10 +28,16 @@ from llamafactory_sekd.objectives import (
 )
 from llamafactory_sekd.objectives.blocks import ACCELERATOR_BUFFER, BUFFERS, CPU_BUFFER
 from llamafactory_sekd.objectives.head_products import as_on_an_accelerator
-from llamafactory_sekd.planner.contentless import AnswerQuestions, build_without_content, to_fake
-from llamafactory_sekd.planner.live_memory import LiveMemory
+from llamafactory_sekd.planner.contentless import (
+    AnswerQuestions,
+    LiveMemory,
+    ModelSize,
+    build_without_content,
+    size_of,
+    to_fake,
+    total_size,
+)
 from llamafactory_sekd.planner.planned_run import Run
-from llamafactory_sekd.planner.sizes import ModelSize, size_of, total_size
 from llamafactory_sekd.teacher.source import product
 from llamafactory_sekd.trainer.training_step import TrainingStep
 

@@ -35,24 +35,6 @@ class Priced:
     together: int
 
 
-def remedies_for(config: Mapping[str, Any], run: Run) -> list[Remedy]:
-    """Return the remedies that a run has not taken yet, the cheapest first."""
-    return [
-        remedy
-        for make in (
-            _checkpointing,
-            _micro_batch,
-            _zero,
-            _offload,
-            _cache,
-            _teacher_offload,
-            _quantized_teacher,
-            _lora,
-        )
-        if (remedy := make(config, run)) is not None
-    ]
-
-
 def price(
     config: Mapping[str, Any],
     run: Run,
@@ -91,94 +73,55 @@ def _changed(config: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, An
     return {key: value for key, value in {**config, **keys}.items() if value is not None}
 
 
-def _checkpointing(config: Mapping[str, Any], run: Run) -> Remedy | None:
-    if not config.get("disable_gradient_checkpointing"):
-        return None
-
-    keys = {"disable_gradient_checkpointing": None}
-    return Remedy(keys, "remove disable_gradient_checkpointing", "a second forward pass of the student")
+def remedies_for(config: Mapping[str, Any], run: Run) -> list[Remedy]:
+    """Return the remedies that a run has not taken yet, the cheapest first."""
+    return [*_of_training(config, run), *_of_teacher(config, run), *_of_method(config)]
 
 
-def _micro_batch(config: Mapping[str, Any], run: Run) -> Remedy | None:
-    if run.batch_size == 1:
-        return None
+def _of_training(config: Mapping[str, Any], run: Run) -> Iterator[Remedy]:
+    if config.get("disable_gradient_checkpointing"):
+        keys: dict[str, Any] = {"disable_gradient_checkpointing": None}
+        yield Remedy(keys, "remove disable_gradient_checkpointing", "a second forward pass of the student")
 
-    keys = {
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": run.accumulation * run.batch_size,
-    }
-    return Remedy(keys, "\n".join(f"{key}: {value}" for key, value in keys.items()), "smaller products, the same loss")
+    if run.batch_size != 1:
+        keys = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": run.accumulation * run.batch_size}
+        text = "\n".join(f"{key}: {value}" for key, value in keys.items())
+        yield Remedy(keys, text, "smaller products, the same loss")
 
+    if run.student.quantization_bit is not None or config.get("teacher_model_device", AUTO) != AUTO:
+        return  # no ZeRO-3: it takes neither a quantized student nor a teacher on a device of its own
 
-def _zero(config: Mapping[str, Any], run: Run) -> Remedy | None:
-    if run.devices == 1 or (run.sharding is not None and run.sharding.stage == 3) or not _takes_zero_3(config, run):
-        return None
+    if run.devices > 1 and (run.sharding is None or run.sharding.stage != 3):
+        yield Remedy({"deepspeed": _zero_3()}, "deepspeed: a file with ZeRO-3", "communication")
 
-    return Remedy({"deepspeed": _zero_3(run)}, "deepspeed: a file with ZeRO-3", "communication")
-
-
-def _offload(config: Mapping[str, Any], run: Run) -> Remedy | None:
-    if not run.accelerator or run.distillation is None or not _takes_zero_3(config, run):
-        return None
-
-    if run.sharding is not None and run.sharding.offload_optimizer:
-        return None
-
-    keys = {"deepspeed": {**_zero_3(run), "zero_optimization": {**_ZERO_3, "offload_optimizer": {"device": "cpu"}}}}
-    return Remedy(keys, "deepspeed: a file with ZeRO-3 and offload_optimizer", "the optimizer's step on the CPU")
+    offloads = run.sharding is not None and run.sharding.offload_optimizer
+    if run.accelerator and run.distillation is not None and not offloads:
+        keys = {"deepspeed": _zero_3(offload_optimizer={"device": "cpu"})}
+        yield Remedy(keys, "deepspeed: a file with ZeRO-3 and offload_optimizer", "the optimizer's step on the CPU")
 
 
-def _cache(config: Mapping[str, Any], run: Run) -> Remedy | None:
+def _of_teacher(config: Mapping[str, Any], run: Run) -> Iterator[Remedy]:
     if run.teacher is None:
-        return None
+        return
 
-    if run.place.kind == "student":
-        return None
+    if run.place.kind != "student":
+        keys = {**{key: None for key in config if key.startswith("teacher_model")}, "teacher_cache": "teacher_cache"}
+        keys.update(teacher_offload=None, teacher_deepspeed=None)
+        text = "teacher_cache instead of teacher_model (sekd cache)"
+        yield Remedy(keys, text, "disk, and the teacher once beforehand")
 
-    keys = {**{key: None for key in config if key.startswith("teacher_model")}, "teacher_cache": "teacher_cache"}
-    keys.update(teacher_offload=None, teacher_deepspeed=None)
-    return Remedy(keys, "teacher_cache instead of teacher_model (sekd cache)", "disk, and the teacher once beforehand")
-
-
-def _teacher_offload(config: Mapping[str, Any], run: Run) -> Remedy | None:
-    if run.teacher is None or run.teacher.quantization_bit is not None or not run.accelerator:
-        return None
-
-    if run.place.kind != "device" or config.get("teacher_deepspeed") or config.get("teacher_offload"):
-        return None
-
-    return Remedy(
-        {"teacher_offload": True}, "teacher_offload: true", "the teacher's weights sent in each forward pass"
-    )
+    is_as_loaded = run.accelerator and run.place.kind == "device" and run.teacher.quantization_bit is None
+    if is_as_loaded and not config.get("teacher_deepspeed") and not config.get("teacher_offload"):
+        cost = "the teacher's weights sent in each forward pass"
+        yield Remedy({"teacher_offload": True}, "teacher_offload: true", cost)
+        yield Remedy({"teacher_model_quantization_bit": 4}, "teacher_model_quantization_bit: 4", "an inexact teacher")
 
 
-def _quantized_teacher(config: Mapping[str, Any], run: Run) -> Remedy | None:
-    if run.teacher is None or run.teacher.quantization_bit is not None or not run.accelerator:
-        return None
-
-    if run.place.kind != "device" or config.get("teacher_deepspeed") or config.get("teacher_offload"):
-        return None
-
-    return Remedy({"teacher_model_quantization_bit": 4}, "teacher_model_quantization_bit: 4", "an inexact teacher")
+def _of_method(config: Mapping[str, Any]) -> Iterator[Remedy]:
+    if config.get("finetuning_type", "lora") not in ("lora", "oft"):
+        yield Remedy({"finetuning_type": "lora"}, "finetuning_type: lora", "another method of training")
 
 
-def _lora(config: Mapping[str, Any], run: Run) -> Remedy | None:
-    if config.get("finetuning_type", "lora") in ("lora", "oft"):
-        return None
-
-    return Remedy({"finetuning_type": "lora"}, "finetuning_type: lora", "another method of training")
-
-
-_ZERO_3 = {
-    "stage": 3,
-    "reduce_bucket_size": "auto",
-    "stage3_prefetch_bucket_size": "auto",
-}
-
-
-def _zero_3(run: Run) -> dict[str, Any]:
-    return {"zero_optimization": _ZERO_3, "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
-
-
-def _takes_zero_3(config: Mapping[str, Any], run: Run) -> bool:
-    return run.student.quantization_bit is None and config.get("teacher_model_device", AUTO) == AUTO
+def _zero_3(**options: Any) -> dict[str, Any]:
+    sizes = {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"}
+    return {"zero_optimization": {**sizes, **options}, "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}

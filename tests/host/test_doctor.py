@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 from llamafactory_sekd.config import read_config
 from llamafactory_sekd.errors import ArgumentError, TeacherError
 from llamafactory_sekd.host.memory_plan import missing_tokenizer, parse, run_of, vocabulary_line
-from llamafactory_sekd.planner import TeacherPlace, estimate
+from llamafactory_sekd.planner.estimate import estimate
+from llamafactory_sekd.planner.planned_run import TeacherPlace
 from llamafactory_sekd.planner.rehearsal import rehearse
 
 

@@ -12,11 +12,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.errors import ArgumentError
-from llamafactory_sekd.planner import Blueprint, Run, Sharding, TeacherPlace, estimate
-from llamafactory_sekd.planner.device_memory import devices_of_the_environment, parse_memory
-from llamafactory_sekd.planner.optimizers import copies_nothing, state_bytes
+from llamafactory_sekd.planner.estimate import copies_nothing, estimate, state_bytes
+from llamafactory_sekd.planner.memory_report import devices_of_the_environment, parse_memory
+from llamafactory_sekd.planner.planned_run import Blueprint, Run, Sharding, TeacherPlace, read_deepspeed
 from llamafactory_sekd.planner.remedies import price, remedies_for
-from llamafactory_sekd.planner.sharding import read_deepspeed
 
 
 ZERO_3 = Path(__file__).parents[2] / "examples" / "deepspeed" / "ds_z3_config.json"

@@ -11,9 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
 
 from llamafactory_sekd.arguments import DistillationArguments
-from llamafactory_sekd.planner import Blueprint, Run
-from llamafactory_sekd.planner.contentless import build_without_content, to_fake
-from llamafactory_sekd.planner.live_memory import LiveMemory
+from llamafactory_sekd.planner.contentless import LiveMemory, build_without_content, to_fake
+from llamafactory_sekd.planner.planned_run import Blueprint, Run
 from llamafactory_sekd.planner.rehearsal import rehearse
 from llamafactory_sekd.presets import PRESETS
 
