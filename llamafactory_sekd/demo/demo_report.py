@@ -34,11 +34,10 @@ from llamafactory_sekd.reporting.figures import BASELINE, INK, canvas, finish
 from llamafactory_sekd.reporting.metric_labels import number, p_text
 from llamafactory_sekd.reporting.terminal import print_document
 from llamafactory_sekd.study.report.cells import Group, Study, read_study
-from llamafactory_sekd.study.report.paired import Difference
-from llamafactory_sekd.study.report.plots.differences import differences_plot
-from llamafactory_sekd.study.report.plots.learning_curves import Runs, gate_plot
-from llamafactory_sekd.study.report.tables import score_table
-from llamafactory_sekd.study.report.views import Views
+from llamafactory_sekd.study.report.score_plots import differences_plot
+from llamafactory_sekd.study.report.text_statistics import Difference
+from llamafactory_sekd.study.report.training_sections import Runs, gate_plot
+from llamafactory_sekd.study.report.views import Views, score_table
 from llamafactory_sekd.study.spec import Spec
 from llamafactory_sekd.study.study_results import JSON
 
@@ -221,8 +220,8 @@ def scores_section(contents: Contents) -> Section:
         sentences=_sentences(contents),
         similarity=data.SIMILARITY,
     )
-    table = score_table(study, contents.rows, (), contents.views.at_equal_settings)
-    plot = differences_plot(study, contents.rows, contents.views.at_equal_settings, contents.views.looks)
+    table = score_table(study, contents.rows, contents.views.at_equal_settings)
+    plot = differences_plot(contents.views, contents.rows, contents.views.at_equal_settings)
     return Section(
         "What came out",
         note,

@@ -149,16 +149,10 @@ def report(study: Study, console: Console | None = None) -> list[Path]:
 
     The main table is printed to ``console`` where there is one.
     """
-    from llamafactory_sekd.reporting.document_files import write_document
-    from llamafactory_sekd.reporting.terminal import print_document
-    from llamafactory_sekd.study.report.cells import read_study
-    from llamafactory_sekd.study.report.study_report import build_document
+    from llamafactory_sekd.study.report.study_report import write  # loads matplotlib
 
     folder = study.spec.output_dir
-    document = build_document(read_study(read_json(folder / JSON), folder))
-    written = write_document(document, folder)
-    if console is not None:
-        print_document(document, console)
+    written = write(read_json(folder / JSON), folder, console=console)
     return [folder / JSON, folder / CSV, *(path for path in written if path.parent == folder)]
 
 

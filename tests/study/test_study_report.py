@@ -19,11 +19,10 @@ from sacrebleu.metrics.bleu import BLEU
 from llamafactory_sekd.evaluation.evaluation_settings import parse_settings
 from llamafactory_sekd.evaluation.noticed import noticed
 from llamafactory_sekd.reporting.document import Document, Section, Table
-from llamafactory_sekd.study.report import write
 from llamafactory_sekd.study.report.cells import read_study
-from llamafactory_sekd.study.report.paired import Difference
-from llamafactory_sekd.study.report.study_report import build_document
-from llamafactory_sekd.study.report.tables import noticed_table
+from llamafactory_sekd.study.report.study_report import build_document, write
+from llamafactory_sekd.study.report.text_statistics import Difference
+from llamafactory_sekd.study.report.views import noticed_table
 
 
 SCRIPT = "<script>document.title = 'hacked'</script> $x_1$ *fett*"
@@ -155,7 +154,7 @@ def test_only_metrics_with_a_published_relation_are_noticed(
     for cell in (*one["cells"], *one["models"]):
         cell["scores"]["average"]["comet"] = 0.8
     study = read_study(one, folder)
-    table = noticed_table(study, study.groups[:1], (), lambda *_: Difference((0.01,), 0.0, 0.0, 0.01))
+    table = noticed_table(study, study.groups[:1], lambda *_: Difference((0.01,), 0.0, 0.0, 0.01))
     found = table and {name.name: entry.text for name, entry in zip(table.columns, table.rows[0].entries, strict=True)}
     assert found == shown
 

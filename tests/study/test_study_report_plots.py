@@ -12,9 +12,9 @@ import pytest
 from helpers.study_results import RATES, SEEDS, SYSTEMS, without_select, write_study
 
 from llamafactory_sekd.reporting.figures import BASELINE
+from llamafactory_sekd.study.report import score_plots, training_sections, translation_sections
 from llamafactory_sekd.study.report.cells import read_study
-from llamafactory_sekd.study.report.frequency import word_recall
-from llamafactory_sekd.study.report.plots import bars, differences, keys, learning_curves, words
+from llamafactory_sekd.study.report.text_statistics import word_recall
 from llamafactory_sekd.study.report.views import Views
 
 
@@ -37,7 +37,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         figures.append(figure)
         return name
 
-    for module in (bars, differences, keys, learning_curves, words):
+    for module in (score_plots, training_sections, translation_sections):
         monkeypatch.setattr(module, "finish", keep)
     return figures
 
@@ -64,7 +64,7 @@ def test_scores_over_a_key_are_the_means_and_what_has_no_number_is_level(
         if cell["system"] == "Forward KD":
             cell["axes"] = {}  # the key says nothing to it
     views = Views(read_study(changed, folder))
-    assert keys.over_key(views.study, views.groups, "learning_rate", views.looks) == "over_learning_rate"
+    assert score_plots.over_key(views, "learning_rate") == "over_learning_rate"
     for axes, metric in zip(drawn[0].axes, ("bleu", "chrf"), strict=True):
 
         def average(cell: dict[str, Any], metric: str = metric) -> float:
@@ -82,7 +82,7 @@ def test_scores_over_a_key_are_the_means_and_what_has_no_number_is_level(
 
 def test_the_rings_are_at_the_best_values(results: dict[str, Any], folder: Path, drawn: list[Any]) -> None:
     views = Views(read_study(results, folder))
-    assert keys.selection_plot(views.study, views.chosen, views.looks) is not None
+    assert score_plots.selection_plot(views) is not None
     for row in results["selection"]:
         curve, ring = lines(drawn[0].axes[0], views.looks[row["system"]].color)
         assert curve == (list(RATES), [one["mean"] for one in row["by_value"]])
@@ -91,7 +91,7 @@ def test_the_rings_are_at_the_best_values(results: dict[str, Any], folder: Path,
 
 def test_bars_are_means_with_a_dot_for_each_seed(results: dict[str, Any], folder: Path, drawn: list[Any]) -> None:
     views = Views(read_study(results, folder))
-    assert bars.similarity_plot(views.study, views.groups, views.looks) == "similarity"
+    assert score_plots.similarity_plot(views) == "similarity"
     (axes,) = drawn[0].axes
     assert [label.get_text() for label in axes.get_yticklabels()] == list(SYSTEMS)
     for bar, choice in zip(axes.patches, views.chosen, strict=True):
@@ -104,7 +104,7 @@ def test_differences_are_drawn_with_their_intervals_and_seeds(
     results: dict[str, Any], folder: Path, drawn: list[Any]
 ) -> None:
     views = Views(read_study(results, folder))
-    assert differences.differences_plot(views.study, views.groups, views.at_own_best, views.looks) == "differences"
+    assert score_plots.differences_plot(views, views.groups, views.at_own_best) == "differences"
     axes = drawn[0].axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["Forward KD", "Self-Evolution KD"]
     for place, group in enumerate(views.groups[1:]):
@@ -123,8 +123,8 @@ def test_learning_curves_are_logged_values_and_differences_to_the_baseline(
     names = {group: group.system for group in views.groups}
     looks = {group: views.looks[group.system] for group in views.groups}
     baselines = {group: views.baseline_of(group) for group in views.groups}
-    runs = learning_curves.Runs(names, baselines, looks, views.histories)
-    assert learning_curves.learning_plot("", runs) == "learning"
+    runs = training_sections.Runs(names, baselines, looks, views.histories)
+    assert training_sections.learning_plot("", runs) == "learning"
     panels = {axes.get_title(loc="left"): axes for axes in drawn[0].axes}
     color = views.looks["Forward KD"].color
     steps, nll = lines(panels["NLL, validation"], color)[0]
@@ -135,7 +135,7 @@ def test_learning_curves_are_logged_values_and_differences_to_the_baseline(
     )
     assert nll[-1] == pytest.approx(mean_of(results, "Forward KD", 0.0005, lambda cell: cell["validation"]["nll"]))
     assert not lines(panels["agreement (%), training"], BASELINE), "the host's SFT logs no agreement"
-    assert learning_curves.gate_plot("", runs) == "gate"
+    assert training_sections.gate_plot("", runs) == "gate"
     hard = next(axes for axes in drawn[1].axes if axes.get_title(loc="left") == "hard tokens (%)")
     assert len(hard.get_lines()) == 2, "the host's SFT has no difficulty"
     assert lines(hard, views.looks["Self-Evolution KD"].color)[0][1][-1] == pytest.approx(30)
@@ -146,13 +146,13 @@ def test_word_recall_is_drawn_against_the_baseline(results: dict[str, Any], fold
     recall = word_recall(views.study, views.texts, views.groups)
     shares = dict(zip(views.groups, recall.shares, strict=True))
     baselines = {group: views.baseline_of(group) for group in views.groups}
-    assert words.frequency_plot(baselines, recall.words, shares, views.looks) == "frequency"
+    assert translation_sections.frequency_plot(baselines, recall.words, shares, views.looks) == "frequency"
     sft, _, evolved = views.groups
     expected = [
         100 * (own.mean - base.mean) for own, base in zip(shares[evolved], shares[sft], strict=True) if own and base
     ]
     assert lines(drawn[0].axes[0], views.looks[evolved.system].color)[0][1] == pytest.approx(expected)
-    assert words.frequency_plot(dict.fromkeys(baselines), recall.words, shares, views.looks) is None
+    assert translation_sections.frequency_plot(dict.fromkeys(baselines), recall.words, shares, views.looks) is None
 
 
 def test_every_system_looks_different_and_the_same_in_every_plot(results: dict[str, Any], folder: Path) -> None:

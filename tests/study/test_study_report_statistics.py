@@ -18,12 +18,17 @@ from llamafactory_sekd.evaluation.scores import surface_metric
 from llamafactory_sekd.evaluation.significance import PairedTests, corpus_statistics, holm
 from llamafactory_sekd.evaluation.translation_store import read_hypotheses
 from llamafactory_sekd.study.report.cells import Group, Study, read_study
-from llamafactory_sekd.study.report.frequency import BUCKETS, word_recall
-from llamafactory_sekd.study.report.paired import Difference, PairedBootstrap
-from llamafactory_sekd.study.report.sentence_texts import Texts
-from llamafactory_sekd.study.report.sentences import by_difficulty, hard_sentences, judges
-from llamafactory_sekd.study.report.tables import mark_of
-from llamafactory_sekd.study.report.views import Views
+from llamafactory_sekd.study.report.text_statistics import (
+    BUCKETS,
+    Difference,
+    PairedBootstrap,
+    Texts,
+    by_difficulty,
+    hard_sentences,
+    judges,
+    word_recall,
+)
+from llamafactory_sekd.study.report.views import Views, mark_of
 
 
 COUNT = 40

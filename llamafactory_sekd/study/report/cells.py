@@ -1,7 +1,8 @@
-"""The study's cells, grouped: one system at one point of the matrix, over its seeds."""
+"""The study's cells, grouped: one system at one point of the matrix, over its seeds; and each at its best value."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.arguments import STAGE, DistillationArguments
+from llamafactory_sekd.reporting.metric_labels import AVERAGE, metric_label
 
 
 # Keys of the paper that have a letter.
@@ -72,6 +74,10 @@ class Group:
         """Summarize BLEU against the teacher's translations over the seeds."""
         return summarize((cell["similarity"] or {}).get(column) for cell in self.cells.values())
 
+    def validation(self, metric: str) -> Summary | None:
+        """Summarize a validation metric over the seeds."""
+        return summarize((cell["validation"] or {}).get(metric) for cell in self.cells.values())
+
     def name(self, without: Sequence[str] = ()) -> str:
         """Return the system with the point's values, those of the keys ``without`` aside."""
         values = [f"{symbol(key)} = {shown(value)}" for key, value in self.point if key not in without]
@@ -98,6 +104,30 @@ class Study:
     def directions(self) -> tuple[str, ...]:
         """Return the directions of the evaluation."""
         return tuple(self.results["directions"])
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return the directions and, where there are several, the average."""
+        return (*self.directions, AVERAGE) if len(self.directions) > 1 else self.directions
+
+    @property
+    def last_column(self) -> str:
+        """Return what represents the entire test: the average, or the only direction."""
+        return self.columns[-1]
+
+    @property
+    def shown_metrics(self) -> tuple[str, ...]:
+        """Return BLEU and COMET as the paper shows them, chrF2 in COMET's place where there is none."""
+        groups = self.groups or self.models
+        known = [
+            one for one in self.results["metrics"] if any(group.scores(self.last_column, one) for group in groups)
+        ]
+        return tuple(metric for metric in known if metric != "chrf" or "comet" not in known)
+
+    def keys_of(self, groups: Iterable[Group]) -> tuple[str, ...]:
+        """Return the keys of the matrix that have an effect on any of the groups."""
+        found = {key for group in groups for key, _ in group.point}
+        return tuple(key for key in self.keys if key in found)
 
     @property
     def baseline(self) -> str | None:
@@ -156,6 +186,13 @@ def _missing(results: Mapping[str, Any]) -> Iterable[str]:
     yield from (f"{model['name']} (not evaluated)" for model in results["models"] if not model["scores"])
 
 
+def paired_cells(group: Group, baseline: Group) -> list[tuple[Cell, Cell]]:
+    """Return the cells of both with the same seed; a model without seeds is the partner of every seed."""
+    if not group.trained or not baseline.trained:
+        return list(itertools.product(group.cells.values(), baseline.cells.values()))
+    return [(cell, baseline.cells[seed]) for seed, cell in group.cells.items() if seed in baseline.cells]
+
+
 def short_names(groups: Sequence[Group]) -> dict[Group, str]:
     """Name groups by what tells them apart: their systems or, of a single system, their points."""
     systems = {group.system for group in groups}
@@ -186,3 +223,61 @@ def shown(value: Any) -> str:
 def is_number(value: Any) -> bool:
     """Tell whether a value is a number; a boolean is none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A system at a point of the other keys, with the best value of ``key``.
+
+    ``tried`` holds (value, validation metric as a mean over the seeds) of every value that was trained; it is empty
+    where the key has no effect on the system, and nothing was chosen.
+    """
+
+    group: Group
+    key: str
+    tried: tuple[tuple[Any, float], ...] = ()
+
+    @property
+    def value(self) -> Any:
+        """Return the chosen value."""
+        return self.group.value(self.key)
+
+    @property
+    def at_the_edge(self) -> bool:
+        """Tell whether the best value is the smallest or the largest tried: a better one may lie beyond."""
+        values = [value for value, _ in self.tried]
+        return len(values) > 1 and all(map(is_number, values)) and self.value in (min(values), max(values))
+
+
+def choices(study: Study) -> tuple[Choice, ...]:
+    """Return the choices in the study's order; none without `select`, and none whose best value has no scores yet."""
+    select = study.spec.get("select")
+    if not select:
+        return ()
+    rows = {_identity(row["system"], row["axes"]): row for row in study.results["selection"]}
+    chosen = []
+    for group in study.groups:
+        row = rows.get(_identity(group.system, {k: v for k, v in group.point if k != select["key"]}))
+        if select["key"] not in dict(group.point):
+            chosen.append(Choice(group, select["key"]))
+        elif row is not None and row["value"] is not None and row["value"] == group.value(select["key"]):
+            tried = tuple((one["value"], one["mean"]) for one in row["by_value"] if one["mean"] is not None)
+            chosen.append(Choice(group, select["key"], tried))
+    return tuple(chosen)
+
+
+def chosen_baseline(study: Study, chosen: Sequence[Choice], group: Group) -> Group | None:
+    """Return the baseline at *its* best value, at ``group``'s point of the other keys."""
+    rivals = [choice.group for choice in chosen if choice.group.system == study.baseline]
+    return study.baseline_of(group, rivals, free=[choice.key for choice in chosen][:1])
+
+
+def _identity(system: str, axes: Mapping[str, Any]) -> str:
+    return json.dumps([system, axes], sort_keys=True)
+
+
+def selected_by(study: Study) -> str:
+    """Return how the choice was made, in words."""
+    row = study.results["selection"][0]
+    metric = metric_label(row["metric"])
+    return f"{'largest' if row['mode'] == 'max' else 'smallest'} {metric} on the validation set"

@@ -1,8 +1,8 @@
-"""What the sections share: which groups stand for the systems, their baselines, their looks, their texts."""
+"""What the sections share: which groups represent the systems, their baselines and looks, and tables of groups."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -10,14 +10,38 @@ from rich.console import Console
 from rich.progress import track
 
 from llamafactory_sekd.errors import SekdError
+from llamafactory_sekd.evaluation.noticed import noticed_entry, relations, share
 from llamafactory_sekd.evaluation.significance import holm
+from llamafactory_sekd.reporting.document import NOTHING, Column, Entry, Row, Table
 from llamafactory_sekd.reporting.figures import BASELINE, SOFT, Look, distinct_looks
-from llamafactory_sekd.study.report.best_values import Choice, choices, chosen_baseline
-from llamafactory_sekd.study.report.cells import Group, Study
-from llamafactory_sekd.study.report.history import Histories
-from llamafactory_sekd.study.report.paired import Difference, PairedBootstrap
-from llamafactory_sekd.study.report.sentence_texts import Texts
-from llamafactory_sekd.study.report.tables import shown_metrics
+from llamafactory_sekd.reporting.metric_labels import (
+    best_of,
+    metric_label,
+    metric_look,
+    number,
+    p_text,
+    significance_mark,
+)
+from llamafactory_sekd.study.report.cells import Choice, Group, Study, Summary, choices, chosen_baseline, shown, symbol
+from llamafactory_sekd.study.report.text_statistics import Difference, PairedBootstrap, Texts
+from llamafactory_sekd.study.report.training_logs import Histories
+
+
+# Decimals of scores and differences.
+DIGITS = 2
+# So many lines can still be told apart in one plot.
+MOST_LINES = 9
+# Heading -> (metric of the last evaluation on the validation text, digits, factor)
+LAST_METRICS = {
+    "NLL": ("nll", 4, 1.0),
+    "agreement (%)": ("eval_kd/agreement", 2, 100.0),
+    "KL(p ‖ q)": ("eval_kd/teacher_kl", 4, 1.0),
+    "difficulty d": ("eval_kd/difficulty", 4, 1.0),
+    "hard tokens (%)": ("eval_kd/hard_ratio", 2, 100.0),
+    "loss": ("eval_loss", 4, 1.0),
+}
+# A group, a direction or the average, a metric -> the difference to the baseline, None where there is none.
+Compare = Callable[[Group, str, str], Difference | None]
 
 
 @dataclass(frozen=True)
@@ -33,16 +57,12 @@ class Views:
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """The groups that stand for the systems: each at its own best value, or all where nothing is selected."""
+        """The groups that represent the systems: each at its own best value, or all where nothing is selected."""
         return tuple(choice.group for choice in self.chosen) or self.study.groups
 
     def baseline_of(self, group: Group) -> Group | None:
         """Return the baseline of one of :attr:`groups`, itself at its own best value."""
         return chosen_baseline(self.study, self.chosen, group) if self.chosen else self.study.baseline_of(group)
-
-    def keys_of(self, groups: Sequence[Group]) -> tuple[str, ...]:
-        """Return the keys of the matrix in which any of the groups differs."""
-        return tuple(key for key in self.study.keys if any(key in dict(group.point) for group in groups))
 
     @property
     def remaining_keys(self) -> tuple[str, ...]:
@@ -51,8 +71,11 @@ class Views:
 
     @cached_property
     def looks(self) -> dict[str, Look]:
-        """Return color, marker and line of each system."""
-        return _looks(self.study)
+        """Return color, marker and line of each system: the baseline black, the others colors in the study's order."""
+        given = distinct_looks()
+        special = {self.study.teacher: Look(SOFT, "", ":"), self.study.baseline: Look(BASELINE, "o", "-")}
+        systems = dict.fromkeys([*self.study.spec["systems"], *self.study.systems])
+        return {system: special.get(system) or next(given) for system in systems}
 
     @cached_property
     def texts(self) -> Texts:
@@ -71,7 +94,7 @@ class Views:
             console = Console(stderr=True)
             quiet = not console.is_terminal
             for cell, direction in track(work, "Report", console=console, transient=True, disable=quiet):
-                for metric in {"bleu", *shown_metrics(self.study)}:
+                for metric in {"bleu", *self.study.shown_metrics}:
                     if cell["scores"][direction].get(metric) is not None:
                         self.texts.statistics(cell, direction, metric)
         except SekdError as error:
@@ -120,15 +143,133 @@ class Views:
         return self._bootstrap.compare(group, other, column, metric)
 
 
-def _looks(study: Study) -> dict[str, Look]:
-    """Give each system its look: the baseline black, the others colors in the study's order."""
-    given = distinct_looks()
-    found: dict[str, Look] = {}
-    for system in dict.fromkeys([*study.spec["systems"], *study.systems]):
-        if system == study.baseline:
-            found[system] = Look(BASELINE, "o", "-")
-        elif system == study.teacher:
-            found[system] = Look(SOFT, "", ":")
-        else:
-            found[system] = next(given)
-    return found
+def entry(summary: Summary | None, digits: int = DIGITS, scale: float = 1.0) -> Entry:
+    """Return mean ± sd; the sd is left out for a single seed."""
+    if summary is None:
+        return NOTHING
+    spread = number(summary.sd * scale, digits) if summary.sd is not None else ""
+    return Entry(number(summary.mean * scale, digits), spread)
+
+
+def group_table(
+    study: Study,
+    groups: Sequence[Group],
+    columns: Iterable[Column],
+    entries: Callable[[Group], Iterable[Entry] | None],
+) -> Table:
+    """Return a row per group, named by its system and its values of the matrix; none where ``entries`` gives None."""
+    keys = study.keys_of(groups)
+    roles = {study.baseline: "baseline", study.teacher: "teacher"}
+    rows = []
+    for group in groups:
+        point, found = dict(group.point), entries(group)
+        names = (group.system, *(shown(point[key]) if key in point else "" for key in keys))
+        if found is not None:
+            rows.append(Row(names, tuple(found), roles.get(group.system, "")))
+    return Table(("system", *map(symbol, keys)), tuple(columns), tuple(rows))
+
+
+def score_table(study: Study, groups: Sequence[Group], compare: Compare) -> Table:
+    """Return the paper's Table 1: directions by metrics, the average last, † by ``compare``; the best is bold."""
+    pairs = [(column, metric) for column in study.columns for metric in study.shown_metrics]
+    best = {pair: _best(study, groups, *pair) for pair in pairs}
+
+    def entries(group: Group) -> Iterable[Entry]:
+        for pair in pairs:
+            cell = _score(group, *pair, compare(group, *pair))
+            yield replace(cell, best=group in best[pair])
+
+    return group_table(study, groups, (Column(metric_label(metric), column) for column, metric in pairs), entries)
+
+
+def _score(group: Group, column: str, metric: str, difference: Difference | None) -> Entry:
+    scale = metric_look(metric).scale
+    cell = entry(group.scores(column, metric), scale=scale)
+    if difference is None:
+        return cell
+    interval = f"{number(difference.low * scale)} to {number(difference.high * scale)}"
+    tested = f"p = {p_text(difference.p)}, corrected {p_text(difference.p_holm)}"
+    return replace(
+        cell,
+        mark=mark_of(difference, metric),
+        small=number(difference.value * scale, sign=True),
+        hint=f"95 % interval of the difference {interval}, {tested}",
+    )
+
+
+def mark_of(difference: Difference, metric: str) -> str:
+    """Return † or ▾ or nothing, as `eval` has it."""
+    return significance_mark(metric, difference.value, difference.significant, DIGITS)
+
+
+def _best(study: Study, groups: Sequence[Group], column: str, metric: str) -> list[Group]:
+    """Return who leads a column; the teacher takes no part, for it nearly always wins."""
+    means = {
+        group: summary.mean
+        for group in groups
+        if group.system != study.teacher and (summary := group.scores(column, metric)) is not None
+    }
+    top = best_of(metric, means.values()) if means else None
+    return [group for group, mean in means.items() if len(means) > 1 and mean == top]
+
+
+def difference_table(study: Study, groups: Sequence[Group], compare: Compare) -> Table | None:
+    """Return difference, interval, p and the seeds that agree, in the average; None without any difference."""
+    metrics = study.shown_metrics
+    found = {group: [compare(group, study.last_column, metric) for metric in metrics] for group in groups}
+
+    def entries(group: Group) -> list[Entry] | None:
+        pairs = zip(found[group], metrics, strict=True)
+        return [one for pair in pairs for one in _difference(*pair)] if any(found[group]) else None
+
+    names = ("difference", "95 % interval", "p", "seeds above 0")
+    columns = (Column(name, metric_label(metric)) for metric in metrics for name in names)
+    table = group_table(study, groups, columns, entries)
+    return table if table.rows else None
+
+
+def _difference(difference: Difference | None, metric: str) -> tuple[Entry, ...]:
+    if difference is None:
+        return (NOTHING,) * 4
+    scale = metric_look(metric).scale
+    above = sum(value > 0 for value in difference.seeds)
+    return (
+        Entry(number(difference.value * scale, sign=True), mark=mark_of(difference, metric)),
+        Entry(f"{number(difference.low * scale)} to {number(difference.high * scale)}"),
+        Entry(p_text(difference.p_holm), small=p_text(difference.p)),
+        Entry(f"{above} of {len(difference.seeds)}"),
+    )
+
+
+def noticed_table(study: Study, groups: Sequence[Group], compare: Compare) -> Table | None:
+    """Return how many people would notice each difference, as `eval` has it; None where no metric has a relation."""
+    about = study.results["test_set"] or {}
+    known = relations(study.shown_metrics, about.get("bleu_tokenizer"), about.get("metric_models") or {})
+    pairs = [(column, metric) for column in study.columns for metric in known]
+    found = {group: [compare(group, *pair) for pair in pairs] for group in groups}
+
+    def noticed(difference: Difference | None, metric: str) -> Entry:
+        return noticed_entry(
+            None if difference is None else share(known[metric], difference.value * metric_look(metric).scale)
+        )
+
+    def entries(group: Group) -> list[Entry] | None:
+        own = [noticed(difference, metric) for (_, metric), difference in zip(pairs, found[group], strict=True)]
+        return own if any(found[group]) else None
+
+    table = group_table(study, groups, (Column(metric_label(metric), column) for column, metric in pairs), entries)
+    return table if table.rows else None
+
+
+def summary_table(
+    study: Study, groups: Sequence[Group], columns: Mapping[str, Callable[[Group], Entry]]
+) -> Table | None:
+    """Return a table of ``columns`` (name -> a group's figure) without those that nobody has; None without any."""
+    found = {name: {group: figure(group) for group in groups} for name, figure in columns.items()}
+    kept = {name: of for name, of in found.items() if any(one != NOTHING for one in of.values())}
+
+    def entries(group: Group) -> list[Entry] | None:
+        own = [of[group] for of in kept.values()]
+        return own if any(one != NOTHING for one in own) else None
+
+    return group_table(study, groups, map(Column, kept), entries) if kept else None

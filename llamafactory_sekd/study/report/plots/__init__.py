@@ -1,1 +1,0 @@
-"""The study's plots. Each function returns a :class:`~llamafactory_sekd.reporting.document.Plot`, or None."""
