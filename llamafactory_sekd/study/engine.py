@@ -15,20 +15,26 @@ from typing import Any
 
 from rich.console import Console
 
-from llamafactory_sekd.children import ChildError, Stopped, printable, tail
+from llamafactory_sekd.children import ChildError, Stopped, printable, tail, write_array
 from llamafactory_sekd.errors import SekdError, StudyError
 from llamafactory_sekd.files import locked, read_json
-from llamafactory_sekd.study.collect import collect
-from llamafactory_sekd.study.device_shares import environments
-from llamafactory_sekd.study.evaluation import Evaluation, read_evaluation
-from llamafactory_sekd.study.jobs import Job, changed, is_done, is_trained, list_jobs, with_test_sets
-from llamafactory_sekd.study.matrix import Cell, expand
-from llamafactory_sekd.study.preparation import cache_teacher, prepare, remaining
-from llamafactory_sekd.study.runner import run_job
+from llamafactory_sekd.study.jobs import (
+    Evaluation,
+    Job,
+    changed,
+    is_done,
+    is_trained,
+    list_jobs,
+    make_ready,
+    read_evaluation,
+    with_test_sets,
+)
+from llamafactory_sekd.study.matrix import Cell, TeacherText, expand
+from llamafactory_sekd.study.preparation import Preparation, cache_commands, prepare_commands, remaining, text_commands
+from llamafactory_sekd.study.runner import environments, run_job, typed_commands
 from llamafactory_sekd.study.spec import Spec
 from llamafactory_sekd.study.study_progress import View
-from llamafactory_sekd.study.study_results import CSV, JSON, write_results
-from llamafactory_sekd.study.teacher_text import TeacherText, make_texts
+from llamafactory_sekd.study.study_results import CSV, JSON, collect, write_results
 
 
 @dataclass(frozen=True)
@@ -156,18 +162,57 @@ def report(study: Study, console: Console | None = None) -> list[Path]:
     return [folder / JSON, folder / CSV, *(path for path in written if path.parent == folder)]
 
 
+def list_commands(study: Study, inputs: Inputs) -> Iterator[str]:
+    """Write every run's files and yield the commands, one line per run.
+
+    The first lines, what has to be done once, come before all others.
+    """
+    yield from (printable(command) for _, command in prepare_commands(study.spec))
+    made = text_commands(study.spec, study.texts, study.evaluation)
+    yield from (printable(command) for command in made)
+    yield from (printable(command) for _, command in cache_commands(study.spec, study.cells, ()).values())
+    for job in inputs.jobs:
+        make_ready(job)
+        yield " && ".join(typed_commands(job))
+
+
+def write_slurm(path: Path, study_command: Sequence[str], study: Study, count: int) -> None:
+    """Write a SLURM script that runs job ``$SLURM_ARRAY_TASK_ID`` of ``count``; ``study_command`` without options.
+
+    Raises:
+        StudyError: a name or an override holds a line break.
+    """
+    write_array(
+        path,
+        study_command,
+        '--only "$SLURM_ARRAY_TASK_ID"',
+        what=f"Every run of the study {study.spec.name}",
+        name=study.spec.name,
+        notes=(
+            "The first task does the work that is needed once; the others wait for it. A task that was stopped",
+            "resumes when it is submitted again, and a finished one ends at once. When all are done, collect and",
+            "report:",
+        ),
+        afterwards=study_command,
+        tasks=(0, count - 1),
+        logs=study.spec.output_dir / "logs",
+        error=StudyError,
+    )
+
+
 def _prepare(study: Study, devices: Sequence[str], console: Console, stop: threading.Event) -> Inputs:
     environment = environments(1, devices)[0]
     # Several machines may run one study: who comes second waits, and finds everything prepared.
     lock = locked(study.spec.output_dir / ".prepare.lock", error=StudyError, wait=True)
     with lock, View(console, 0, 0) as view, _in_one_line():
-        prepare(study.spec, environment, view.preparing, stop)
-        make_texts(study.spec, study.texts, study.evaluation, environment, view.preparing, stop)
+        preparation = Preparation(study.spec, environment, view.preparing, stop)
+        preparation.run_commands()
+        preparation.make_texts(study.texts, study.evaluation)
         inputs = find_inputs(study)
         cached = [job for job in inputs.jobs if job.cell is not None and job.cell.reads_cache]
         # A cache takes the teacher's time and much disk: not for a study that only has to be evaluated again.
         if any(changed(job) is not None or not is_trained(job) for job in cached):
-            cache_teacher(study.spec, study.cells, devices, environment, view.preparing, stop)
+            preparation.cache_teacher(study.cells, devices)
     return inputs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,28 @@ from llamafactory_sekd.config import read_config
 from llamafactory_sekd.errors import ArgumentError, StudyError, suggestion
 from llamafactory_sekd.fingerprints import sha256
 from llamafactory_sekd.study.spec import Spec
-from llamafactory_sekd.study.teacher_text import TeacherText, of_system
 
 
+TEACHER = "teacher"
+# What a system may say besides `text: teacher`; the names are those of `sekd translate`.
+OPTIONS = (
+    *(
+        "method",
+        "samples",
+        "beams",
+        "n_best",
+        "metric",
+        "comet_model",
+        "keep",
+        "temperature",
+        "top_p",
+        "top_k",
+        "seed",
+    ),
+    *("max_new_tokens", "length_penalty", "filters", "backend", "batch_tokens", "batch_size"),
+    *("in", "from", "to", "from_name", "to_name", "directions", "prompt"),
+)
+_DEFAULTS = {"method": "beam"}
 # Keys of a teacher that is loaded, which a cached one has no use for.
 _LOADED_TEACHER = frozenset(
     key for key in KEYS if key.startswith("teacher_") and key not in ("teacher_cache", "teacher_max_nonfinite")
@@ -29,6 +49,22 @@ _OUR_PREFIXES = ("kd_", "teacher_")
 SEED = "{seed}"
 # Below the 255 bytes that file systems allow, with room for what tools append.
 _LONGEST_ID = 180
+
+
+@dataclass(frozen=True)
+class TeacherText:
+    """A data set to make: the teacher's translations of ``dataset``, or of the text that the options name."""
+
+    options: Mapping[str, Any]
+    dataset: str | None
+    dataset_dir: Path
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """Return the name of the data set, another one for other options."""
+        content = json.dumps([dict(self.options), self.dataset, str(self.dataset_dir)], sort_keys=True)
+        return f"teacher_{self.options['method']}_{sha256(content)[:8]}"
 
 
 @dataclass(frozen=True)
@@ -127,9 +163,50 @@ def _cell(spec: Spec, system: str, axes: dict[str, Any], config: dict[str, Any],
     ours = {"output_dir": str(folder / "model"), "overwrite_output_dir": False, "report_to": "none", **seeds}
     # A data set or a model to start from may be another one for each seed.
     own = {key: value.replace(SEED, str(seed)) if isinstance(value, str) else value for key, value in config.items()}
-    text, source = of_system(spec, system, {**own, **ours})
+    text, source = _text_of(spec, system, {**own, **ours})
     _check(source, name)
     return Cell(name, system, axes, seed, folder, _with_cache(source, spec), source, text)
+
+
+def _text_of(spec: Spec, system: str, config: Mapping[str, Any]) -> tuple[TeacherText | None, dict[str, Any]]:
+    """Return the text that a system asks for, None for the data's own, and its configuration with that data set.
+
+    Raises:
+        StudyError: `text` or `mix` cannot work.
+    """
+    entry = spec.systems[system]
+    text, mix = entry.get("text"), entry.get("mix")
+    if text is None:
+        if mix is not None:
+            raise StudyError(f"`systems.{system}.mix` has no effect without `text: {TEACHER}`: remove it.")
+        return None, dict(config)
+    options = {"model": text} if isinstance(text, str) else dict(text) if isinstance(text, Mapping) else {}
+    if options.pop("model", TEACHER) != TEACHER or not isinstance(text, (str, Mapping)):
+        raise StudyError(
+            f"`systems.{system}.text` must be {TEACHER}, or options of `sekd translate` such as {{method: mbr}}, not "
+            f"{text!r}."
+        )
+    unknown = next((key for key in options if key not in OPTIONS), None)
+    if unknown is not None:
+        raise StudyError(f"`systems.{system}.text.{unknown}` is unknown{suggestion(str(unknown), OPTIONS)}")
+    if spec.teacher is None:
+        raise StudyError(f"`systems.{system}.text` needs the study's `teacher`, one of `models`.")
+    if mix is not None:
+        if isinstance(mix, bool) or not isinstance(mix, (int, float)) or not 0 < mix <= 1:
+            raise StudyError(f"`systems.{system}.mix` must be above 0 and at most 1, not {mix!r}.")
+        if "in" in options:
+            raise StudyError(f"`systems.{system}.mix` needs references, and `text.in` has none: remove one of them.")
+        options["mix"] = mix
+    dataset = config.get("dataset")
+    if "in" not in options and (not isinstance(dataset, str) or "," in dataset):
+        raise StudyError(f"`systems.{system}.text` translates one data set, and `dataset` is {dataset!r}.")
+    made = TeacherText(
+        {**_DEFAULTS, **options},
+        None if "in" in options else dataset,
+        Path(str(config.get("dataset_dir", "data"))),
+        spec.output_dir / "text",
+    )
+    return made, {**config, "dataset": made.name, "dataset_dir": str(made.folder)}
 
 
 def _with_cache(config: dict[str, Any], spec: Spec) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What comes once, before all cells: the study's own commands, and the teacher's one pass."""
+"""What comes once, before all jobs: the study's own commands, the teacher's text, the teacher's one pass."""
 
 from __future__ import annotations
 
@@ -6,43 +6,85 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from llamafactory_sekd.children import run_child, tool
 from llamafactory_sekd.config import write_yaml
+from llamafactory_sekd.data.products import DATASET_INFO
 from llamafactory_sekd.errors import StudyError, one_line
 from llamafactory_sekd.files import read_json, write_json
 from llamafactory_sekd.fingerprints import Digests
-from llamafactory_sekd.study import ingredients
-from llamafactory_sekd.study.device_shares import count
-from llamafactory_sekd.study.matrix import Cell
+from llamafactory_sekd.study.jobs import difference, training_ingredients
+from llamafactory_sekd.study.matrix import Cell, TeacherText
 from llamafactory_sekd.study.spec import Spec
-from llamafactory_sekd.study.teacher_text import Announce
 
 
 # Cells that agree in these have the same examples; the others add theirs to the same cache.
 _EXAMPLES = ("dataset", "eval_dataset", "dataset_dir", "max_samples", "val_size")
 _TEACHER = ("teacher_model", "teacher_model_adapters", "teacher_model_quantization_bit")
-_RECORD = "preparation.json"
+_RECORD, _TEXTS = "preparation.json", "texts.json"
 
 
-def prepare(spec: Spec, environment: Mapping[str, str], announce: Announce, stop: threading.Event) -> None:
-    """Run the commands of ``prepare`` that were not run before; :class:`ChildError` when one fails.
+@dataclass(frozen=True)
+class Preparation:
+    """Runs what was not run before, one command at a time; :class:`ChildError` where one fails.
 
     ``announce`` is called with what is being done, and shows it for the length of a block.
     """
-    record = _read(spec)
-    for number, (text, command) in enumerate(prepare_commands(spec), start=1):
-        if text in record["prepare"]:
-            continue
-        log = spec.output_dir / "logs" / f"prepare-{number}.log"
-        with announce(text) as report:
-            run_child(command, log, lambda: 0.0, report, environment=environment, stop=stop)
-        record["prepare"].append(text)
-        write_json(spec.output_dir / _RECORD, record)
+
+    spec: Spec
+    environment: Mapping[str, str]
+    announce: Callable[[str], AbstractContextManager[Callable[[float], None]]]
+    stop: threading.Event
+
+    def run_commands(self) -> None:
+        """Run the commands of ``prepare``."""
+        record = _read(self.spec)
+        for number, (text, command) in enumerate(prepare_commands(self.spec), start=1):
+            if text not in record["prepare"]:
+                self._run(text, f"prepare-{number}", command)
+                record["prepare"].append(text)
+                write_json(self.spec.output_dir / _RECORD, record)
+
+    def make_texts(self, texts: Sequence[TeacherText], evaluation: Mapping[str, Any]) -> None:
+        """Let the teacher translate what the systems with `text: teacher` train on."""
+        place = self.spec.output_dir / _TEXTS
+        record = read_json(place) or {}
+        digests = Digests(self.spec.output_dir / ".digests.json")
+        for text in texts:
+            made_of = _made_of(self.spec, text, digests)
+            is_there = (text.folder / f"{text.name}.manifest.json").is_file()
+            if not is_there or difference(record.get(text.name), made_of) is not None:
+                [command] = text_commands(self.spec, [text], evaluation)
+                self._run(f"the teacher's text {text.name}", text.name, command)
+                record[text.name] = made_of
+                write_json(place, record)
+            _declare_originals(text)
+
+    def cache_teacher(self, cells: list[Cell], devices: Sequence[str]) -> None:
+        """Let ``sekd cache`` compute the teacher for all cells that read its cache."""
+        record = _read(self.spec)
+        digests = Digests(self.spec.output_dir / ".digests.json")
+        for name, (cell, command) in cache_commands(self.spec, cells, devices).items():
+            assert self.spec.teacher_cache is not None
+            source = training_ingredients(cell.source, self.spec.teacher_cache, digests)
+            made_of = {key: source[key] for key in ("teacher_cache", "models", "data", "versions")}
+            made_of["config"] = {key: cell.source.get(key) for key in (*_TEACHER, *_EXAMPLES)}
+            folder, known = self.spec.teacher_cache.folder, record["teacher_cache"].get(name)
+            if not folder.is_dir() or known is None or difference(known, made_of) is not None:
+                self._run(f"the teacher, once, into {folder}", name, command)
+                record["teacher_cache"][name] = made_of
+                write_json(self.spec.output_dir / _RECORD, record)
+
+    def _run(self, what: str, name: str, command: list[str]) -> None:
+        log = self.spec.output_dir / "logs" / f"{name}.log"
+        with self.announce(what) as report:
+            run_child(command, log, lambda: 0.0, report, environment=self.environment, stop=self.stop)
 
 
 def remaining(spec: Spec) -> list[str]:
@@ -68,48 +110,54 @@ def prepare_commands(spec: Spec) -> Iterator[tuple[str, list[str]]]:
             yield text, tool(*words)
 
 
-def cache_teacher(
-    spec: Spec,
-    cells: list[Cell],
-    devices: Sequence[str],
-    environment: Mapping[str, str],
-    announce: Announce,
-    stop: threading.Event,
-) -> None:
-    """Let ``sekd cache`` compute the teacher for all cells that read its cache, unless it has done so before."""
-    record = _read(spec)
-    digests = Digests(spec.output_dir / ".digests.json")
-    made_of = {}
-    for name, (cell, command) in cache_commands(spec, cells, devices).items():
-        source = ingredients.of_training(cell.source, spec.teacher_cache, digests)
-        made_of[name] = {key: source[key] for key in ("teacher_cache", "models", "data", "versions")}
-        made_of[name]["config"] = {key: cell.source.get(key) for key in (*_TEACHER, *_EXAMPLES)}
-        known = record["teacher_cache"].get(name)
-        assert spec.teacher_cache is not None
-        is_there = spec.teacher_cache.folder.is_dir() and known is not None
-        if is_there and ingredients.difference(known, made_of[name]) is None:
-            continue
-        log = spec.output_dir / "logs" / f"{name}.log"
-        with announce(f"the teacher, once, into {spec.teacher_cache.folder}") as report:
-            run_child(command, log, lambda: 0.0, report, environment=environment, stop=stop)
-        record["teacher_cache"][name] = made_of[name]
-        write_json(spec.output_dir / _RECORD, record)
+def text_commands(spec: Spec, texts: Sequence[TeacherText], evaluation: Mapping[str, Any]) -> list[list[str]]:
+    """Return the command that makes each text."""
+    return [tool("sekd", "translate", *_words(spec, text, evaluation)) for text in texts]
 
 
-def training_keys() -> frozenset[str]:
-    """Return every key that the host reads in a training YAML, ours included.
+def _words(spec: Spec, text: TeacherText, evaluation: Mapping[str, Any]) -> list[str]:
+    assert spec.teacher is not None
+    model = dict(spec.models[spec.teacher])
+    words = ["--model", str(model.pop("model_name_or_path"))]
+    if "adapter_name_or_path" in model:
+        words += ["--adapter", str(model.pop("adapter_name_or_path"))]
+    words += ["--template", str(model.pop("template", None) or evaluation.get("template") or "parrot")]
+    if text.dataset is not None:
+        words += ["--dataset", text.dataset, "--dataset-dir", str(text.dataset_dir)]
+    for key, value in text.options.items():
+        words += _option(key, value)
+    words += ["--out", str(text.folder), "--name", text.name, "--overwrite"]
+    return [*words, *(f"{key}={value}" for key, value in model.items())]
 
-    A child asks the host, so that the study's own process stays small for as long as it runs.
 
-    Raises:
-        StudyError: the host cannot be asked.
-    """
-    with TemporaryDirectory() as folder:
-        done = subprocess.run(tool("sekd", "schema", folder), capture_output=True, text=True, check=False)
-        schema = read_json(Path(folder) / "training.json")
-    if done.returncode or schema is None:
-        raise StudyError(f"The keys of a training cannot be checked: {one_line(done.stderr)[-300:]}")
-    return frozenset(schema["properties"])
+def _option(key: str, value: Any) -> list[str]:
+    return [f"--{key.replace('_', '-')}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+
+
+def _made_of(spec: Spec, text: TeacherText, digests: Digests) -> dict[str, Any]:
+    assert spec.teacher is not None
+    source = {**spec.models[spec.teacher], "dataset_dir": str(text.dataset_dir), "dataset": text.dataset}
+    found = training_ingredients({k: v for k, v in source.items() if v is not None}, None, digests)
+    own = text.options.get("in")
+    return {
+        **found,
+        "config": {**dict(spec.models[spec.teacher]), **text.options},
+        "text": digests.of_file(Path(str(own))) if own is not None and Path(str(own)).is_file() else None,
+    }
+
+
+def _declare_originals(text: TeacherText) -> None:
+    """Declare the original data sets next to the teacher's: the host reads training and validation from one folder."""
+    info = read_json(text.dataset_dir / DATASET_INFO) or {}
+    originals = {
+        name: {**entry, "file_name": str((text.dataset_dir / entry["file_name"]).resolve())}
+        if isinstance(entry, dict) and "file_name" in entry
+        else entry
+        for name, entry in info.items()
+    }
+    path = text.folder / DATASET_INFO
+    merged = {**originals, **{name: e for name, e in (read_json(path) or {}).items() if name not in originals}}
+    write_json(path, merged)
 
 
 def cache_commands(spec: Spec, cells: list[Cell], devices: Sequence[str]) -> dict[str, tuple[Cell, list[str]]]:
@@ -128,7 +176,7 @@ def cache_commands(spec: Spec, cells: list[Cell], devices: Sequence[str]) -> dic
     firsts: dict[str, Cell] = {}
     for cell in cached:
         firsts.setdefault(str([cell.source.get(key) for key in _EXAMPLES]), cell)
-    options = [word for key, value in spec.teacher_cache.options.items() for word in (_option(key), str(value))]
+    options = [word for option in spec.teacher_cache.options.items() for word in _option(*option)]
     commands = {}
     for number, cell in enumerate(firsts.values(), start=1):
         name = "teacher_cache" if number == 1 else f"teacher_cache-{number}"
@@ -136,7 +184,7 @@ def cache_commands(spec: Spec, cells: list[Cell], devices: Sequence[str]) -> dic
         words = ["cache", str(path), "--out", str(spec.teacher_cache.folder), *options]
         config = {**cell.source, "output_dir": str(spec.output_dir / "logs")}  # the host makes it, and nothing more
         write_yaml(path, config, f"sekd {shlex.join(words)}")
-        commands[name] = (cell, _on_devices(cell, words, count(devices)))
+        commands[name] = (cell, _on_devices(cell, words, _gpu_count(devices)))
     return commands
 
 
@@ -147,10 +195,32 @@ def _on_devices(cell: Cell, words: list[str], ranks: int) -> list[str]:
     return tool("torchrun", *launch, *words)
 
 
-def _option(key: str) -> str:
-    return f"--{key.replace('_', '-')}"
+def _gpu_count(devices: Sequence[str]) -> int:
+    """Return how many GPUs a command without ``CUDA_VISIBLE_DEVICES`` of its own would take; 0 without any."""
+    if devices:
+        return len(devices)
+    # Asked in a process of its own: torch would take half a gigabyte here for as long as the study runs.
+    question = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    answer = subprocess.run(question, capture_output=True, text=True, check=False).stdout.split()
+    return int(answer[-1]) if answer and answer[-1].isdigit() else 0
 
 
 def _read(spec: Spec) -> dict[str, Any]:
     record = read_json(Path(spec.output_dir / _RECORD)) or {}
     return {"prepare": record.get("prepare", []), "teacher_cache": record.get("teacher_cache", {})}
+
+
+def training_keys() -> frozenset[str]:
+    """Return every key that the host reads in a training YAML, ours included.
+
+    A child asks the host, so that the study's own process stays small for as long as it runs.
+
+    Raises:
+        StudyError: the host cannot be asked.
+    """
+    with TemporaryDirectory() as folder:
+        done = subprocess.run(tool("sekd", "schema", folder), capture_output=True, text=True, check=False)
+        schema = read_json(Path(folder) / "training.json")
+    if done.returncode or schema is None:
+        raise StudyError(f"The keys of a training cannot be checked: {one_line(done.stderr)[-300:]}")
+    return frozenset(schema["properties"])

@@ -1,10 +1,11 @@
-"""One job through the host's real commands, from wherever it is to its scores."""
+"""One job through the host's real commands, from wherever it is to its scores, on its share of the devices."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from llamafactory_sekd.study.jobs import Job, is_done, is_evaluated, is_trained,
 from llamafactory_sekd.study.matrix import Cell
 
 
+# With more threads than this, small models get slower; large ones compute on GPUs.
+_MAX_THREADS = 4
 # Of a job with a training, the part of the progress bar that the training gets.
 _TRAINING_PART = 0.85
 Report = Callable[[float], None]
@@ -96,3 +99,35 @@ def remove_checkpoints(model: Path) -> None:
     """Remove a finished training's checkpoints, optimizer states and all; model, logs and plots stay."""
     for checkpoint in model.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
+
+
+def parse_devices(text: str | None) -> tuple[str, ...]:
+    """Return the devices of ``--devices 0,1``; empty for none given."""
+    if text is None:
+        return ()
+    devices = tuple(part.strip() for part in text.split(","))
+    if not all(devices) or len(set(devices)) < len(devices):
+        raise StudyError(f"`--devices {text}` cannot be used: name each device once, such as 0,1,2.")
+    return devices
+
+
+def environments(jobs: int, devices: Sequence[str]) -> list[dict[str, str]]:
+    """Return the variables of each of ``jobs`` workers: its share of the devices, or one of them, and of the cores.
+
+    Without devices each job sees what this process sees. What the user has set for the threads stays.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = {"OMP_NUM_THREADS": str(max(1, min(_MAX_THREADS, cores // jobs)))}
+    # Threads that spin while they wait run ten times slower where something else wants a core as well.
+    threads["OMP_WAIT_POLICY"] = "PASSIVE"
+    threads = {name: value for name, value in threads.items() if name not in os.environ}
+    if not devices:
+        return [dict(threads) for _ in range(jobs)]
+    return [{**threads, "CUDA_VISIBLE_DEVICES": ",".join(_share(worker, jobs, devices))} for worker in range(jobs)]
+
+
+def _share(worker: int, jobs: int, devices: Sequence[str]) -> Sequence[str]:
+    if jobs >= len(devices):
+        return [devices[worker % len(devices)]]
+    first, last = (number * len(devices) // jobs for number in (worker, worker + 1))
+    return devices[first:last]

@@ -36,50 +36,41 @@ def study(
 
     from rich.console import Console
 
-    from llamafactory_sekd.study.cluster import list_commands, write_slurm
-    from llamafactory_sekd.study.device_shares import parse_devices
-    from llamafactory_sekd.study.engine import (
-        changes,
-        find_inputs,
-        open_study,
-        report,
-        run_one,
-        run_study,
-        write_study,
-    )
+    from llamafactory_sekd.study import engine
     from llamafactory_sekd.study.matrix import check_keys
     from llamafactory_sekd.study.preparation import training_keys
+    from llamafactory_sekd.study.runner import parse_devices
     from llamafactory_sekd.study.spec import read_spec
 
     logging.disable(logging.WARNING)  # the libraries' chatter would break the progress bars
     console = Console()
-    opened = open_study(read_spec(file, overrides or []))
+    opened = engine.open_study(read_spec(file, overrides or []))
     if not report_only:
         check_keys(opened.cells, training_keys())
     if list_only:
-        for line in list_commands(opened, find_inputs(opened)):
+        for line in engine.list_commands(opened, engine.find_inputs(opened)):
             print(line)
         return
     if slurm is not None:
         count = len(opened.spec.models) + len(opened.cells)
-        write_slurm(slurm, ["sekd", "study", str(file), *(overrides or [])], opened, count)
+        engine.write_slurm(slurm, ["sekd", "study", str(file), *(overrides or [])], opened, count)
         console.print(f"{slurm} runs {count} tasks: sbatch {slurm}", highlight=False, markup=False, soft_wrap=True)
         return
 
     failed: list[str] = []
     with interruptible(console):
         if only is not None:
-            failed = run_one(opened, only, devices=parse_devices(devices), console=console)
+            failed = engine.run_one(opened, only, devices=parse_devices(devices), console=console)
         elif report_only:
-            inputs = find_inputs(opened)
-            for line in changes(inputs):
+            inputs = engine.find_inputs(opened)
+            for line in engine.changes(inputs):
                 console.print(f"{line}; it is left out", highlight=False, markup=False, soft_wrap=True)
-            write_study(opened, inputs)
+            engine.write_study(opened, inputs)
         else:
-            failed = run_study(opened, jobs=jobs, devices=parse_devices(devices), console=console)
+            failed = engine.run_study(opened, jobs=jobs, devices=parse_devices(devices), console=console)
 
     if only is None:
-        for path in report(opened, console):
+        for path in engine.report(opened, console):
             console.print(str(path), highlight=False, markup=False, soft_wrap=True)
     end_with(failed, console)
 

@@ -13,10 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llamafactory_sekd.errors import StudyError
-from llamafactory_sekd.study.device_shares import environments, parse_devices
-from llamafactory_sekd.study.evaluation import model_of, read_evaluation
-from llamafactory_sekd.study.ingredients import difference
+from llamafactory_sekd.study.jobs import difference, model_of, read_evaluation
 from llamafactory_sekd.study.matrix import cell_id, check_keys, expand, has_effect, slug
+from llamafactory_sekd.study.runner import environments, parse_devices
 from llamafactory_sekd.study.spec import parse_spec, read_spec
 
 

@@ -18,8 +18,16 @@ from rich.console import Console
 
 from llamafactory_sekd.errors import HostError, StudyError
 from llamafactory_sekd.study import preparation, runner
-from llamafactory_sekd.study.cluster import list_commands, write_slurm
-from llamafactory_sekd.study.engine import find_inputs, open_study, report, run_one, run_study, write_study
+from llamafactory_sekd.study.engine import (
+    find_inputs,
+    list_commands,
+    open_study,
+    report,
+    run_one,
+    run_study,
+    write_slurm,
+    write_study,
+)
 from llamafactory_sekd.study.spec import read_spec
 from llamafactory_sekd.teacher.cache.cache_manifest import MANIFEST
 

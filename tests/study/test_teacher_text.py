@@ -16,8 +16,7 @@ from llamafactory_sekd.data.languages import parse_direction
 from llamafactory_sekd.data.prompts import PARROT
 from llamafactory_sekd.errors import StudyError
 from llamafactory_sekd.study import runner
-from llamafactory_sekd.study.cluster import list_commands
-from llamafactory_sekd.study.engine import find_inputs, open_study, run_study
+from llamafactory_sekd.study.engine import find_inputs, list_commands, open_study, run_study
 from llamafactory_sekd.study.spec import read_spec
 
 
