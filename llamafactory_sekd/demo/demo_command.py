@@ -35,14 +35,13 @@ def demo(
         STUDY_SECONDS,
         Places,
         contents,
+        environment,
         preparation,
         reporting,
         write_yamls,
     )
     from llamafactory_sekd.demo.demo_report import print_scores
-    from llamafactory_sekd.demo.step_progress import Progress
-    from llamafactory_sekd.demo.steps import run_steps
-    from llamafactory_sekd.demo.surroundings import environment
+    from llamafactory_sekd.demo.steps import Progress, run_steps
     from llamafactory_sekd.files import locked
     from llamafactory_sekd.study.engine import find_inputs, open_study, report, run_study
     from llamafactory_sekd.study.jobs import is_done

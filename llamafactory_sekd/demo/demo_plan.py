@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from llamafactory_sekd.children import host_command, printable, run_child
 from llamafactory_sekd.config import read_config, write_yaml
 from llamafactory_sekd.demo import data, demo_report, models
 from llamafactory_sekd.demo.steps import Step
-from llamafactory_sekd.demo.surroundings import environment, moved
 from llamafactory_sekd.examples import shipped_root
 from llamafactory_sekd.fingerprints import sha256, sha256_of
 from llamafactory_sekd.study.spec import Spec, parse_spec
@@ -28,48 +27,30 @@ TEACHER = "demo_sft_teacher.yaml"
 # Seconds on two cores.
 TEACHER_SECONDS, STUDY_SECONDS, REPORT_SECONDS = 230.0, 220.0, 25.0
 
-Say = Callable[[str], None]
-
 
 def example_folder() -> Path:
     """Return the folder of the example files: the repository's, or their copies in the package."""
     return shipped_root() / "examples"
 
 
-@dataclass(frozen=True)
 class Places:
-    """Where everything is stored below the demo's folder ``work``."""
+    """Where everything is stored below the demo's folder."""
 
-    work: Path
-
-    @property
-    def data(self) -> Path:
-        """Return the folder of the data."""
-        return self.work / "data"
-
-    @property
-    def study(self) -> Path:
-        """Return the folder of the study."""
-        return self.work / "study"
-
-    @property
-    def yamls(self) -> Path:
-        """Return the folder of the YAML files that the demo runs."""
-        return self.work / "yamls"
-
-    @property
-    def report(self) -> Path:
-        """Return the path of the report."""
-        return self.work / "report.html"
+    def __init__(self, work: Path) -> None:
+        self.data = work / "data"
+        self.study = work / "study"
+        self.yamls = work / "yamls"  # that the demo runs
+        self.models = work / "models"
+        self.report = work / "report.html"
 
     def model(self, name: str) -> Path:
         """Return the folder of a model that the preparation makes."""
-        return self.work / "models" / name
+        return self.models / name
 
     def results(self, everything: bool) -> Iterator[tuple[str, str]]:
         """Yield what a user looks for, and where it is; not ``everything`` after the preparation alone."""
         yield "Data:", str(self.data)
-        yield "Models:", f"{self.model('')} (teacher, student_init)"
+        yield "Models:", f"{self.models} (teacher, student_init)"
         if everything:
             yield "Students:", f"{self.study / 'cells'}"
             yield "Scores:", f"{self.study / JSON}, {self.study / 'report.html'}"
@@ -90,7 +71,7 @@ def write_yamls(work: Path) -> Spec:
     return parse_spec({**study, "prepare": []}, target)
 
 
-def preparation(work: Path, offline: Path | None, say: Say) -> list[Step]:
+def preparation(work: Path, offline: Path | None, say: Callable[[str], None]) -> list[Step]:
     """Return the steps up to the student's start: after them, the study or any training of it can be run alone."""
     places = Places(work)
     download = work / "download"
@@ -140,7 +121,7 @@ def preparation(work: Path, offline: Path | None, say: Say) -> list[Step]:
             TEACHER_SECONDS,
             train_teacher,
             (places.model("teacher"),),
-            _read(example_folder() / "yamls" / TEACHER) + __version__,
+            (example_folder() / "yamls" / TEACHER).read_text(encoding="utf-8") + __version__,
             ("teacher_init",),
         ),
         Step(
@@ -173,9 +154,32 @@ def contents(places: Places) -> demo_report.Contents:
     return demo_report.collect(places.study, places.data, places.model("teacher"), places.model("student_init"))
 
 
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
-
-
 def _code(module: Any) -> str:
-    return _read(Path(module.__file__))
+    return Path(module.__file__).read_text(encoding="utf-8")
+
+
+# With more threads than this, models of this size get slower.
+MAX_THREADS = 4
+
+
+def environment() -> dict[str, str]:
+    """Return what is set for every command: threads that fit these models, one GPU, no look-ups on the hub."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "OMP_NUM_THREADS": str(min(MAX_THREADS, available)),
+        # Threads that spin while they wait run ten times slower where something else wants a core as well.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def moved(value: Any, home: str, work: Path) -> Any:
+    """Return a YAML file's content with every path below ``home`` moved to ``work``."""
+    if isinstance(value, dict):
+        return {key: moved(entry, home, work) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [moved(entry, home, work) for entry in value]
+    if isinstance(value, str) and value.startswith(f"{home}/"):
+        return str(work / value.removeprefix(f"{home}/"))
+    return value

@@ -13,10 +13,10 @@ import pytest
 from rich.console import Console
 
 from llamafactory_sekd import checkpoints, children
-from llamafactory_sekd.demo import surroundings
-from llamafactory_sekd.demo.step_progress import Progress, RemainingTime, show_seconds
-from llamafactory_sekd.demo.steps import Step, run_steps
+from llamafactory_sekd.demo import demo_plan
+from llamafactory_sekd.demo.steps import Progress, RemainingTime, Step, run_steps
 from llamafactory_sekd.errors import HostError
+from llamafactory_sekd.reporting.terminal import show_seconds
 
 
 class Chain:
@@ -103,8 +103,7 @@ from pathlib import Path
 from rich.console import Console
 from llamafactory_sekd.children import run_child
 from llamafactory_sekd.files import locked
-from llamafactory_sekd.demo.step_progress import Progress
-from llamafactory_sekd.demo.steps import Step, run_steps
+from llamafactory_sekd.demo.steps import Progress, Step, run_steps
 folder = Path(sys.argv[1])
 out = folder / "out"
 def work(report):
@@ -186,8 +185,8 @@ def test_another_folder_moves_every_path_of_a_yaml_file_and_nothing_else():
         "output_dir": "demo/models/x",
         "systems": {"a": {"model_name_or_path": "demo/models/a"}},
     }
-    assert surroundings.moved(config, "demo", Path("demo")) == config
-    assert surroundings.moved(config, "demo", Path("/data/d")) == {
+    assert demo_plan.moved(config, "demo", Path("demo")) == config
+    assert demo_plan.moved(config, "demo", Path("/data/d")) == {
         "stage": "sekd",
         "output_dir": "/data/d/models/x",
         "systems": {"a": {"model_name_or_path": "/data/d/models/a"}},
@@ -197,10 +196,10 @@ def test_another_folder_moves_every_path_of_a_yaml_file_and_nothing_else():
 def test_commands_run_on_the_cores_there_are_and_one_gpu_unless_the_user_says_otherwise(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    assert surroundings.environment()["OMP_NUM_THREADS"] == "2"
-    assert surroundings.environment()["CUDA_VISIBLE_DEVICES"] == "0"
+    assert demo_plan.environment()["OMP_NUM_THREADS"] == "2"
+    assert demo_plan.environment()["CUDA_VISIBLE_DEVICES"] == "0"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert surroundings.environment()["CUDA_VISIBLE_DEVICES"] == "3"
+    assert demo_plan.environment()["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 def test_the_remaining_time_follows_the_machines_pace_and_ignores_what_was_done_before():

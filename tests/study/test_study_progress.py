@@ -8,8 +8,9 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from llamafactory_sekd.reporting.terminal import show_seconds
 from llamafactory_sekd.study import study_progress as progress
-from llamafactory_sekd.study.study_progress import View, show_seconds
+from llamafactory_sekd.study.study_progress import View
 
 
 LONG = "self_evolution_kd-kd_gamma=auto-kd_hard_scale=balanced-seed="
