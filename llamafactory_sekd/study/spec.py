@@ -129,10 +129,10 @@ def _parse_spec(config: Mapping[str, Any], path: Path) -> Spec:
     return Spec(
         name=path.stem,
         effective={**config, "systems": systems, **({"models": models} if models else {})},
-        output_dir=Path(_text(config, "output_dir")),
+        output_dir=Path(text_of(config, "output_dir", StudyError)),
         prepare=tuple(_commands(config.get("prepare", []))),
-        train=Path(_text(config, "train")),
-        evaluation=Path(_text(config, "evaluation")) if "evaluation" in config else None,
+        train=Path(text_of(config, "train", StudyError)),
+        evaluation=Path(text_of(config, "evaluation", StudyError)) if "evaluation" in config else None,
         teacher_cache=_teacher_cache(config.get("teacher_cache")),
         overrides=_cell_keys(config.get("overrides", {}), "overrides"),
         systems={name: _cell_keys(entry, f"systems.{name}") for name, entry in systems.items()},
@@ -143,10 +143,6 @@ def _parse_spec(config: Mapping[str, Any], path: Path) -> Spec:
         teacher=_among(config, "teacher", list(models)),
         select=_select(config.get("select"), matrix),
     )
-
-
-def _text(config: Mapping[str, Any], key: str) -> str:
-    return text_of(config, key, StudyError)
 
 
 def _mappings(config: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
@@ -250,7 +246,7 @@ def _select(value: Any, matrix: Mapping[str, Any]) -> Select | None:
                 "as examples/yamls/eval_wmt21.yaml."
             )
         raise StudyError(f"`select.evaluation` has no effect on `metric: {metric}`: use {', '.join(METRICS)}.")
-    evaluation = Path(_text(value, "evaluation")) if translated else None
+    evaluation = Path(text_of(value, "evaluation", StudyError)) if translated else None
     select = Select(value["key"], metric, mode, evaluation)
     if select.key not in matrix:
         raise StudyError(f"`select.key` is {select.key!r}, which is not a key of `matrix`.")

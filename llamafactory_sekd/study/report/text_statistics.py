@@ -274,7 +274,7 @@ def word_recall(study: Study, texts: Texts, groups: Sequence[Group]) -> Recall:
     A word is a token of BLEU's tokenizer with a letter or a digit in it. It counts as often as it appears in both the
     reference and the translation of a sentence. Raises :class:`DataError` where the training text cannot be read.
     """
-    records = training_records(study.groups[0])
+    records = _training_records(study.groups[0])
     words = {direction: _words(texts, records, direction) for direction in study.directions}
     totals = _summed(one.hits(None) for one in words.values())
 
@@ -289,7 +289,7 @@ def word_recall(study: Study, texts: Texts, groups: Sequence[Group]) -> Recall:
     )
 
 
-def training_records(group: Group) -> list[Mapping[str, Any]]:
+def _training_records(group: Group) -> list[Mapping[str, Any]]:
     """Return the records that a group was trained on, in LLaMA-Factory's alpaca format, from its local files.
 
     Raises :class:`DataError` for a data set from elsewhere, in another format, or that is not there.
