@@ -33,6 +33,7 @@ from llamafactory_sekd.reporting.document_files import render_html
 from llamafactory_sekd.reporting.figures import BASELINE, INK, canvas, finish
 from llamafactory_sekd.reporting.metric_labels import number, p_text
 from llamafactory_sekd.reporting.terminal import print_document
+from llamafactory_sekd.study.matrix import expand
 from llamafactory_sekd.study.report.cells import Group, Study, read_study
 from llamafactory_sekd.study.report.score_plots import differences_plot
 from llamafactory_sekd.study.report.text_statistics import Difference
@@ -122,10 +123,6 @@ class Contents:
                 if other is not None and group is not other:
                     yield (group, other) if other is baseline else (other, group)
 
-    def difference(self, group: Group, metric: str) -> Difference | None:
-        """Return a system minus the baseline."""
-        return self.views.at_equal_settings(group, self.column, metric)
-
     def named(self, system: str) -> Group | None:
         """Return the row of a system, None where it has no scores."""
         return next((group for group in self.rows if group.system == system), None)
@@ -174,8 +171,8 @@ def write_page(path: Path, contents: Contents, spec: Spec, yamls: Path) -> None:
         f"llamafactory-cli train {yamls / 'demo_sft_teacher.yaml'}",
         f"sekd study {yamls / f'{spec.name}.yaml'}",
         *(
-            f"llamafactory-cli train {contents.study.root / 'cells' / cell.name / 'train.yaml'}"
-            for cell in _cells(spec)
+            f"llamafactory-cli train {contents.study.root / 'cells' / cell.folder.name / 'train.yaml'}"
+            for cell in expand(spec)
         ),
     )
     document = Document(
@@ -237,7 +234,7 @@ def findings(contents: Contents) -> Iterator[str]:
     """Yield what the figures say, sentence by sentence."""
     baseline = str(contents.study.baseline)
     teacher = contents.named(str(contents.study.teacher))
-    ahead = contents.difference(teacher, "bleu") if teacher is not None else None
+    ahead = contents.views.at_equal_settings(teacher, contents.column, "bleu") if teacher is not None else None
     if ahead is not None:
         yield f"The teacher is {_told(ahead, 'BLEU')} {'above' if ahead.value > 0 else 'below'} {baseline}."
     before, after = (contents.score(name, "bleu") for name in (START, baseline))
@@ -371,12 +368,6 @@ def _passages(contents: Contents) -> tuple[Passage, ...]:
 def _commands(commands: Sequence[str]) -> Table:
     rows = tuple(Row((str(step),), (Entry(command),)) for step, command in enumerate(commands, start=1))
     return Table(("step",), (Column("command", is_code=True),), rows, title="Commands", folded=True)
-
-
-def _cells(spec: Spec) -> list[Path]:
-    from llamafactory_sekd.study.matrix import expand
-
-    return [cell.folder for cell in expand(spec)]
 
 
 def _sentences(contents: Contents) -> int:
