@@ -9,10 +9,15 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
+from functools import cache
+from itertools import compress
+from operator import eq
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from llamafactory_sekd.data.languages import Direction, are_swapped, is_other_language
 
@@ -109,16 +114,14 @@ _VERY_LONG = 5000  # characters of a side
 _SAMPLED = 50  # pairs of a block whose languages are looked at
 # From which number, and share of those that were looked at, other languages are more than the identifier's mistakes.
 _SEVERAL, _SHARE = 3, 0.1
-# Bytes of UTF-8 that no character of the patterns above has, but for bytes that follow another: nearly all of most
-# texts, and much faster to look for.
-_HARMLESS = bytes(
-    code
-    for code in range(256)
-    if (0x20 <= code < 0x7F and code not in b"&<")
-    or code == 0x09
-    or 0x80 <= code <= 0xBF
-    or code in (*range(0xC3, 0xCC), *range(0xCE, 0xE0), *range(0xE4, 0xED), *range(0xF0, 0xF5))
+# What a character may mean: nothing (0), a space or control at one of the ends, or what `_TO_LOOK_AT` names.
+_NOT_AT_ENDS, _SUSPECT = 1, 2
+# Characters without which none of the patterns above matches, and which most texts do not have.
+_TO_LOOK_AT = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad&<\u00c2\u00c3\u0300-\u036f\u1100-\u11ff\u200b\u2028-\u202e\u2060"
+    "\u2066-\u2069\u20ac\u3099\u309a\ud800-\uf8ff\ufeff\ufffd]"
 )
+_AT_ONCE = 1000  # pairs of a piece of a block
 # So many lines of a finding are kept: a crawled corpus can have millions.
 KEPT_LINES = 1000
 
@@ -135,6 +138,48 @@ class Pair(NamedTuple):
     def reversed(self) -> Pair:
         """Return the pair for the opposite direction."""
         return Pair(self.target, self.source, self.file, self.line)
+
+
+@dataclass(frozen=True)
+class Block(Sequence[Pair]):
+    """Pairs of one file, each side by itself, so that thousands are looked at without a step of Python for each.
+
+    Where ``encoding`` is Latin-1, the characters of the sides are the bytes of UTF-8, which are read faster.
+    """
+
+    sources: list[str]
+    targets: list[str]
+    file: str
+    lines: Sequence[int]
+    encoding: str = "utf-8"
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pair]) -> Block:
+        """Return one or more pairs of one file as a block."""
+        sources, targets, files, lines = zip(*pairs, strict=True)
+        return cls(list(sources), list(targets), files[0], lines)
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return replace(self, sources=self.sources[place], targets=self.targets[place], lines=self.lines[place])
+        source, target = self.sources[place], self.targets[place]
+        if self.encoding != "utf-8":
+            source, target = (s.encode(self.encoding).decode("utf-8", "surrogateescape") for s in (source, target))
+        return Pair(source, target, self.file, self.lines[place])
+
+    def pieces(self) -> Iterator[Block]:
+        """Give blocks of which what is computed fits in a processor's cache."""
+        return (self[at : at + _AT_ONCE] for at in range(0, len(self), _AT_ONCE))
+
+    def only(self, wanted: Sequence[bool]) -> Block:
+        """Return the pairs that are wanted."""
+        if all(wanted):
+            return self
+        sources, targets = list(compress(self.sources, wanted)), list(compress(self.targets, wanted))
+        return replace(self, sources=sources, targets=targets, lines=list(compress(self.lines, wanted)))
 
 
 @dataclass
@@ -194,23 +239,66 @@ def is_empty(text: str) -> bool:
 
 def clean_pairs(pairs: Iterable[Pair], findings: Findings) -> list[Pair]:
     """Return the usable pairs, repaired; whatever was found goes to ``findings``."""
-    return [cleaned for pair in pairs if (cleaned := clean_pair(pair, findings)) is not None]
+    listed = list(pairs)
+    cleaned: list[Pair | None] = [*listed]
+    for place in _places_to_look_at([pair.source for pair in listed], [pair.target for pair in listed]):
+        cleaned[place] = _clean_pair(listed[place], findings)
+    return [pair for pair in cleaned if pair is not None]
 
 
-def clean_pair(pair: Pair, findings: Findings) -> Pair | None:
-    """Return the pair, repaired, or None where it is not usable; whatever was found goes to ``findings``."""
-    source, target = pair.source, pair.target
-    if (
-        source[:1].isalnum()  # so not empty, and no white space comes first
-        and target[:1].isalnum()
-        and source != target
-        and len(source) + len(target) <= _VERY_LONG
-        and source.rstrip() == source
-        and target.rstrip() == target
-        and not (source + target).encode("utf-8", "surrogatepass").translate(None, _HARMLESS)
-    ):
-        return pair
+def clean_block(block: Block, findings: Findings) -> Block:
+    """Return what :func:`clean_pairs` returns as a block."""
+    cleaned = replace(block, sources=list(block.sources), targets=list(block.targets))
+    is_usable = [True] * len(block)
+    for place in _places_to_look_at(block.sources, block.targets):
+        pair = _clean_pair(block[place], findings)
+        if pair is None:
+            is_usable[place] = False
+        else:
+            cleaned.sources[place], cleaned.targets[place] = pair.source, pair.target
+    return cleaned.only(is_usable)
 
+
+def code_points(texts: Sequence[str], margin: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Return the code points of texts, and the places of the line breaks around each of them.
+
+    Args:
+        texts: none has a line break inside, else there are more of them.
+        margin: characters before the first and after the last text.
+    """
+    around = "\n" * (margin - 1)
+    codes = np.frombuffer("\n".join((around, *texts, around)).encode("utf-32-le", "surrogatepass"), np.uint32)
+    breaks = np.flatnonzero(codes == ord("\n"))
+    return codes, breaks[margin - 1 : len(breaks) - margin + 1]
+
+
+def _places_to_look_at(sources: list[str], targets: list[str]) -> Iterator[int]:
+    """Give the places of the pairs with which anything may be wrong; the others are as they should be."""
+    for at in range(0, len(sources), _AT_ONCE):
+        sides = sources[at : at + _AT_ONCE], targets[at : at + _AT_ONCE]
+        is_found = np.fromiter(map(eq, *sides), bool, len(sides[0]))
+        for side in sides:
+            texts = [text if len(text) <= _VERY_LONG else "" for text in side]
+            codes, breaks = code_points(texts)
+            if len(breaks) > len(texts) + 1:
+                codes, breaks = code_points([text.replace("\n", "\r") for text in texts])
+            kinds = np.take(_kinds_of_characters(), codes, mode="clip")
+            is_found |= (kinds[breaks[:-1] + 1] == _NOT_AT_ENDS) | (kinds[breaks[1:] - 1] == _NOT_AT_ENDS)
+            is_found[np.searchsorted(breaks, np.flatnonzero(kinds == _SUSPECT)) - 1] = True
+        yield from (np.flatnonzero(is_found) + at).tolist()
+
+
+@cache
+def _kinds_of_characters() -> np.ndarray:
+    """Return what each character below 2^16 may mean; the last entry is for all the others."""
+    every = "".join(map(chr, range(0x10000)))
+    shows_nothing = (character.isspace() or unicodedata.category(character) in ("Cc", "Cf") for character in every)
+    kinds = np.append(np.fromiter(shows_nothing, np.uint8, len(every)), np.uint8(True)) * _NOT_AT_ENDS
+    kinds[[found.start() for found in _TO_LOOK_AT.finditer(every)]] = _SUSPECT
+    return kinds
+
+
+def _clean_pair(pair: Pair, findings: Findings) -> Pair | None:
     unusable = _unusable(pair)
     if unusable is not None:
         findings.add(unusable, pair)

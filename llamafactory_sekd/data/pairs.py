@@ -11,7 +11,7 @@ from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.data.checks import Findings, Pair, Problem, check_languages, clean_pairs
+from llamafactory_sekd.data.checks import Block, Findings, Pair, Problem, check_languages, clean_block
 from llamafactory_sekd.data.heldout import HeldOut, hold_out
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.products import (
@@ -28,7 +28,7 @@ from llamafactory_sekd.data.products import (
     write_product,
 )
 from llamafactory_sekd.data.prompts import PARROT, PLAIN, Prompt
-from llamafactory_sekd.data.readers import Meter, json_pairs, text_pairs, tsv_pairs
+from llamafactory_sekd.data.readers import Meter, json_pairs, text_blocks, tsv_pairs
 from llamafactory_sekd.errors import ArgumentError, DataError
 from llamafactory_sekd.files import locked
 from llamafactory_sekd.fingerprints import sha256_of
@@ -76,14 +76,19 @@ class Corpus:
                 return cls((json_file,), json=True)
         raise ArgumentError("Give either --src FILE and --tgt FILE, or --tsv FILE, or --json FILE.")
 
-    def read(self, direction: Direction, meter: Meter | None = None) -> Iterator[Pair]:
-        """Give the pairs of the files one by one."""
+    def blocks(self, direction: Direction, meter: Meter | None = None, encoding: str = "utf-8") -> Iterator[Block]:
+        """Give the pairs of the files, many at a time; only of two files with another encoding of the blocks."""
+        if len(self.files) == 2:
+            source, target = self.files
+            names = source.name, target.name
+            yield from text_blocks(source, target, _BLOCK, names, meter=meter, encoding=encoding)
+            return
         if self.json:
-            return json_pairs(self.files[0], direction, self.files[0].name, columns=True, meter=meter)
-        if len(self.files) == 1:
-            return tsv_pairs(self.files[0], direction, quoted=self.quoted, meter=meter)
-        source, target = self.files
-        return text_pairs(source, target, names=(source.name, target.name), meter=meter)
+            pairs = json_pairs(self.files[0], direction, self.files[0].name, columns=True, meter=meter)
+        else:
+            pairs = tsv_pairs(self.files[0], direction, quoted=self.quoted, meter=meter)
+        while block := list(islice(pairs, _BLOCK)):
+            yield Block.of(block)
 
     @property
     def may_hold_quotes(self) -> bool:
@@ -183,7 +188,7 @@ class _Build:
                 raise DataError(
                     f"{train.path} exists without a manifest: add --overwrite to replace it, or choose another --out."
                 )
-            held = hold_out(self._read("Choosing"), valid + test) if valid + test else None
+            held = hold_out(self._read("Choosing", encoding="latin-1"), valid + test) if valid + test else None
             findings = Findings.from_json(train.noted.get("findings", []))
             written, records = self._train(train, held, findings)
             files: dict[str, tuple[bytes | Written, int]] = {f"{name}.jsonl": (written, records)}
@@ -195,12 +200,11 @@ class _Build:
             train.discard()
             return made
 
-    def _read(self, what: str, skip: int = 0) -> Iterator[list[Pair]]:
+    def _read(self, what: str, skip: int = 0, encoding: str = "utf-8") -> Iterator[Block]:
         """Give the pairs after the first ``skip``, a block at a time."""
         meter, total = Meter(), self.corpus.size
-        pairs = self.corpus.read(self.direction, meter)
         done = 0
-        while block := list(islice(pairs, _BLOCK)):
+        for block in self.corpus.blocks(self.direction, meter, encoding):
             done += len(block)
             if done > skip:
                 yield block[max(0, skip - (done - len(block))) :]
@@ -208,7 +212,6 @@ class _Build:
         self.progress(what, total, total, done)
 
     def _train(self, train: ResumableFile, held: HeldOut | None, findings: Findings) -> tuple[Written, int]:
-        forward, backward = self.prompt.lines(self.direction), self.prompt.lines(self.direction.reversed)
         held_lines = {pair.line for pair in held.pairs} if held is not None else set()
         done, records = train.noted.get("pairs", 0), train.noted.get("records", 0)
         for block in self._read("Writing" if not done else f"Continuing at pair {done:,}", skip=done):
@@ -216,19 +219,11 @@ class _Build:
             number = done // _BLOCK + 1
             if number & (number - 1) == 0:  # the first, second, fourth, eighth, …: few, and in all parts of a corpus
                 check_languages(usable, self.direction, findings)
-            if held is not None:
-                is_near = held.near(usable)
-                for pair in compress(usable, is_near):
-                    findings.add(Problem.NEAR_DUPLICATE, pair)
-                usable = [pair for pair, near in zip(usable, is_near, strict=True) if not near]
-
-            lines = [forward(pair.source, pair.target) for pair in usable]
-            if self.both:
-                opposite = [backward(pair.target, pair.source) for pair in usable]
-                lines = [line for both in zip(lines, opposite, strict=True) for line in both]
-            if lines:
-                train.write(("\n".join(lines) + "\n").encode())
-            before, done, records = done, done + len(block), records + len(lines)
+            before, done = done, done + len(block)
+            for piece in usable.pieces():
+                lines = self._lines(piece, held, findings)
+                train.write("\n".join([*lines, ""]).encode())
+                records += len(lines)
             if done // _NOTED > before // _NOTED:
                 train.note({"pairs": done, "records": records, "findings": findings.as_json()})
 
@@ -236,7 +231,20 @@ class _Build:
             raise DataError(f"{self.corpus.files[0]} has no usable pair: {findings.summary()}.")
         return train.finish({"pairs": done, "records": records, "findings": findings.as_json()}), records
 
-    def _usable(self, block: list[Pair], held_lines: set[int], findings: Findings) -> list[Pair]:
+    def _lines(self, block: Block, held: HeldOut | None, findings: Findings) -> list[str]:
+        """Return the records of the pairs that are not near to those that are held out."""
+        if held is not None:
+            is_near = held.near(block)
+            for place in compress(range(len(block)), is_near):
+                findings.add(Problem.NEAR_DUPLICATE, block[place])
+            block = block.only([not near for near in is_near])
+        lines = self.prompt.lines(block.sources, block.targets, self.direction)
+        if self.both:
+            opposite = self.prompt.lines(block.targets, block.sources, self.direction.reversed)
+            lines = [line for both in zip(lines, opposite, strict=True) for line in both]
+        return lines
+
+    def _usable(self, block: Block, held_lines: set[int], findings: Findings) -> Block:
         """Return the pairs of a block that can be learned from, but for those that are held out."""
         if self.corpus.may_hold_quotes:
             all_in_marks = len(block) >= _FEW and all(map(_in_marks, block))
@@ -244,8 +252,8 @@ class _Build:
                 if all_in_marks or _is_quoted(pair.source) or _is_quoted(pair.target):
                     findings.add(Problem.QUOTED, pair)
         if held_lines:
-            block = [pair for pair in block if pair.line not in held_lines]
-        return clean_pairs(block, findings)
+            block = block.only([line not in held_lines for line in block.lines])
+        return clean_block(block, findings)
 
     def _held_out(self, name: str, pairs: list[Pair], *, with_records: bool) -> dict[str, tuple[bytes, int]]:
         """Return a test set in the evaluation's layout and, to validate on in training, the same as a data set."""
@@ -258,11 +266,10 @@ class _Build:
         for direction, oriented in sides.items():
             files |= plain_files(name, direction, oriented)
         if with_records:
-            lines = [
-                self.prompt.lines(direction)(pair.source, pair.target)
-                for direction, oriented in sides.items()
-                for pair in oriented
-            ]
+            lines = []
+            for direction, oriented in sides.items():
+                block = Block.of(oriented)
+                lines += self.prompt.lines(block.sources, block.targets, direction)
             files[f"{name}.jsonl"] = "".join(f"{line}\n" for line in lines).encode(), len(lines)
         return files
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring as encode
 from pathlib import Path
@@ -84,13 +84,19 @@ class Prompt:
             return {"instruction": self.instruction(direction), "input": source, "output": target}
         return {"instruction": self.user_message(source, direction), "input": "", "output": target}
 
-    def lines(self, direction: Direction) -> Callable[[str, str], str]:
-        """Return what makes the line of a JSON Lines file of a source and a target: :meth:`record`, only faster."""
-        if not self.ends_with_source:
-            return lambda source, target: json.dumps(self.record(source, target, direction), ensure_ascii=False)
+    def lines(self, sources: Sequence[str], targets: Sequence[str], direction: Direction) -> list[str]:
+        """Return the lines of a JSON Lines file: :meth:`record` of each pair, only faster.
 
-        start = f'{{"instruction": {encode(self.instruction(direction))}, "input": '
-        return lambda source, target: f'{start}{encode(source)}, "output": {encode(target)}}}'
+        The pairs are clean: no sentence has a line break or a control character other than the tab and U+001F.
+        """
+        if not self.ends_with_source or not sources:
+            pairs = zip(sources, targets, strict=True)
+            return [json.dumps(self.record(*pair, direction), ensure_ascii=False) for pair in pairs]
+        text = "\n".join(map("\r".join, zip(sources, targets, strict=True)))
+        for character in ("\\", '"', "\t", "\x1f"):
+            text = text.replace(character, encode(character)[1:-1])
+        start, between = f'{{"instruction": {encode(self.instruction(direction))}, "input": "', '", "output": "'
+        return f'{start}{text}"}}'.replace("\r", between).replace("\n", f'"}}\n{start}').split("\n")
 
     def _fill(self, text: str, source: str, direction: Direction) -> str:
         values = {

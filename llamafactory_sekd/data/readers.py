@@ -1,8 +1,8 @@
 """Read parallel text: JSON records, two plain text files, or a TSV file; compressed with gzip, bzip2 or xz as well.
 
-Every reader gives :class:`~llamafactory_sekd.data.checks.Pair` objects with the file name as it was given and the
-line (in a JSON list: the record), counted from 1, and holds no more of a file in memory than it needs for one pair.
-Bytes that are not UTF-8 become lone surrogates, which :func:`~llamafactory_sekd.data.checks.clean_pair` finds; a file
+Every reader gives :class:`~llamafactory_sekd.data.checks.Pair` objects, or blocks of them, with the file name as it
+was given and the line (in a JSON list: the record), counted from 1, and holds no more of a file in memory than needed.
+Bytes that are not UTF-8 become lone surrogates, which :func:`~llamafactory_sekd.data.checks.clean_pairs` finds; a file
 that cannot be right raises :class:`~llamafactory_sekd.errors.DataError`.
 """
 
@@ -19,13 +19,11 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from itertools import chain, count, islice, repeat
-from operator import add
+from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, TextIO, cast
+from typing import IO, Any, TextIO, TypeVar, cast
 
-from llamafactory_sekd.data.checks import Pair
+from llamafactory_sekd.data.checks import Block, Pair
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.errors import DataError, one_line
 
@@ -38,6 +36,7 @@ _PACKED: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
 _SPACE = re.compile(r"[ \t\n\r]*")
 _HEAD = 4096  # bytes that tell what a file is
 _CHUNK = 1 << 18  # characters that are read at a time
+_PAIRS = 5000  # the same of pairs
 # A line, or a record of a JSON list, of more characters is none: it would be kept in memory, however long it is.
 LONGEST_LINE = 1 << 25
 _NO_TEXT: dict[bytes, str] = {
@@ -51,6 +50,9 @@ _NO_TEXT: dict[bytes, str] = {
     b"%PDF-": "a PDF document",
     b"version https://git-lfs.github.com/spec/": "a pointer of Git LFS, not the data (fetch it with `git lfs pull`)",
 }
+
+
+_Found = TypeVar("_Found")
 
 
 class Meter:
@@ -114,36 +116,46 @@ def pair_from_record(record: Any, key: str, direction: Direction, name: str, num
 
 
 def read_text_pairs(source: Path, target: Path, names: tuple[str, str] | None = None) -> list[Pair]:
-    """Return the pairs of :func:`text_pairs` as a list."""
-    return list(text_pairs(source, target, names))
+    """Return the pairs of :func:`text_blocks` as a list."""
+    return list(chain.from_iterable(text_blocks(source, target, _PAIRS, names)))
 
 
-def text_pairs(
-    source: Path, target: Path, names: tuple[str, str] | None = None, *, meter: Meter | None = None
-) -> Iterator[Pair]:
-    """Read two files with one sentence per line; different numbers of lines raise :class:`DataError` at their end."""
+def text_blocks(
+    source: Path,
+    target: Path,
+    size: int,
+    names: tuple[str, str] | None = None,
+    *,
+    meter: Meter | None = None,
+    encoding: str = "utf-8",
+) -> Iterator[Block]:
+    """Read two files with one sentence per line; different numbers of lines raise :class:`DataError` at their end.
+
+    ``encoding`` is that of the :class:`~llamafactory_sekd.data.checks.Block` objects.
+    """
     name = " / ".join(names or (str(source), str(target)))
-    return _not_empty(_side_by_side(source, target, name, meter), source)
+    return _not_empty(_side_by_side(source, target, size, name, meter, encoding), source)
 
 
-def _side_by_side(source: Path, target: Path, name: str, meter: Meter | None) -> Iterator[Pair]:
-    # Without a step of Python for each line: a corpus has millions.
-    sides = zip(iterate_lines(source, meter), iterate_lines(target, meter), strict=True)
-    pairs = map(partial(tuple.__new__, Pair), map(add, sides, zip(repeat(name), count(1))))
-    first: list[Pair] = []
-    try:
-        for left, right, _, _ in (first := list(islice(pairs, 1))):
-            if max(left.count("\r"), right.count("\r")) > 1:
-                raise _carriage_returns(source if "\r" in left else target, 1)
-        yield from first
-        yield from pairs
-    except DataError:
-        raise
-    except ValueError:  # of `strict`
-        for path, text in zip((source, target), first[0] if first else (), strict=False):
-            if "\r" in str(text):
-                raise _carriage_returns(path, 1) from None
-        raise _misaligned(source, target) from None
+def _side_by_side(
+    source: Path, target: Path, size: int, name: str, meter: Meter | None, encoding: str
+) -> Iterator[Block]:
+    sides = iterate_lines(source, meter, encoding), iterate_lines(target, meter, encoding)
+    first: list[list[str]] = []
+    done = 0
+    while True:
+        lefts, rights = (list(islice(side, size)) for side in sides)
+        first = first or [lefts[:1], rights[:1]]
+        for path, texts in zip((source, target), first, strict=True):
+            # One carriage return in the first line may be text, unless the numbers of lines differ.
+            if any(text.count("\r") > (len(lefts) == len(rights)) for text in texts):
+                raise _carriage_returns(path, 1)
+        if len(lefts) != len(rights):
+            raise _misaligned(source, target)
+        if not lefts:
+            return
+        yield Block(lefts, rights, name, range(done + 1, done + 1 + len(lefts)), encoding)
+        done += len(lefts)
 
 
 def _carriage_returns(path: Path, number: int) -> DataError:
@@ -233,11 +245,11 @@ def read_lines(path: Path) -> list[str]:
     return list(iterate_lines(path))
 
 
-def iterate_lines(path: Path, meter: Meter | None = None) -> Iterator[str]:
+def iterate_lines(path: Path, meter: Meter | None = None, encoding: str = "utf-8") -> Iterator[str]:
     r"""Read the lines of a text file without their ends; only ``\n`` and ``\r\n`` end a line."""
 
     def blocks() -> Iterator[list[str]]:
-        with _open_text(path, meter) as text:
+        with _open_text(path, meter, encoding) as text:
             yield from _line_blocks(text, "", str(path))
 
     return chain.from_iterable(blocks())
@@ -270,7 +282,7 @@ def _line_blocks(text: TextIO, start: str, name: str) -> Iterator[list[str]]:
 
 
 @contextmanager
-def _open_text(path: Path, meter: Meter | None = None) -> Iterator[TextIO]:
+def _open_text(path: Path, meter: Meter | None = None, encoding: str = "utf-8") -> Iterator[TextIO]:
     """Open a text file, unpacked where its first bytes are those of gzip, bzip2 or xz, whatever its name."""
     packed = False
     try:
@@ -290,7 +302,7 @@ def _open_text(path: Path, meter: Meter | None = None) -> Iterator[TextIO]:
             if start.startswith(codecs.BOM_UTF8):
                 stream.read(len(codecs.BOM_UTF8))
             yield open_files.enter_context(
-                io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="\n")
+                io.TextIOWrapper(stream, encoding=encoding, errors="surrogateescape", newline="\n")
             )
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         if packed:
@@ -391,9 +403,9 @@ def _parse(text: str, name: str, number: int) -> Any:
         ) from None
 
 
-def _not_empty(pairs: Iterator[Pair], path: Path) -> Iterator[Pair]:
-    first = next(pairs, None)
+def _not_empty(found: Iterator[_Found], path: Path) -> Iterator[_Found]:
+    first = next(found, None)
     if first is None:
         raise DataError(f"{path} holds no sentences.")
     yield first
-    yield from pairs
+    yield from found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,7 +53,8 @@ def check(
 
     direction = parse_direction(f"{source_language}-{target_language}")
     findings = Findings()
-    pairs = clean_pairs(Corpus.of(src, tgt, tsv, json_file).read(direction), findings)
+    blocks = Corpus.of(src, tgt, tsv, json_file).blocks(direction)
+    pairs = clean_pairs(chain.from_iterable(blocks), findings)
     memory = out.with_name(f".{out.name}.read.json")
     with Progress(console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task("Pairs", total=len(pairs))

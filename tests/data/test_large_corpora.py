@@ -10,17 +10,23 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest import mock
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from llamafactory_sekd.data import pairs as pairs_module
-from llamafactory_sekd.data.checks import Findings, Pair
+from llamafactory_sekd.data.checks import Block, Findings, Pair, clean_pairs
 from llamafactory_sekd.data.corpora_command import app
-from llamafactory_sekd.data.heldout import _alike, hold_out
+from llamafactory_sekd.data.heldout import _alike, _may_be_alike, hold_out
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.pairs import Corpus, prepare_pairs
+from llamafactory_sekd.data.prompts import PARROT
 from llamafactory_sekd.data.readers import read_json_pairs, read_lines
 from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.errors import DataError
@@ -169,35 +175,114 @@ def test_held_out_pairs_are_test_sets_and_nothing_near_to_them_is_trained_on(tmp
 
 
 def test_one_changed_word_is_near_and_another_sentence_is_not() -> None:
-    held = hold_out([[Pair(f"{s}", t, "f", number) for number, (s, t) in enumerate(made_up(200))]], 20)
+    held = hold_out([Block.of([Pair(f"{s}", t, "f", number) for number, (s, t) in enumerate(made_up(200))])], 20)
     first = held.pairs[0]
     words = first.source.split()
     middle = Pair(" ".join([*words[:5], "etwas", *words[6:]]), "neue Zeile", "f", 1)
     half = Pair(" ".join([*words[:4], *WORDS[::-1]]), "ganz neu", "f", 1)
-    assert held.near([first, middle, half, Pair("gar nicht dabei", "not at all", "f", 1)]) == [
-        True,
-        True,
-        False,
-        False,
-    ]
+    none = Pair("gar nicht dabei", "not at all", "f", 1)
+    assert held.near(Block.of([first, middle, half, none])) == [True, True, False, False]
 
 
-def test_likeness_is_the_share_of_common_trigrams_whichever_end_is_looked_at_first() -> None:
+def test_likeness_is_the_share_of_common_trigrams_and_the_quick_look_overlooks_none() -> None:
     draw = random.Random(0)
-
-    def trigrams(text: str) -> set[str]:
-        return {text[place : place + 3] for place in range(len(text) - 2)}
-
-    likenesses = []
+    texts, others, likenesses = [], [], []
     for _ in range(500):
         text = "".join(draw.choices("abcde", k=draw.randint(12, 60)))
         other = "".join(letter if draw.random() < 0.86 else draw.choice("abcdefg") for letter in text)
-        other = other[: len(other) - draw.randint(0, 8)]
-        ours, theirs = trigrams(text), trigrams(other)
-        alike = 2 * len(ours & theirs) >= 0.7 * (len(ours) + len(theirs))
-        assert [_alike(text, other, end) for end in (0, 1)] == [alike, alike]
-        likenesses.append(alike)
+        texts.append(text)
+        others.append(other[: len(other) - draw.randint(0, 8)])
+        likenesses.append(_alike(text, others[-1]))
+    assert likenesses == [are_alike(text, other) for text, other in zip(texts, others, strict=True)]
     assert 50 < sum(likenesses) < 450
+    may_be = _may_be_alike(list(zip(range(500), texts, others, strict=True)))
+    assert [alike for alike, may in zip(likenesses, may_be, strict=True) if not may and alike] == []
+    assert sum(may_be) < 450
+
+
+def letters_of(text: str) -> str:
+    return "".join(character for character in text.casefold() if character.isalpha())
+
+
+def are_alike(text: str, held: str) -> bool:
+    ours, theirs = ({one[place : place + 3] for place in range(len(one) - 2)} for one in (text, held))
+    far_apart = 2 * min(len(text), len(held)) < 0.7 * (len(text) + len(held))
+    return not far_apart and 2 * len(ours & theirs) >= 0.7 * (len(ours) + len(theirs))
+
+
+def ends_of(pair: Pair) -> list[str]:
+    sides = letters_of(pair.source), letters_of(pair.target)
+    return [sides[0][:12], sides[0][-12:], sides[1][:12], sides[1][-12:]]
+
+
+def held_out_and_kept(pairs: list[Pair], count: int) -> tuple[list[Pair], list[Pair], list[Pair]]:
+    """Return what is held out, what is left out for it and what is kept, each pair compared with each that is held."""
+    by_checksum: dict[int, Pair] = {}
+    for pair in pairs:
+        by_checksum.setdefault(zlib.crc32(pair.source.encode("utf-8", "surrogatepass")), pair)
+    held: list[Pair] = []
+    for _, pair in sorted(by_checksum.items())[: 4 * count + 100]:
+        for clean in clean_pairs([pair], Findings()):
+            enough = min(len(letters_of(clean.source)), len(letters_of(clean.target))) >= 6
+            taken = any(end == other for one in held for end, other in zip(ends_of(clean), ends_of(one), strict=True))
+            if len(held) < count and clean.source != clean.target and enough and not taken:
+                held.append(clean)
+
+    def is_near(pair: Pair) -> bool:
+        return any(
+            end == other and are_alike(letters_of(pair[place // 2]), letters_of(one[place // 2]))
+            for one in held
+            for place, (end, other) in enumerate(zip(ends_of(pair), ends_of(one), strict=True))
+        )
+
+    lines = {pair.line for pair in held}
+    others = [pair for pair in clean_pairs(pairs, Findings()) if pair.line not in lines]
+    return held, [pair for pair in others if is_near(pair)], [pair for pair in others if not is_near(pair)]
+
+
+# Letters that become two or three without their case or none, more than 16 bits, signs of several scripts.
+LETTERS = ["abcdeABC ,.", "abßäÖİ „“–12 ", "абвГДЕё ", "漢字仮名。、 ", "𐐀𐐨😀aé\u0301ﬃŉև ǰ\u00ad", "ab"]
+
+
+def random_pairs(draw: random.Random) -> list[tuple[str, str]]:
+    """Make up pairs of which many differ little from another one."""
+
+    def sentence() -> str:
+        return "".join(draw.choices(draw.choice(LETTERS), k=draw.choice([3, 8, 14, 17, 18, 19, 25, 60])))
+
+    def changed(text: str) -> str:
+        for _ in range(draw.randint(0, 3)):
+            at = draw.randint(0, len(text))
+            middle = text[:at] + draw.choice(["z", "", "Q ", "-"]) + text[at + draw.randint(0, 5) :]
+            after, before = text + draw.choice(["!", " 17", sentence()]), draw.choice(["«", "(" * 18, "x"]) + text
+            text = draw.choice([text.upper(), middle, after, before])
+        return text
+
+    pairs = [(sentence(), sentence()) for _ in range(draw.randint(1, 40))]
+    pairs += [tuple(map(changed, draw.choice(pairs))) for _ in range(draw.randint(0, 80))]
+    return draw.sample(pairs, len(pairs))
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 2**32), count=st.integers(1, 12))
+def test_what_is_written_is_what_comparing_each_pair_with_each_gives(seed: int, count: int) -> None:
+    texts = random_pairs(random.Random(seed))
+    read = [Pair(source, target, "x.json", line) for line, (source, target) in enumerate(texts, start=1)]
+    held, near, kept = held_out_and_kept(read, count)
+    assume(kept and len(held) == count)
+    with TemporaryDirectory() as name, mock.patch.object(pairs_module, "_BLOCK", 30):
+        folder = Path(name)
+        (folder / "x.json").write_text(json.dumps([{"en": source, "de": target} for source, target in texts]))
+        corpus = Corpus.of(None, None, None, folder / "x.json")
+        manifest, _ = prepare_pairs(corpus, EN_DE, "mine", folder / "out", test=count)
+        written = content(folder / "out")
+
+    for side, language in enumerate(("en", "de")):
+        assert written[f"mine_test/en-de.{language}"].decode() == "".join(f"{pair[side]}\n" for pair in held)
+    lines = [json.dumps(PARROT.record(pair.source, pair.target, EN_DE), ensure_ascii=False) for pair in kept]
+    assert written["mine.jsonl"].decode() == "".join(f"{line}\n" for line in lines)
+    found = {finding["problem"]: finding["lines"] for finding in manifest["findings"]}
+    assert found.get("near_duplicate", []) == [pair.line for pair in near]
 
 
 def test_more_to_hold_out_than_there_is_stops_with_the_numbers(tmp_path: Path) -> None:

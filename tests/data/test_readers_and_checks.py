@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamafactory_sekd.data import checks
-from llamafactory_sekd.data.checks import Findings, Pair, Problem, clean_pairs
+from llamafactory_sekd.data.checks import Block, Findings, Pair, Problem, clean_pairs
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.readers import read_json_pairs, read_lines, read_text_pairs, read_tsv_pairs
 from llamafactory_sekd.errors import DataError
@@ -174,10 +174,18 @@ def test_findings_list_every_line_for_the_manifest() -> None:
     ]
 
 
-def test_no_character_with_a_finding_passes_for_harmless() -> None:
-    """The quick look of :func:`clean_pair` may not overlook what the patterns find."""
-    patterns = [checks._LINE_BREAK, checks._CONTROL, checks._SURROGATE, checks._COMBINING, *checks._KEPT.values()]
-    texts = [f"a{chr(code)}b" for code in range(0x10000)] + ["a\u00c3\u00a4b", "a\u00e2\u20acb", "a<b>c", "a&amp;b"]
-    found = [text for text in texts if any(pattern.search(text) for pattern in patterns)]
-    assert len(found) > 8500
-    assert all(text.encode("utf-8", "surrogatepass").translate(None, checks._HARMLESS) for text in found)
+def test_the_quick_look_at_many_pairs_finds_what_a_look_at_each_finds() -> None:
+    every = [chr(code) for code in (*range(0x10000), 0x110BD, 0x1F600, 0xE0001)]
+    of_all_kinds = [*every[:0x3100], *every[0xD7F0:0xE010], *every[0xF8F0:]]
+    texts = [f"a{c}b" for c in every] + [text for c in of_all_kinds for text in (f"{c}a", f"a{c}", c)]
+    texts += ["a\u00c3\u00a4b", "a\u00e2\u20acb", "a<b>c", "a&amp;b", "", "a", "a" * 2500, "a" * 5000, "b" * 6000]
+    pairs = [Pair(*("a", text)[:: (1, -1)[line % 2]], "f", line) for line, text in enumerate(texts)]
+    quick, each = Findings(), Findings()
+    expected = [cleaned for pair in pairs if (cleaned := checks._clean_pair(pair, each)) is not None]
+    block = checks.clean_block(Block.of(pairs), quick)
+    assert list(block) == expected
+    assert quick == each
+    assert sum(each.counts.values()) > 8500
+    again = Findings()
+    assert clean_pairs(pairs, again) == expected
+    assert again == each
