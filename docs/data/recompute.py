@@ -165,7 +165,7 @@ def _read(name: str) -> list[dict[str, str]]:
 def scores(name: str) -> str:
     """Return mean ± standard deviation over the seeds of each system, in columns by data."""
     rows = _read(f"{name}_runs")
-    data = list(dict.fromkeys(row["data"] for row in rows))
+    data = sorted(dict.fromkeys(row["data"] for row in rows), key=_share)
     found: defaultdict[tuple[str, str, str], list[float]] = defaultdict(list)
     for row in rows:
         for metric in METRICS:
@@ -179,6 +179,11 @@ def scores(name: str) -> str:
         shown = " | ".join(_mean(cell) for cell in cells)
         lines.append(f"| {system} | {'' if is_model else seeds} | {shown} |")
     return "\n".join(lines)
+
+
+def _share(data: str) -> int:
+    """Return how many of a hundred references are wrong."""
+    return 0 if data in ("", _CLEAN) else int(data.rpartition("_")[2])
 
 
 def _words(data: str) -> str:
@@ -199,7 +204,7 @@ def tests(name: str) -> str:
     """Return the differences with their intervals, and p corrected by Holm's method where it was to be tested."""
     from llamafactory_sekd.evaluation.significance import holm
 
-    rows = _read(f"{name}_differences")
+    rows = sorted(_read(f"{name}_differences"), key=lambda row: _share(row["data"]))
     corrected = {}
     for data, metric in dict.fromkeys((row["data"], row["metric"]) for row in rows):
         tested = [row for row in rows if (row["data"], row["metric"]) == (data, metric) and _is_tested(name, row)]
