@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 from importlib import import_module
 from typing import Annotated, NamedTuple
@@ -11,6 +10,7 @@ import typer
 
 from llamafactory_sekd import __version__
 from llamafactory_sekd.errors import SekdError
+from llamafactory_sekd.files import no_room
 
 
 class Command(NamedTuple):
@@ -25,8 +25,6 @@ class Command(NamedTuple):
     interrupted: str = ""
 
 
-# A full disk, a quota, the largest file that is allowed: of a library's files as well, which know no error of ours.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HELP = ["-h", "--help"]
 _CTRL_C = 130  # the status that typer ends with, without a word
 PREPARE, RUN = "Before a run", "Runs"
@@ -69,21 +67,22 @@ def main() -> None:
     except SekdError as error:
         print(f"sekd {name}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        print(
-            f"sekd {name}: error: no room to write ({error.strerror or error}): free some, or set HF_HOME and the "
-            "output to another disk, and start the same command again.",
-            file=sys.stderr,
-        )
-        sys.exit(2)
     except ModuleNotFoundError as error:
         _exit_without_host(f"sekd {name}", error)
     except SystemExit as end:
         if end.code == _CTRL_C and COMMANDS[name].interrupted:
             print(f"\nsekd {name}: {COMMANDS[name].interrupted}.", file=sys.stderr)
         raise
+    except Exception as error:  # of a library's files as well, which know no error of ours
+        words = no_room(error)
+        if not words:
+            raise
+        print(
+            f"sekd {name}: error: no room to write ({words}): free some, or set HF_HOME and the output to another "
+            "disk, and start the same command again.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 def root() -> typer.Typer:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +14,30 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from llamafactory_sekd.errors import DataError, SekdError
+
+
+# A full disk, a quota, the largest file that is allowed; and torch's words for each of them, which hide the system's.
+_NO_ROOM = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
+_TORCH_CANNOT_WRITE = re.compile(
+    r"PytorchStreamWriter failed writing|inline_container\.cc:\d+\] \. unexpected pos|basic_ios::clear: iostream error"
+)
+
+
+def no_room(error: BaseException) -> str:
+    """Return the system's words where an error, or one that it comes from, says that nothing more can be written.
+
+    Libraries put the system's error into a text of their own. Empty for every other error.
+    """
+    seen: set[int] = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            return _NO_ROOM[error.errno]
+        found = next((words for words in _NO_ROOM.values() if words in str(error)), "")
+        if found or _TORCH_CANNOT_WRITE.search(str(error)):
+            return found or "torch could not finish a file"
+        error = error.__cause__ or error.__context__ or error
+    return ""
 
 
 @contextmanager

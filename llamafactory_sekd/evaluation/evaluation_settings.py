@@ -11,7 +11,7 @@ from typing import Any
 from llamafactory_sekd.config import check_keys, text_of
 from llamafactory_sekd.data.languages import Direction, parse_direction
 from llamafactory_sekd.data.prompts import PARROT, Prompt, prompt_named
-from llamafactory_sekd.errors import ArgumentError, DataError, EvaluationError, one_line
+from llamafactory_sekd.errors import ArgumentError, DataError, EvaluationError, one_line, suggestion
 from llamafactory_sekd.evaluation.scores import SURFACE_METRICS, TOKENIZERS, BleuTokenizer, metric_keys
 
 
@@ -103,6 +103,7 @@ _KEYS = (
     *_PROMPT_KEYS,
     *_DECODING_KEYS,
 )
+_WHAT = ("model_name_or_path", "hypotheses")  # what a system is
 _REQUIRED = ("task", "directions", "systems", "save_dir")
 
 
@@ -281,6 +282,8 @@ def _system(name: Any, entry: Any, shared: Mapping[str, Any]) -> System:
     if not isinstance(entry, Mapping):
         raise EvaluationError(f"`systems.{name}` must hold `model_name_or_path` or `hypotheses`, not {entry!r}.")
     keys = {key: value for key, value in entry.items() if value is not None}
+    if not any(key in keys for key in _WHAT):
+        _check_spelling(name, keys)
     if ("model_name_or_path" in keys) == ("hypotheses" in keys):
         raise EvaluationError(f"`systems.{name}` needs either `model_name_or_path` or `hypotheses`.")
     if "hypotheses" in keys:
@@ -299,6 +302,13 @@ def _system(name: Any, entry: Any, shared: Mapping[str, Any]) -> System:
     prompt, examples, document, arguments = _asking(given, f"systems.{name}.")
     model = {key: item for key, item in keys.items() if key not in _PROMPT_KEYS}
     return System(name, model={**arguments, **model}, prompt=prompt, examples=examples, document=document)
+
+
+def _check_spelling(name: str, keys: Mapping[str, Any]) -> None:
+    for key in keys:
+        meant = suggestion(str(key), _WHAT)
+        if "did you mean" in meant:
+            raise EvaluationError(f"`systems.{name}`: unknown key {key!r}{meant}")
 
 
 def _asking(given: Mapping[str, Any], where: str) -> tuple[Prompt, Examples | None, bool | int, dict[str, Any]]:

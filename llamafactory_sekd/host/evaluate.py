@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.children import end_rank_with_launcher, end_with_parent
 from llamafactory_sekd.config import read_config
-from llamafactory_sekd.errors import EvaluationError, SekdError, one_line
+from llamafactory_sekd.errors import EvaluationError, SekdError, one_line, suggestion
 from llamafactory_sekd.evaluation.evaluation_settings import Settings, System, parse_settings
 from llamafactory_sekd.evaluation.harness import (
     Harness,
@@ -25,6 +26,7 @@ from llamafactory_sekd.evaluation.harness import (
     scores_of,
 )
 from llamafactory_sekd.evaluation.systems import Description, Host, ModelSource, Translator, system_fingerprint
+from llamafactory_sekd.files import no_room
 from llamafactory_sekd.fingerprints import Digests, sha256_of, sha256_of_json
 from llamafactory_sekd.host.templates import check_template, encoder, template_of, text_arguments, thought_tokens
 
@@ -64,6 +66,23 @@ def run_eval(argv: list[str]) -> None:
         evaluate_settings(settings)
     except SekdError as error:
         print(f"llamafactory-cli eval: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if "RANK" not in os.environ:  # ranks leave it to the command that they were started by
+            print(
+                "\nllamafactory-cli eval: interrupted; what is translated is kept, and the same command goes on from "
+                "there.",
+                file=sys.stderr,
+            )
+        sys.exit(130)
+    except Exception as error:
+        words = no_room(error)
+        if not words:
+            raise
+        print(
+            f"llamafactory-cli eval: error: no room to write ({words}): free some, and start the same command again.",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 
@@ -211,6 +230,7 @@ def _host_arguments(settings: Settings, system: System) -> tuple[Any, Any, Any, 
 
     given = {"template": settings.template, **(system.model or {})}
     check_template("template", given["template"], EvaluationError)
+    _check_keys(system)
     if _is_vllm(settings):
         given["infer_backend"] = "vllm"
     try:
@@ -226,6 +246,17 @@ def _host_arguments(settings: Settings, system: System) -> tuple[Any, Any, Any, 
 
         arguments[0].device_map = {"": get_current_device()}
     return arguments
+
+
+def _check_keys(system: System) -> None:
+    """Refuse a key of a system that is close to one that the host reads; others stay the host's to report."""
+    from llamafactory.hparams import parser
+
+    known = [item.name for arguments in parser._INFER_ARGS for item in fields(arguments) if item.init]
+    for key in system.model or {}:
+        meant = suggestion(key, known)
+        if key not in known and "did you mean" in meant:
+            raise EvaluationError(f"`systems.{system.name}`: unknown key {key!r}{meant}")
 
 
 def _describe(settings: Settings, system: System) -> Description:

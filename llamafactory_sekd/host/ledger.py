@@ -7,6 +7,7 @@ could bind the attribute. So every patch is one record: module, attribute, a fun
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from llamafactory_sekd import __version__
 from llamafactory_sekd.arguments import STAGE
 from llamafactory_sekd.config import peek
 from llamafactory_sekd.errors import HostError, SekdError
+from llamafactory_sekd.files import no_room
 from llamafactory_sekd.host.patches import PATCHES, Patch
 
 
@@ -198,10 +200,26 @@ def _report_errors_in_one_line() -> None:
     previous = sys.excepthook
 
     def excepthook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-        if isinstance(error, SekdError):
-            print(f"llamafactory_sekd: error: {error}", file=sys.stderr)
-        else:
+        line = f"error: {error}" if isinstance(error, SekdError) else _end_of_our_run(error)
+        if line is None:
             previous(kind, error, traceback)
+        elif line:
+            print(f"llamafactory_sekd: {line}", file=sys.stderr)
 
     excepthook.reports_sekd_errors = True  # type: ignore[attr-defined]
     sys.excepthook = excepthook
+
+
+def _end_of_our_run(error: BaseException) -> str | None:
+    """Return what a run of our stage says where it was interrupted or the disk is full; None for every other error.
+
+    Neither is a fault of the code, whose place a traceback would show. Ranks leave Ctrl-C to the command that they
+    were started by.
+    """
+    if not sekd_requested(sys.argv[1:]):
+        return None
+    continues = "without `overwrite_output_dir: true` the same command goes on from the last complete checkpoint"
+    if isinstance(error, KeyboardInterrupt):
+        return "" if "RANK" in os.environ else f"interrupted; {continues}."
+    words = no_room(error)
+    return f"error: no room to write ({words}): free some; {continues}." if words else None

@@ -298,6 +298,10 @@ def test_a_second_run_in_the_same_save_dir_is_refused(
         (["{config}", "num_beams"], "'num_beams' is not an override: write key=value."),
         (["{config}", "num_beams=many"], "`num_beams` must be an integer of at least 1, not 'many'."),
         (["{config}", "systems.one.hypotheses=x"], "`systems.one` needs either `model_name_or_path` or `hypotheses`."),
+        (
+            ["{config}", "systems.one.infer_dtyp=bfloat16"],
+            "`systems.one`: unknown key 'infer_dtyp': did you mean 'infer_dtype'?",
+        ),
         (["{broken}"], "cannot be parsed: "),
         (["{list}"], "must hold keys and values."),
     ],

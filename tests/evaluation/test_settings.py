@@ -93,6 +93,11 @@ def test_a_question_mark_makes_comet_optional(metrics: list[str], expected: tupl
         ({"teacher": "big"}, "`teacher` is 'big', which is not among the systems: sekd, online."),
         ({"systems": {}}, "`systems` must map at least one name to its model or its hypotheses."),
         ({"systems": {"a": None}}, "`systems.a` must hold `model_name_or_path` or `hypotheses`, not None."),
+        (
+            {"systems": {"a": {"modle_name_or_path": "m"}}},
+            "`systems.a`: unknown key 'modle_name_or_path': did you mean 'model_name_or_path'?",
+        ),
+        ({"systems": {"a": {"hypothesis": "h"}}}, "`systems.a`: unknown key 'hypothesis': did you mean 'hypotheses'?"),
         ({"systems": {"a": {}}}, "`systems.a` needs either `model_name_or_path` or `hypotheses`."),
         ({"systems": {"a": {"model_name_or_path": "m", "hypotheses": "h"}}}, "`systems.a` needs either"),
         ({"systems": {"a": {"hypotheses": "h", "infer_dtype": "float32"}}}, "`infer_dtype` has no place next to"),

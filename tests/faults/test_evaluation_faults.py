@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 from helpers import tiny
-from helpers.forks import forked
+from helpers.forks import Fork, forked, wait_for
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tmpfs and the kernel's death signal are Linux's")
@@ -52,20 +52,6 @@ def write(path: Path, keys: dict) -> Path:
     return path
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """Mount a file system of 256 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("a file system of its own cannot be mounted here (not root)")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("left", [0, 8192])
 def test_a_full_disk_is_one_line_leaves_nothing_behind_and_the_same_command_works_afterwards(
     inputs, small_disk, tmp_path, left
@@ -86,6 +72,22 @@ def test_a_full_disk_is_one_line_leaves_nothing_behind_and_the_same_command_work
     again = forked([CLI, "eval", str(path)])
     assert again.returncode == 0, again.stderr[-3000:]
     assert json.loads((small_disk / "results" / "results.json").read_text())["systems"]["one"]["scores"]
+
+
+def test_ctrl_c_is_one_line_and_the_same_command_continues(inputs, tmp_path):
+    path = write(tmp_path / "eval.yaml", config(inputs, tmp_path / "results"))
+    process = Fork([CLI, "eval", str(path)])
+    parts = tmp_path / "results" / "hypotheses" / "one"
+    wait_for(lambda: list(parts.glob(".en-de.partial.*.jsonl")), process)
+    process.send_signal(signal.SIGINT)
+    ended = process.completed()
+    assert ended.returncode == 130
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.count("llamafactory-cli eval: interrupted; what is translated is kept") == 1
+
+    again = forked([CLI, "eval", str(path)])
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert f"of {len(SENTENCES)} are done" in again.stderr
 
 
 def test_ranks_end_with_a_command_that_is_killed_and_the_same_command_continues(inputs, tmp_path):

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
@@ -109,6 +110,15 @@ def forked_ranks(
     return subprocess.CompletedProcess(arguments, failed[0] if failed else 0, *streams)
 
 
+def wait_for(condition: Callable[[], Any], process: Fork, timeout: float = 1200) -> None:
+    """Return when a condition holds; a process that ends before is an error, which shows what it said."""
+    end = time.monotonic() + timeout  # only detects a hang
+    while not condition():
+        assert process.poll() is None, text(process.err)[-3000:]
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
 @cache
 def _server() -> subprocess.Popen[str]:
     server = subprocess.Popen(
@@ -165,6 +175,7 @@ def _become(what: dict[str, Any]) -> None:
     from llamafactory_sekd.children import end_with_parent
 
     end_with_parent()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a suite in the background ignores
     os.environ.clear()
     os.environ.update(what["env"])
     os.chdir(what["cwd"])
