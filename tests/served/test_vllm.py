@@ -13,6 +13,7 @@ from helpers.vllm_stub import vllm_stub
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.host.served_teacher import build_from_server, server_problem
 from llamafactory_sekd.teacher.cache import Settings
@@ -153,13 +154,13 @@ def test_hidden_states_of_another_model_than_the_named_one_are_refused(tiny_root
             asked.offer_hidden_states(student, str(tmp_path / "nothing"))
 
 
-def test_the_page_says_in_seconds_what_is_wrong_with_a_server(tiny_root, tmp_path):
+def test_the_page_says_what_is_wrong_with_a_server_without_the_patience_of_a_run(tiny_root, tmp_path):
     student = str(tiny_root / "student")
     started = time.monotonic()
     gone = server_problem("http://127.0.0.1:9", student)
     assert gone.startswith("`teacher_server: http://127.0.0.1:9` cannot be reached (")
     assert gone.endswith("start it before the run, or correct the address.")
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < DistillationArguments.teacher_server_patience
     assert "use http://HOST:PORT" in server_problem("127.0.0.1:9", None)
     save_tokenizer(tmp_path / "other", vocab_size=262)
     with vllm_stub(tiny_root / "teacher") as url:
