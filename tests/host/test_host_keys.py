@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers.runs import base_config, logged, train, weights
 from llamafactory.hparams import get_train_args, parser
+from transformers import AutoModelForCausalLM
 
 from llamafactory_sekd.arguments import KEYS
 from llamafactory_sekd.errors import SekdError
@@ -172,6 +174,9 @@ RUNS |= {
         "tf32": False,
     },
     "bf16 evaluation": {"do_eval": True, "eval_dataset": "tiny_valid", "bf16_full_eval": True},
+    # Without a GPU the training stays in float32; the evaluation does not.
+    "fp16": {"fp16": True, "fp16_full_eval": True, "do_eval": True, "eval_dataset": "tiny_valid"},
+    "kernels": {"use_v1_kernels": True},
     "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
     "files": {
         "tokenized_path": "{tmp}/tokenized",
@@ -183,6 +188,97 @@ RUNS |= {
         "enable_torch_profiler": True,
         "profiler_output_dir": "{tmp}/profile",
     },
+}
+
+# Runs that need a package which the host asks for: the same comparison where it is installed.
+PACKAGED: dict[str, tuple[str, dict[str, Any]]] = {
+    "galore": (
+        "galore_torch",
+        {
+            "use_galore": True,
+            "optim": "adamw_torch",  # of the newer ones the host knows no GaLore
+            "galore_target": "mlp,self_attn",
+            "galore_rank": 4,
+            "galore_update_interval": 1,
+            "galore_scale": 0.5,
+            "galore_proj_type": "right",
+        },
+    ),
+    "galore by layer": (
+        "galore_torch",
+        {"use_galore": True, "optim": "adamw_torch", "galore_rank": 4, "galore_layerwise": True},
+    ),
+    "apollo": (
+        "apollo_torch",
+        {
+            "use_apollo": True,
+            "optim": "adamw_torch",
+            "apollo_target": "mlp",
+            "apollo_rank": 4,
+            "apollo_update_interval": 1,
+            "apollo_scale": 16.0,
+            "apollo_proj": "random",
+            "apollo_proj_type": "std",
+            "apollo_scale_type": "channel",
+            "apollo_scale_front": True,
+        },
+    ),
+    "apollo by layer": (
+        "apollo_torch",
+        {"use_apollo": True, "optim": "adamw_torch", "apollo_rank": 4, "apollo_layerwise": True},
+    ),
+    "badam": (
+        "badam",
+        {
+            "use_badam": True,
+            "badam_mode": "layer",  # of one block at a time, so the head is frozen in most steps
+            "badam_start_block": 0,
+            "badam_switch_mode": "ascending",
+            "badam_switch_interval": 1,
+            "badam_verbose": 0,
+        },
+    ),
+    "badam by ratio": (
+        "badam",
+        {
+            "use_badam": True,
+            "optim": "adamw_torch",
+            "badam_mode": "ratio",
+            "badam_update_ratio": 0.2,
+            "badam_mask_mode": "adjacent",
+        },
+    ),
+    "adam mini": ("adam_mini", {"use_adam_mini": True}),
+    "optimizer with arguments": (
+        "galore_torch",
+        {"optim": "galore_adamw", "optim_target_modules": ["mlp"], "optim_args": "rank=4"},
+    ),
+    "4 bits": (
+        "bitsandbytes",
+        {
+            "finetuning_type": "lora",
+            "quantization_bit": 4,
+            "quantization_method": "bnb",
+            "quantization_type": "fp4",
+            "double_quantization": False,
+        },
+    ),
+    "8 bits": ("bitsandbytes", {"finetuning_type": "lora", "quantization_bit": 8, "optim": "adamw_bnb_8bit"}),
+    "hqq": ("hqq", {"finetuning_type": "lora", "quantization_bit": 4, "quantization_method": "hqq"}),
+    # Autocast to bfloat16, and its rounding of the gradients is made larger by that of eight bits.
+    "fp8 after bf16": ("torchao", {"fp8": True, "fp8_backend": "torchao"}),
+}
+
+# Refused by the host itself where there is no GPU, with or without a teacher; in the same words in both stages.
+HOSTS_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "pure_bf16": ({"pure_bf16": True}, "does not support `pure_bf16`"),
+    "shift_attn": ({"shift_attn": True}, "transformers>=4"),
+    "use_unsloth_gc": ({"use_unsloth_gc": True}, "NVIDIA|CUDA"),
+    "fp8_backend": ({"fp8": True, "fp8_backend": "te"}, "transformer_engine"),
+    "eetq": (
+        {"finetuning_type": "lora", "quantization_bit": 8, "quantization_method": "eetq"},
+        "eetq",
+    ),
 }
 
 # Refused by name: they would have no effect, or replace the loss that the stage computes.
@@ -201,10 +297,10 @@ REFUSED: dict[str, Any] = {
 # What tells why a key needs no run here.
 _OTHER_STAGE = "read by another stage or command alone"
 _FILES = "where files, logs and downloads are, and who may read them"
-_DEVICE = "needs a device, a package or ranks; tests/distributed and the notes on engines cover what acts there"
+# Liger's kernels take no None under Triton's interpreter, so that they cannot be tried on a CPU.
+_DEVICE = "needs a device or ranks; tests/distributed and the notes on engines cover what acts there"
 _INPUTS = "media of multimodal models, read by the data pipeline before either trainer"
 _OF_A_REFUSED_KEY = "a detail of a key that is refused"
-_OF_AN_OPTIMIZER = "a detail of an optimizer that the host makes, of a package that is not required"
 _HOST_SETS_IT = "the host or transformers sets or ignores it"
 _OWN_TEST = "has a test of its own: "
 REASONS: dict[str, str] = {
@@ -242,21 +338,13 @@ REASONS: dict[str, str] = {
         "kt_weight_path kt_expert_checkpoint_path kt_use_lora_experts kt_lora_expert_num "
         "kt_lora_expert_intermediate_size hyper_parallel_args use_mca asft_alpha eaft_alpha"
     ),
-    _OF_AN_OPTIMIZER: (
-        "use_galore galore_target galore_rank galore_update_interval galore_scale galore_proj_type "
-        "galore_layerwise use_apollo apollo_target apollo_rank apollo_update_interval apollo_scale apollo_proj "
-        "apollo_proj_type apollo_scale_type apollo_layerwise apollo_scale_front use_badam badam_mode "
-        "badam_start_block badam_switch_mode badam_switch_interval badam_update_ratio badam_mask_mode "
-        "badam_verbose use_adam_mini optim_args optim_target_modules "
-    ),
     _DEVICE: (
-        "use_unsloth_gc pure_bf16 shift_attn enable_liger_kernel use_liger_kernel liger_kernel_config use_v1_kernels "
-        "quantization_method quantization_bit quantization_type double_quantization quantization_device_map fp16 "
-        "fp16_opt_level fp16_backend half_precision_backend fp16_full_eval local_rank "
+        "enable_liger_kernel use_liger_kernel liger_kernel_config quantization_device_map "
+        "fp16_opt_level fp16_backend half_precision_backend local_rank "
         "ddp_backend tpu_num_cores tpu_metrics_debug fsdp fsdp_min_num_params fsdp_config "
         "fsdp_transformer_layer_cls_to_wrap parallelism_config deepspeed ddp_find_unused_parameters "
         "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_timeout torchdynamo "
-        "torch_compile_mode ray_scope ray_num_workers ray_init_kwargs master_addr master_port fp8 fp8_backend "
+        "torch_compile_mode ray_scope ray_num_workers ray_init_kwargs master_addr master_port "
         "fp8_enable_fsdp_float8_all_gather mp_parameters no_cuda use_cpu use_mps_device jit_mode_eval"
     ),
     _HOST_SETS_IT: ("per_gpu_train_batch_size per_gpu_eval_batch_size use_legacy_prediction_loop sortish_sampler"),
@@ -277,7 +365,8 @@ def test_every_key_of_the_host_has_a_row():
     """A key that a new host brings fails here until somebody has looked at what it does in our stage."""
     classes = ("ModelArguments", "DataArguments", "TrainingArguments", "FinetuningArguments", "GeneratingArguments")
     names = {item.name for name in classes for item in fields(getattr(parser, name)) if item.init}
-    in_runs = {key for keys in RUNS.values() for key in keys}
+    tried = [*RUNS.values(), *(keys for _, keys in PACKAGED.values()), *(keys for keys, _ in HOSTS_REFUSALS.values())]
+    in_runs = {key for keys in tried for key in keys}
     rows = [*in_runs, *REFUSED, *(key for keys in REASONS.values() for key in keys.split())]
     base = {"model_name_or_path", "stage", "do_train"}
     assert len(rows) == len(set(rows)), sorted(key for key in set(rows) if rows.count(key) > 1)
@@ -286,18 +375,63 @@ def test_every_key_of_the_host_has_a_row():
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_at_lambda_zero_is_that_of_sft(tiny_root, tmp_path, name):
+    _compare(tiny_root, tmp_path, RUNS[name], tolerance=2e-2 if "bf16" in str(RUNS[name]) else 2e-4)
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_a_run_with_a_package_of_the_hosts_is_that_of_sft(tiny_root, tmp_path, name):
+    package, keys = PACKAGED[name]
+    pytest.importorskip(package, reason=f"the host needs {package} for it, which is not installed")
+    _compare(tiny_root, tmp_path, keys, tolerance=2e-2 if "bf16" in name else 2e-4)
+
+
+def _compare(tiny_root: Path, tmp_path: Path, keys: dict[str, Any], tolerance: float) -> None:
     ours = {"kd_loss": "forward_kl", "kd_lambda": 0.0, "kd_max_cut": 1.0}  # some runs cut their examples
     theirs = {"stage": "sft", "teacher_model": None}
-    common = {"max_steps": 2, "use_cpu": not torch.cuda.is_available(), **RUNS[name]}
+    common = {"max_steps": 2, "use_cpu": not torch.cuda.is_available(), **keys}
     sekd, sft = (
         train(
             base_config(
-                tiny_root, output_dir=str(tmp_path / stage), **_in(tmp_path / f"of {stage}", {**common, **keys})
+                tiny_root, output_dir=str(tmp_path / stage), **_in(tmp_path / f"of {stage}", {**common, **own})
             )
         )
-        for stage, keys in (("sekd", ours), ("sft", theirs))
+        for stage, own in (("sekd", ours), ("sft", theirs))
     )
-    _same(sekd, sft, tolerance=2e-2 if "bf16" in str(RUNS[name]) else 2e-4)
+    _same(sekd, sft, tolerance)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which the host takes most of them")
+@pytest.mark.parametrize("name", HOSTS_REFUSALS)
+def test_what_the_host_refuses_without_a_gpu_it_refuses_in_our_stage_alike(tiny_root, tmp_path, name):
+    keys, words = HOSTS_REFUSALS[name]
+    said = []
+    for own in ({}, {"stage": "sft", "teacher_model": None}):
+        config = base_config(tiny_root, output_dir=str(tmp_path / "out"), max_steps=1, use_cpu=True, **keys, **own)
+        with pytest.raises(Exception, match=words) as caught:
+            train(config)
+        said.append((type(caught.value), str(caught.value)))
+    assert said[0] == said[1]
+
+
+def test_weights_in_bfloat16_alone_train_as_in_sft(tiny_root, tmp_path, monkeypatch):
+    """`pure_bf16` on weights that are saved so; the host asks for a GPU, and nothing in the run needs one."""
+    monkeypatch.setattr(parser, "is_torch_bf16_gpu_available", lambda: True)
+    for name in ("teacher", "student"):
+        shutil.copytree(tiny_root / name, tmp_path / name)
+        AutoModelForCausalLM.from_pretrained(tiny_root / name, dtype=torch.bfloat16).save_pretrained(tmp_path / name)
+    (tmp_path / "data").symlink_to(tiny_root / "data")
+    _compare(tmp_path, tmp_path, {"pure_bf16": True}, tolerance=2e-2)
+
+
+def test_checkpointing_that_offloads_trains_as_in_sft(tiny_root, tmp_path, monkeypatch):
+    """`use_unsloth_gc` copies to a device by its name, which is another one here."""
+    to = torch.Tensor.to
+
+    def moved(self, *args, **kwargs):
+        return to(self, *("cpu" if value == "cuda" else value for value in args), **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", moved)
+    _compare(tiny_root, tmp_path, {"use_unsloth_gc": True}, tolerance=2e-4)
 
 
 def _in(folder: Path, keys: dict[str, Any]) -> dict[str, Any]:
