@@ -407,7 +407,8 @@ def test_command_prints_counts_findings_and_how_to_use_them(alma_dir: Path, out:
         "8 pairs kept: the two sides are the same: deen/train.de-en.json:4404, 6263, 6510, 7222, 7239 and 3 more"
     )
     assert expected in result.stdout
-    assert f"dataset_dir: {out}, dataset: alma_en_de_cs, template: parrot" in result.stdout
+    usage = f"dataset_dir: {out}, dataset: alma_en_de_cs, eval_dataset: wmt21_valid, template: parrot"
+    assert usage in result.stdout
     assert "Verified in" in again.stdout
 
 

@@ -220,7 +220,10 @@ def test_an_adapter_is_loaded_and_counts(
         ({"task": "wmt99", "task_dir": "{one}"}, "Unknown task 'wmt99'"),
         ({"directions": ["en-fr"]}, "No wmt22 test set for en-fr in"),
         ({"template": "parot"}, "`template`: LLaMA-Factory has no template 'parot': did you mean 'parrot'?"),
-        ({"systems": {"one": {"model_name_or_path": "{one}", "infer_dtyp": "auto"}}}, "`systems.one`: Some keys"),
+        (
+            {"systems": {"one": {"model_name_or_path": "{one}", "infer_dtyp": "auto"}}},
+            "`systems.one`: unknown key 'infer_dtyp'",
+        ),
         ({"systems": {"one": {"model_name_or_path": "{task_dir}"}}}, "has no config.json, so it holds no model."),
         ({"systems": {"one": {"hypotheses": "{task_dir}"}}}, "/en-de.txt do not exist: one translation per line"),
         ({"backend": "vllm"}, "`backend: vllm` needs vLLM"),
