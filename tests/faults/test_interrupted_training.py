@@ -7,8 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers.forks import Fork, forked, wait_for
-from helpers.runs import CLI, base_config, logged, write_yaml
+from helpers.runs import CLI, base_config, logged, weights, write_yaml
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tmpfs is Linux's")
@@ -36,6 +37,28 @@ def test_ctrl_c_is_one_line_and_the_same_command_continues(tiny_root, tmp_path, 
     again = forked([CLI, "train", str(write_yaml(tmp_path / "x.yaml", {**config, "max_steps": steps}))])
     assert again.returncode == 0, again.stderr[-3000:]
     assert len(logged(out, "loss")) == steps
+
+
+def test_a_run_on_own_samples_that_is_killed_ends_as_an_uninterrupted_one(tiny_root, tmp_path):
+    """Killed between two drawings, whose samples are from weights that are gone."""
+    keys = {"kd_on_policy": 0.5, "kd_on_policy_every": 50, "max_new_tokens": 12, "per_device_train_batch_size": 1}
+    keys |= {"max_steps": 60, "use_cpu": True, "learning_rate": 0.01, **SAVING, "save_steps": 3}
+
+    def config(name: str) -> str:
+        return str(
+            write_yaml(tmp_path / f"{name}.yaml", base_config(tiny_root, output_dir=str(tmp_path / name), **keys))
+        )
+
+    process = Fork([CLI, "train", config("killed")])
+    wait_for(lambda: (tmp_path / "killed" / "checkpoint-9" / "trainer_state.json").exists(), process)
+    process.send_signal(signal.SIGKILL)
+    assert process.completed().returncode != 0
+    assert not (tmp_path / "killed" / "checkpoint-60").exists()
+    for name in ("killed", "complete"):
+        done = forked([CLI, "train", config(name)])
+        assert done.returncode == 0, done.stderr[-3000:]
+    killed, complete = (weights(tmp_path / name) for name in ("killed", "complete"))
+    assert all(torch.equal(killed[name], complete[name]) for name in complete)
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_continues_with_more_room(tiny_root, small_disk, tmp_path):

@@ -138,6 +138,17 @@ def test_one_drawing_for_all_steps_at_a_tiny_rate_equals_one_for_each(tiny_root,
     assert logged(ahead, "kd/on_policy") == logged(each, "kd/on_policy")
 
 
+def test_a_student_that_shares_the_teachers_base_samples_with_its_adapter(tiny_root, tmp_path):
+    keys = {"finetuning_type": "lora", "lora_target": "all", "teacher_model": "self", "kd_on_policy": 0.5}
+    keys |= {"max_steps": 6, "per_device_train_batch_size": 2, "kd_lambda": 0.5}
+    trained = run(tiny_root, tmp_path / "trained", learning_rate=0.05, **keys)
+    frozen = run(tiny_root, tmp_path / "frozen", learning_rate=1e-30, **keys)
+    assert rows(trained)[0] == rows(frozen)[0]
+    assert rows(trained)[1:] != rows(frozen)[1:]
+    assert logged(trained, "kd/teacher_kl")[0] == pytest.approx(0.0, abs=1e-6)  # the adapter starts at zero
+    assert logged(trained, "kd/teacher_kl")[-1] > 1e-3  # the teacher answers without it
+
+
 @pytest.mark.parametrize("every", [3, 100])
 def test_a_run_that_is_resumed_between_two_drawings_equals_an_uninterrupted_one(tiny_root, tmp_path, every):
     keys = {"kd_on_policy": 0.5, "save_strategy": "steps", "save_steps": 2, "max_steps": 6, "learning_rate": 0.05}
