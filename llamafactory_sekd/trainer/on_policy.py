@@ -35,9 +35,9 @@ logger = logging.get_logger(__name__)
 OWN = "own_sample"  # bool [batch], in a batch: the rows whose response is the student's own
 _TEXT_KEYS = {"input_ids", "attention_mask", "labels", TEACHER_NUMBER}
 _SHOWN = 8  # samples of a step that are looked at and written down
-# The sums of a logging window: examples, own samples, tokens of both and of the references, truncated ones, seconds;
-# samples looked at, loops and other languages among them; tokens judged, and their -log q.
-_SUMS = 11
+# What is counted in a logging window: examples, own samples, their tokens and those of the references, truncated ones,
+# seconds; samples looked at, loops and other languages among them.
+_COUNTS = 9
 # With fewer samples looked at, a share of loops says little.
 _ENOUGH = 16
 _ROUND_TO = 8  # the host pads training batches to a multiple of 8
@@ -125,7 +125,8 @@ class OwnSamples:
         self.folder = Path(output_dir) / "samples"
         self.look = look
         self.search = search
-        self._window = torch.zeros(_SUMS, dtype=torch.float64)
+        self._window = torch.zeros(_COUNTS, dtype=torch.float64)  # of numbers on this side, never on the device
+        self._judged = torch.zeros(2, dtype=torch.float64)  # on the device: tokens judged, and their -log q
         self._shown: list[dict[str, Any]] = []
         self._drawn: dict[str, list[int]] = {}  # for the present step and those that were drawn for with it
         self._restored: dict[str, list[int]] = {}
@@ -206,9 +207,8 @@ class OwnSamples:
             teacher_ce: ``[tokens]``, -log p of each.
         """
         is_own = (numbers >= 0).unsqueeze(-1).expand_as(rows)[rows].to(ce.device)
-        own = torch.stack([is_own.sum().double(), ce.double()[is_own].sum()])
-        self._window = self._window.to(own.device)  # once: no waiting for the device in each micro-batch
-        self._window[-2:] += own
+        own = torch.stack([is_own.sum().double(), torch.where(is_own, ce.double(), 0.0).sum()])
+        self._judged = self._judged.to(own.device) + own  # moved once: no waiting for the device in each micro-batch
         if not self._shown:
             return
         counts = rows.sum(-1).tolist()
@@ -218,9 +218,11 @@ class OwnSamples:
 
     def logs(self) -> dict[str, float]:
         """Return the means of the window over all ranks, which call this together, and start a new window."""
-        window = self.accelerator.reduce(self._window.to(self.accelerator.device), reduction="sum")
+        device = self.accelerator.device
+        window = torch.cat([self._window.to(device), self._judged.to(device)])
+        window = self.accelerator.reduce(window, reduction="sum")
         examples, own, length, expected, truncated, seconds, seen, loops, others, tokens, ce = window.tolist()
-        self._window = torch.zeros_like(self._window)
+        self._window, self._judged = torch.zeros_like(self._window), torch.zeros_like(self._judged)
         metrics = {"kd/on_policy": own / max(1.0, examples), "gen/seconds": seconds / self.accelerator.num_processes}
         if own:
             metrics |= {"gen/length": length / own, "gen/truncated": truncated / own}

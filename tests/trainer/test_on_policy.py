@@ -275,6 +275,23 @@ def test_loops_and_other_languages_among_own_samples_are_counted_and_warned_of_o
     assert "50% of the student's own samples repeat themselves" in warned[0]
 
 
+def test_counting_goes_on_after_samples_were_judged_on_an_accelerator():
+    """On tensors without content, so that it needs no accelerator."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    ids = torch.tensor([[5, 6, 7, 2]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([[-100, -100, 7, 2]])}
+    own = OwnSamples(0.0, 1, False, None, 64, 7, str, Accelerator(cpu=True), ".")  # type: ignore[arg-type]
+    own.replace([dict(batch)], 0)
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+        values = torch.zeros(2, device="cuda")
+        own.judge(torch.tensor([-1]), torch.tensor([[True, True]]), values, values)
+    assert own._judged.device.type == "cuda"
+    own.replace([dict(batch)], 0)
+    assert own._window[0] == 2
+
+
 def test_the_entropy_is_that_of_the_distribution_that_was_sampled_from(tiny_root, tmp_path):
     """Of the first tokens, whose distributions are known; 32 draws estimate the mean within a few tenths."""
     keys = {"max_new_tokens": 1, "max_steps": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 12}
