@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from copy import copy
+from dataclasses import fields, replace
 from typing import Any, TypeGuard
 
 from llamafactory_sekd.arguments import (
@@ -19,7 +20,7 @@ from llamafactory_sekd.arguments import (
     keys_read_by,
 )
 from llamafactory_sekd.errors import ArgumentError
-from llamafactory_sekd.formula import MEAN, TEMPERATURES
+from llamafactory_sekd.formula import MEAN, TEMPERATURES, Formula, Side
 from llamafactory_sekd.presets import PRESETS, preset_of
 
 
@@ -152,6 +153,58 @@ def check_no_distillation_arguments(args: DistillationArguments, stage: str, giv
                 f"`{item.name}: {value}` belongs to the distillation stage and has no effect with `stage: {stage}`: "
                 f"remove it, or set `stage: {STAGE}`."
             )
+
+
+def idle_keys(args: DistillationArguments) -> list[str]:
+    """Return a line for each number that a run gives without changing its objective, and for what else is idle in it.
+
+    They are told and not refused: a YAML keeps them while `kd_loss` is changed on the command line.
+
+    Args:
+        args: checked keys.
+    """
+    formula, lines = args.formula(), []
+    for key in ("kd_lambda", "kd_beta", "kd_beta_end", "kd_gamma", "kd_topk", "kd_temperature"):
+        if not _is_set(args, key):
+            continue
+        without = copy(args)
+        setattr(without, key, DistillationArguments.__dataclass_fields__[key].default)
+        try:
+            changes = _simplest(without.formula()) != _simplest(formula)
+        except ArgumentError:  # it cannot be left out
+            changes = True
+        if not changes:
+            lines.append(
+                f"`{key}: {getattr(args, key)}` has no effect on the objective of this run, "
+                f"`kd_loss: {_named(args)}`: remove it, or choose an objective that reads it."
+            )
+
+    if formula.gate is not None and _simplest(formula).gate is None:
+        alike = formula.easy == formula.hard
+        why = "hard tokens have the loss of the easy ones" if alike else "its gate selects every token"
+        lines.append(f"`kd_loss: {_named(args)}` has one loss for all tokens with these keys: {why}.")
+    if all(side.kd_lambda == 0.0 for side in formula.sides) and not args.kd_on_policy:
+        lines.append("λ is 0 (`kd_lambda`): the target is the reference alone, and the teacher has no share in it.")
+    return lines
+
+
+def _simplest(formula: Formula) -> Formula:
+    """Return a formula without what no token is affected by, for comparing what two of them mean."""
+    gate, hard = formula.gate, formula.hard
+    if gate is None or hard is None:
+        return replace(formula, easy=_simplest_side(formula.easy, formula.target))
+    if gate.share == 1.0 or (formula.easy == hard and gate.cooling == 0.0):
+        return replace(formula, gate=None, easy=_simplest_side(hard, formula.target), hard=None)
+    # What a gate looks at is taken with λ and T of the easy side, whatever that side's loss is.
+    return replace(formula, hard=_simplest_side(hard, formula.target))
+
+
+def _simplest_side(side: Side, target: str) -> Side:
+    """Return a side with one value for each of the numbers that its loss does not read."""
+    is_reference_alone = target == "teacher" and side.kd_lambda == 0.0
+    if side.weight != 0.0 and not is_reference_alone:
+        return side
+    return Side((("kl", 1.0),), (), kd_lambda=0.0, skew=1.0, weight=side.weight, temperature=1.0, interpolation=1.0)
 
 
 def mixing_weights(args: DistillationArguments) -> list[float] | None:

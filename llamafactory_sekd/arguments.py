@@ -44,7 +44,7 @@ class DistillationArguments:
     )
     teacher_model_quantization_bit: int | None = field(
         default=None,
-        metadata={"help": "The number of bits to quantize the teacher to with bitsandbytes: 4 or 8 (CUDA only)."},
+        metadata={"help": "The number of bits to quantize the teacher to with bitsandbytes: 4 or 8."},
     )
     teacher_model_device: str = field(
         default=AUTO,

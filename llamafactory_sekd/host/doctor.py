@@ -56,6 +56,7 @@ def doctor(
     warnings.simplefilter("ignore")
     from rich.console import Console
 
+    from llamafactory_sekd.argument_checks import idle_keys
     from llamafactory_sekd.config import read_config
     from llamafactory_sekd.host.memory_plan import parse, run_of
     from llamafactory_sekd.host.run_names import wrong_names
@@ -97,6 +98,9 @@ def doctor(
             priced = list(price(keys, run, result.device, available, plan))
 
         report.print_remedies(console, priced, available)
+
+    for line in idle_keys(parsed.finetuning) if parsed.finetuning.use_sekd else ():
+        console.print(f"Keys: {line}", highlight=False, markup=False, soft_wrap=True)
 
     readable = False
     if not wrong_data:

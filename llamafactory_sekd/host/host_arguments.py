@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, fields
 from functools import wraps
 from typing import Any, Literal, get_args
 
-import torch
-
 from llamafactory_sekd.argument_checks import (
     check_distillation_arguments,
     check_no_distillation_arguments,
@@ -23,7 +21,12 @@ from llamafactory_sekd.errors import ArgumentError, suggestion
 from llamafactory_sekd.host.ledger import check_in_effect, sekd_requested
 from llamafactory_sekd.host.patches import STAGE_LABEL
 from llamafactory_sekd.host.run_arguments import HostArguments, choose_checkpoint
-from llamafactory_sekd.host.teacher_keys import check_devices, check_placement, check_teacher_choice
+from llamafactory_sekd.host.teacher_keys import (
+    check_devices,
+    check_placement,
+    check_quantizing,
+    check_teacher_choice,
+)
 
 
 # The distribution that the loss is an expectation over. The host's own defaults (0.95, 0.7, 50) are for chatting.
@@ -140,7 +143,7 @@ def check_together(host_parse: Callable[..., tuple[Any, ...]]) -> Callable[..., 
                 for arguments in (run.data, run.training, run.finetuning):
                     _check_amounts(arguments)
             check_placement(run)
-            _check_quantization(run.finetuning)
+            _check_quantization(run.model, run.finetuning)
             check_devices(run.finetuning)
             choose_checkpoint(run.training)
             end_rank_with_launcher()
@@ -207,7 +210,7 @@ def check_run(args: Any, *, machine: bool = True) -> None:
     _check_training_arguments(args)
     check_placement(HostArguments(args, args, args, args, args))
     if machine:
-        _check_quantization(args)
+        _check_quantization(args, args)
         check_devices(args)
 
 
@@ -281,16 +284,10 @@ def _check_metric_of_best_model(training_args: Any) -> None:
         )
 
 
-def _check_quantization(finetuning_args: Any) -> None:
+def _check_quantization(model_args: Any, finetuning_args: Any) -> None:
     bits = getattr(finetuning_args, "teacher_model_quantization_bit", None)
-    if bits is None:
-        return
-
-    if not torch.cuda.is_available():
-        raise ArgumentError(
-            f"`teacher_model_quantization_bit: {bits}` needs a CUDA device, and none is here: remove the key to load "
-            "the teacher unquantized."
-        )
+    method = getattr(model_args, "quantization_method", "bnb")
+    check_quantizing(f"teacher_model_quantization_bit: {bits}", bits, method)
 
 
 def set_sampling_defaults(args: Any, generating_args: Any) -> None:

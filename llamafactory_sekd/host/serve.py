@@ -27,7 +27,7 @@ def serve(
         list[str] | None, typer.Argument(help="key=value of LLaMA-Factory's model arguments.")
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="Its adapters, separated by commas.")] = None,
-    quantization_bit: Annotated[int | None, typer.Option(help="4 or 8, with bitsandbytes (CUDA only).")] = None,
+    quantization_bit: Annotated[int | None, typer.Option(help="4 or 8, with bitsandbytes.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16. Default: the model's, where the device has it.")
     ] = None,
@@ -43,8 +43,7 @@ def serve(
     """Serve a teacher to training runs and to `sekd cache --server` on other machines."""
     import socket
 
-    import torch
-
+    from llamafactory_sekd.host.teacher_keys import check_quantizing
     from llamafactory_sekd.teacher.cache import DTYPES
     from llamafactory_sekd.teacher.served import TOKEN
     from llamafactory_sekd.teacher.served.connection import is_loopback
@@ -62,11 +61,8 @@ def serve(
     if quantization_bit not in (None, 4, 8):
         raise ArgumentError(f"`--quantization-bit {quantization_bit}` cannot be used: choose 4 or 8.")
 
-    if quantization_bit is not None and not torch.cuda.is_available():
-        raise ArgumentError(
-            f"`--quantization-bit {quantization_bit}` needs a CUDA device, and none is here: remove it to serve the "
-            "teacher unquantized."
-        )
+    method = read_overrides(overrides or []).get("quantization_method", "bnb")
+    check_quantizing(f"--quantization-bit {quantization_bit}", quantization_bit, method)
 
     # Taken before the model is loaded, so that a port in use shows at once.
     try:

@@ -10,6 +10,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llamafactory_sekd.argument_checks import idle_keys
 from llamafactory_sekd.arguments import SELF, STAGE, DistillationArguments, keys_read_by
 from llamafactory_sekd.data.products import record_training_text
 from llamafactory_sekd.errors import DataError, HostError
@@ -298,7 +299,7 @@ def print_opening(run: HostArguments, trainer: Any) -> list[str]:
     """
     lines = opening_lines(run, trainer)
     if trainer.args.process_index == 0:
-        print("\n".join(lines), flush=True)
+        print("\n".join([*lines, *idle_keys(run.finetuning)]), flush=True)
     return lines
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,25 @@ def check_devices(finetuning_args: Any) -> None:
             f"`teacher_model_device: {name}` does not exist, this machine has {there}: choose one that it has, cpu, "
             f"or {AUTO}."
         )
+
+
+def check_quantizing(given: str, bits: int | None, method: Any = "bnb") -> None:
+    """Check that what quantizes a teacher is installed; bitsandbytes computes on a CPU as well.
+
+    Args:
+        given: the key or option with its value, for the message.
+        bits: its value.
+        method: the host's `quantization_method`; of others than bitsandbytes the host knows what they need.
+
+    Raises:
+        ArgumentError: it is not.
+    """
+    if bits is None or getattr(method, "value", method) not in ("bnb", None) or find_spec("bitsandbytes") is not None:
+        return
+    raise ArgumentError(
+        f"`{given}` needs the package bitsandbytes, which is not installed: `pip install bitsandbytes`, or remove it "
+        "to load the teacher unquantized."
+    )
 
 
 def read_deepspeed_file(key: str, source: str | Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from llamafactory_sekd.arguments import DistillationArguments
 logger = logging.get_logger(__name__)
 _WINDOWS = 3
 _NEARLY_ALL, _NEARLY_NONE = 0.98, 0.02
+_ZERO = 1e-6  # a mean loss that is rounding alone
 _MOVED = 0.3  # embeddings of tokens that do not occur never move
 
 
@@ -28,8 +29,10 @@ class WarnOfIdleRun(TrainerCallback):
     """
 
     def __init__(self, distillation: DistillationArguments) -> None:
+        self._kd_loss, self._formula = distillation.kd_loss, distillation.formula()
         # Where the share is a key of the run (top-K) or the objective has no hard tokens, it says nothing.
-        self._watches_share = distillation.kd_loss == "self_evolution"
+        gate = self._formula.gate
+        self._watches_share = gate is not None and gate.threshold is not None
         self._shares: deque[float] = deque(maxlen=_WINDOWS)
         self._weights: list[tuple[Any, torch.Tensor]] = []
         self._windows = 0
@@ -47,20 +50,35 @@ class WarnOfIdleRun(TrainerCallback):
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Judge a run of few logs as well."""
-        if state.global_step > 0:
-            self._judge_weights(state)
+        """Judge a run of few logs as well, and what it leaves behind."""
+        if state.global_step == 0:
+            return
+        self._judge_weights(state)
+        model = kwargs.get("model")
+        trained = [] if model is None else [weight for weight in model.parameters() if weight.requires_grad]
+        if state.is_world_process_zero and not all(_some_values(weight).isfinite().all() for weight in trained):
+            logger.warning_once(
+                f"The weights are not finite after {state.global_step} steps: the model cannot be used. Look at "
+                "`learning_rate`, `max_grad_norm` and the precision (float16 overflows where bfloat16 does not)."
+            )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Look at a log of the training; others have no ``loss``."""
-        if not logs or "loss" not in logs or not state.is_world_process_zero:
+        """Look at a log of the training, or at the sum of a run that has none; others have neither of the losses."""
+        if not logs or not state.is_world_process_zero:
+            return
+        if self._windows == 0 and abs(logs.get("train_loss", 1.0)) < _ZERO:
+            self._tell_of_zero("mean loss of the run is zero")
+        if "loss" not in logs:
             return
         self._windows += 1
         if self._windows >= _WINDOWS and state.global_step > args.get_warmup_steps(state.max_steps):
             self._judge_weights(state)
         loss, norm = logs["loss"], logs.get("grad_norm")
+        # transformers leaves a loss that is not finite out of what it logs (`logging_nan_inf_filter`); the student's
+        # cross-entropy shows it.
+        seen = {"loss": (loss, logs.get("kd/ce")), "gradient": (norm,)}
         broken = [
-            name for name, value in (("loss", loss), ("gradient", norm)) if value is not None and not _finite(value)
+            name for name, values in seen.items() if not all(_finite(value) for value in values if value is not None)
         ]
         if broken:
             logger.warning_once(
@@ -69,14 +87,17 @@ class WarnOfIdleRun(TrainerCallback):
                 "and the teacher's logits (`reverse_kl` is infinite where they are -inf and the student's are not)."
             )
         elif norm == 0.0 or (norm is None and loss == 0.0):
-            logger.warning_once(
-                f"The gradient of the last {args.logging_steps} steps is exactly zero: the student learns nothing. "
-                "Look at `kd_beta` (near 0 the proxy is the target), at `cutoff_len` (is a response left?) and at "
-                "`teacher_model` (is it the student?)."
-            )
+            self._tell_of_zero(f"gradient of the last {args.logging_steps} steps is exactly zero")
         if self._watches_share and "kd/hard_ratio" in logs:
             self._shares.append(logs["kd/hard_ratio"])
             self._judge_shares()
+
+    def _tell_of_zero(self, what: str) -> None:
+        of_gate = "" if self._formula.gate is None else ", at the gate of `kd_loss` (does it select a token?)"
+        logger.warning_once(
+            f"The {what}: the student learns nothing. Look at `kd_beta` (near 0 the proxy is the target){of_gate}, at "
+            "`cutoff_len` (is a response left?) and at `teacher_model` (is it the student?)."
+        )
 
     def _judge_weights(self, state: Any) -> None:
         """Warn where no weight has moved, which neither the loss nor the gradient's norm shows."""
@@ -103,17 +124,32 @@ class WarnOfIdleRun(TrainerCallback):
     def _judge_shares(self) -> None:
         if len(self._shares) < _WINDOWS:
             return
-        if min(self._shares) > _NEARLY_ALL:
-            logger.warning_once(
-                f"More than {_NEARLY_ALL:.0%} of the tokens are hard over {_WINDOWS} logging windows: nearly all "
-                "tokens are spared, and the student learns little. Choose a larger `kd_gamma`, or fine-tune the "
-                "student first (docs/choose.md)."
+        nearly_all, nearly_none = min(self._shares) > _NEARLY_ALL, max(self._shares) < _NEARLY_NONE
+        if not nearly_all and not nearly_none:
+            return
+        share = f"More than {_NEARLY_ALL:.0%}" if nearly_all else f"Less than {_NEARLY_NONE:.0%}"
+        if self._kd_loss != "self_evolution":
+            meaning = self._meaning_of_gate(nearly_all)
+        elif nearly_all:
+            meaning = (
+                "nearly all tokens are spared, and the student learns little. Choose a larger `kd_gamma`, or "
+                "fine-tune the student first (docs/choose.md)."
             )
-        elif max(self._shares) < _NEARLY_NONE:
-            logger.warning_once(
-                f"Less than {_NEARLY_NONE:.0%} of the tokens are hard over {_WINDOWS} logging windows: the objective "
-                "is `no_evolution` in all but name. Choose a smaller `kd_gamma`, or `auto` (docs/choose.md)."
+        else:
+            meaning = (
+                "the objective is `no_evolution` in all but name. Choose a smaller `kd_gamma`, or `auto` "
+                "(docs/choose.md)."
             )
+        logger.warning_once(f"{share} of the tokens are hard over {_WINDOWS} logging windows: {meaning}")
+
+    def _meaning_of_gate(self, nearly_all: bool) -> str:
+        """Return what it means that the gate of a formula selects nearly all tokens, or nearly none."""
+        used, idle = ("hard", "easy") if nearly_all else ("easy", "hard")
+        side = self._formula.hard if nearly_all else self._formula.easy
+        meaning = f"`{used}` of `kd_loss` is the loss of nearly all tokens, and `{idle}` of hardly any."
+        if side is not None and side.weight == 0.0:
+            meaning += f" The weight of `{used}` is 0: the student learns from hardly any token."
+        return f"{meaning} Look at the threshold of its gate."
 
 
 def _some_values(weight: Any) -> torch.Tensor:

@@ -178,10 +178,15 @@ class DistillationTrainer(Seq2SeqTrainer):
                 who = "teacher" if student_fits else "student"
                 logger.warning_once(
                     f"The {who}'s logits are more than a product of its LM head (adapter, quantization or FSDP1): "
-                    "the objective is computed on the logits of all response tokens at once."
+                    f"the objective is computed on the logits of all response tokens at once.{self._idle_keys()}"
                 )
 
         return self._fused
+
+    def _idle_keys(self) -> str:
+        """Return a sentence about the keys of the path inside the head, where some are set; empty where none is."""
+        names = [f"`{key}`" for key in ("kd_chunk_size", "kd_compile") if getattr(self.distillation, key)]
+        return f" {' and '.join(names)} {'have' if len(names) > 1 else 'has'} no effect." if names else ""
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as the host does, and say which metrics there are not."""

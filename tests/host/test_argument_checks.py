@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-import torch  # noqa: F401  (registers the plug-in, as in every process of the host)
+import torch
 from helpers.runs import base_config, write_yaml
 from llamafactory.hparams.parser import _TRAIN_ARGS, get_train_args
 
-from llamafactory_sekd.argument_checks import check_distillation_arguments
+from llamafactory_sekd.argument_checks import check_distillation_arguments, idle_keys
 from llamafactory_sekd.arguments import (
     KEYS,
     DistillationArguments,
     keys_read_by,
 )
 from llamafactory_sekd.errors import ArgumentError
+from llamafactory_sekd.objectives import distillation_loss
 from llamafactory_sekd.presets import PRESETS
 from llamafactory_sekd.study.matrix import has_effect
 from llamafactory_sekd.webui.page import unused_keys
@@ -53,7 +55,6 @@ BAD_KEYS = [
     ({"kd_compile": "maybe"}, ["kd_compile"]),
     ({"kd_compile": True, "kd_beta_end": 1.0}, ["kd_compile: True", "kd_beta_end"]),
     ({"teacher_model_quantization_bit": 3}, ["teacher_model_quantization_bit: 3", "4 or 8"]),
-    ({"teacher_model_quantization_bit": 4}, ["teacher_model_quantization_bit: 4", "CUDA"]),
     ({"teacher_model_device": "gpu"}, ["teacher_model_device: gpu", "auto, cpu, or cuda:N"]),
     ({"teacher_model_device": "cuda:99"}, ["teacher_model_device: cuda:99", "CUDA", "cpu"]),
     ({"teacher_model_device": "cpu", "teacher_offload": True}, ["teacher_offload: True", "device: cpu", "remove one"]),
@@ -107,6 +108,12 @@ def test_a_bad_key_is_refused_with_key_value_and_remedy_before_any_model_is_read
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_bits_of_a_teacher_that_nothing_here_can_quantize_are_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ArgumentError, match=r"`teacher_model_quantization_bit: 4` needs the package bitsandbytes"):
+        get_train_args(base_config(tmp_path, output_dir=str(tmp_path), teacher_model_quantization_bit=4))
 
 
 @pytest.mark.parametrize(
@@ -232,3 +239,65 @@ def test_the_web_ui_and_a_study_agree_with_the_checks_about_what_an_objective_re
     assert unused_keys(kd_loss) == frozenset(KEYS) - keys_read_by(kd_loss)
     assert ("kd_beta_end" in keys_read_by(kd_loss)) == ("kd_beta" in PRESETS[kd_loss].keys)
     assert PRESETS[kd_loss].keys | {"teacher_model", "kd_temperature"} <= keys_read_by(kd_loss)
+
+
+FIXED = {"divergence": "kl", "lambda": 0.3, "temperature": 2.0}
+NUMBERS = {"kd_lambda": 0.9, "kd_beta": 0.9, "kd_gamma": 1.5, "kd_topk": 0.2, "kd_temperature": 3.0}
+
+
+def loss_of(**keys):
+    """Return the loss of random tokens under the keys of a run."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(64, 24, generator=generator).mul(2) for _ in range(2))
+    labels = torch.randint(24, (64,), generator=generator)
+    args = DistillationArguments(teacher_model="t", **keys)
+    check_distillation_arguments(args)
+    return distillation_loss(student, teacher, labels, **args.objective_keywords()).loss, idle_keys(args)
+
+
+@pytest.mark.parametrize(
+    ("keys", "idle"),
+    [
+        *(({"kd_loss": name, "kd_topk": 0.5 if "topk" in name else None}, [*NUMBERS]) for name in PRESETS),
+        ({"kd_loss": FIXED}, ["kd_lambda", "kd_temperature"]),
+        ({"kd_loss": {"preset": "self_evolution", "gate": {"above": 1.0}}}, ["kd_gamma", "kd_beta"]),
+        ({"kd_loss": {"preset": "self_evolution", "gate": {"share": 0.2}}}, ["kd_gamma"]),
+        ({"kd_loss": {"preset": "self_evolution", "hard": {"skew": 0.2}}}, ["kd_beta", "kd_gamma", "kd_lambda"]),
+        ({"kd_loss": "self_evolution", "kd_beta": 1.0}, ["kd_gamma"]),
+        ({"kd_loss": "forward_kl", "kd_lambda": 0.0}, ["kd_temperature", "kd_beta"]),
+        ({"kd_loss": "skew_teacher", "kd_lambda": 0.0}, ["kd_temperature", "kd_beta"]),
+        ({"kd_loss": "verified_reference", "kd_lambda": 0.0}, ["kd_temperature", "kd_gamma"]),
+    ],
+    ids=str,
+)
+def test_a_number_is_told_as_idle_exactly_where_it_changes_no_tokens_loss(keys, idle):
+    before, _ = loss_of(**keys)
+    for key in idle:
+        try:
+            after, lines = loss_of(**{**keys, key: NUMBERS[key]})
+        except ArgumentError:  # refused, which is louder
+            assert key not in keys_read_by(keys["kd_loss"])
+            continue
+        told = [line for line in lines if line.startswith(f"`{key}: {NUMBERS[key]}` has no effect")]
+        assert bool(told) == torch.equal(before, after), (key, lines)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"kd_loss": "self_evolution_topk", "kd_topk": 1.0}, "its gate selects every token"),
+        ({"kd_beta": 1.0}, "hard tokens have the loss of the easy ones"),
+        ({"kd_loss": {"preset": "entropy_gate", "gate": {"share": 1}}}, "its gate selects every token"),
+        ({"kd_loss": "tvd", "kd_lambda": 0.0}, "the teacher has no share"),
+        ({"kd_loss": {"preset": "skew", "easy": {"lambda": 0}}}, "the teacher has no share"),
+    ],
+    ids=str,
+)
+def test_an_objective_that_is_another_in_all_but_name_is_told(keys, words):
+    (line,) = loss_of(**keys)[1]
+    assert words in line
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_an_objective_with_the_keys_as_they_come_has_nothing_idle(name):
+    assert not loss_of(kd_loss=name, kd_topk=0.5 if "topk" in name else None)[1]

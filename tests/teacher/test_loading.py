@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch  # noqa: F401  (registers the plug-in, as in every process of the host)
-from helpers.runs import base_config, train
+from helpers.runs import base_config, logged, train
 from llamafactory.data.template import TEMPLATES
 from llamafactory.hparams import DataArguments, FinetuningArguments, ModelArguments
 from transformers import AutoTokenizer
@@ -115,3 +115,22 @@ def test_a_chat_teacher_and_a_base_student_train_and_the_end_token_is_told(tiny_
         logging.getLogger("transformers").propagate = True
         train(base_config(root, output_dir=str(tmp_path / "out"), template="qwen", max_steps=1))
     assert "Student and teacher both use the end token '<|im_end|>'" in caplog.text
+
+
+@pytest.mark.parametrize(("bits", "distance"), [(8, 0.01), (4, 0.1)])
+def test_a_quantized_teacher_trains_and_serves_on_this_machine_and_stays_near_the_one_that_is_not(
+    tiny_root, tmp_path, bits, distance
+):
+    pytest.importorskip("bitsandbytes", reason="the host needs bitsandbytes for it, which is not installed")
+    from llamafactory_sekd.host.serve import make_service
+
+    answers = []
+    for name, given in (("none", None), ("bits", bits)):
+        out = str(tmp_path / name)
+        train(base_config(tiny_root, output_dir=out, max_steps=1, teacher_model_quantization_bit=given))
+        answers.append(logged(tmp_path / name, "kd/teacher_ce")[0])
+    assert answers[0] != answers[1]
+    assert answers[1] == pytest.approx(answers[0], rel=distance)
+    limits = {"batch_tokens": 64, "max_bytes": 2**20, "token": None, "adapters": None, "dtype": None, "overrides": []}
+    _, line = make_service(str(tiny_root / "teacher"), quantization_bit=bits, **limits)
+    assert "hidden states and top-k" in line  # bitsandbytes leaves the head as it is

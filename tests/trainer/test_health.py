@@ -33,6 +33,40 @@ def test_a_share_of_hard_tokens_that_says_nothing_is_told(tiny_root, tmp_path, s
     assert "docs/choose.md" in said.text.replace("\n", " ")
 
 
+@pytest.mark.parametrize(
+    ("kd_loss", "words"),
+    [
+        ({"preset": "self_evolution", "gate": {"above": 1e9}}, "Less than 2%"),
+        ({"preset": "entropy_forward", "gate": {"above": 99}}, "`easy` of `kd_loss` is the loss of nearly all"),
+        ({"preset": "acceptance_gate", "gate": {"above": 2}}, "the student learns from hardly any token"),
+        ({"preset": "entropy_forward", "gate": {"above": -1}}, "`hard` of `kd_loss` is the loss of nearly all"),
+    ],
+    ids=str,
+)
+def test_a_gate_of_any_objective_that_selects_nearly_all_tokens_or_none_is_told(
+    tiny_root, tmp_path, said, kd_loss, words
+):
+    run(tiny_root, tmp_path, kd_loss=kd_loss, max_steps=3)
+    assert words in said.text
+    assert "kd_gamma" not in said.text
+
+
+@pytest.mark.parametrize("logging_steps", [1, 50])
+def test_a_run_that_breaks_is_told_where_the_host_keeps_it_out_of_the_log(tiny_root, tmp_path, said, logging_steps):
+    keys = {"learning_rate": 1e30, "max_grad_norm": 0, "max_steps": 3, "logging_steps": logging_steps}
+    run(tiny_root, tmp_path, kd_loss="forward_kl", **keys)
+    assert "The weights are not finite after 3 steps" in said.text
+    assert ("the last 1 steps is not finite" in said.text) == (logging_steps == 1)
+    assert "exactly zero" not in said.text
+
+
+def test_a_run_without_a_log_whose_loss_is_zero_is_told_though_its_weights_decay(tiny_root, tmp_path, said):
+    keys = {"teacher_model": str(tiny_root / "student"), "kd_loss": "forward_kl", "kd_lambda": 1.0}
+    run(tiny_root, tmp_path, weight_decay=0.1, logging_steps=50, max_steps=2, **keys)
+    assert "The mean loss of the run is zero: the student learns nothing" in said.text
+    assert "No weight has moved" not in said.text
+
+
 @pytest.mark.parametrize("steps", [2, 4])
 @pytest.mark.parametrize("keys", [{"learning_rate": 1e-12}, {"adam_epsilon": 1e12}], ids=["rate", "epsilon"])
 def test_weights_that_do_not_move_are_told(tiny_root, tmp_path, said, steps, keys):
