@@ -7,7 +7,8 @@ parameters that end their sentences as translators do (tests/helpers/length_mode
 
 - generation: the samples of a step, 4 micro-batches of 8, against `model.generate` per micro-batch, padded, as TRL's
   GKD trainer calls it;
-- step: an on-policy step against an SFT step on the same text, the teacher's forward pass and the generation;
+- step: an on-policy step against an SFT step on the same text, the teacher's forward pass and the generation; and one
+  of four steps that use the same samples (`kd_on_policy_every: 4`) against a step that draws its own;
 - translate: `sekd translate` against the host's `do_predict`, sentences per second, the same output;
 - mbr: choosing among 16 samples by chrF against generating them.
 """
@@ -193,8 +194,7 @@ def step(student: Path, teacher: Path, pairs: Sequence[Any], arguments: argparse
         with torch.no_grad():
             return frozen.model(ids, attention_mask=mask).last_hidden_state[predicts]
 
-    def whole() -> None:
-        samples = our_samples(model, prompts)
+    def train(samples: Sequence[list[int]]) -> None:
         ids, mask, predicts, targets = batch(samples)
         answer = Head(ask(samples), their_head.weight, None, len(their_head.weight), torch.float32)
         hidden = model.model(ids, attention_mask=mask).last_hidden_state[predicts]
@@ -205,15 +205,22 @@ def step(student: Path, teacher: Path, pairs: Sequence[Any], arguments: argparse
         output.loss.backward()
         model.zero_grad()
 
+    def on_policy(steps: int) -> None:
+        samples = our_samples(model, prompts)
+        for _ in range(steps):
+            train(samples)
+
     times = in_turns(
         arguments.rounds,
-        whole=whole,
+        whole=lambda: on_policy(1),
+        four=lambda: on_policy(4),
         sft=lambda: sft(made),
         teacher=lambda: their_head(ask(made)),
         generation=lambda: our_samples(model, prompts),
     )
-    ratios = [w / (a + b + c) for w, a, b, c in zip(*times.values(), strict=True)]
-    return {"ratio": statistics.median(ratios), "seconds": times}
+    ratios = [w / (a + b + c) for w, _, a, b, c in zip(*times.values(), strict=True)]
+    used = [four / 4 / whole for whole, four in zip(times["whole"], times["four"], strict=True)]
+    return {"ratio": statistics.median(ratios), "four_uses": statistics.median(used), "seconds": times}
 
 
 def translate(folder: Path, model: Path, pairs: Sequence[Any], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -295,6 +302,9 @@ def report(result: dict[str, Any]) -> None:
         if part in result:
             sign = "at least" if part == "translate" else "at most"
             table.add_row(words[part], f"{sign} {goal}", f"{result[part]['ratio']:.2f}")
+    if "step" in result:
+        words_of_uses = "a step of four that use the same samples / one that draws its own"
+        table.add_row(words_of_uses, "", f"{result['step']['four_uses']:.2f}")
     Console().print(table)
 
 

@@ -207,8 +207,8 @@ class DistillationArguments:
         default=1,
         metadata={
             "help": (
-                "Draw own samples once in so many steps, for all of these steps: fewer and larger batches of "
-                "generation, and samples that are up to that number less one steps old."
+                "Use each own sample in so many steps, one after the other, which train on the same examples: an "
+                "epoch has so many times the steps, and generation a smaller share of each."
             )
         },
     )

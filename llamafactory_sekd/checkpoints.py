@@ -31,7 +31,7 @@ class DistillationState:
         teacher: fingerprint of the teacher's files, None where it came from a hub.
         window: sums of the metrics since the last log, over all ranks (see ``TokenMeans``).
         adaptive: the sums behind the keys that follow the training, over all ranks (see ``AdaptiveKeys``).
-        own_samples: the student's samples for steps to come, of all ranks, by example (see ``OwnSamples``).
+        own_samples: the student's samples that further steps use, of all ranks, by example (see ``OwnSamples``).
     """
 
     teacher: str | None = None

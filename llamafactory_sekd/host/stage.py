@@ -238,7 +238,8 @@ def own_samples_of(run: HostArguments, template: Any, tokenizer: Any) -> Callabl
 
     from llamafactory_sekd.data.languages import differs_in_language
     from llamafactory_sekd.evaluation.guards import has_loop
-    from llamafactory_sekd.trainer.on_policy import Look, OwnSamples
+    from llamafactory_sekd.trainer.on_policy import OwnSamples
+    from llamafactory_sekd.trainer.own_sample_logs import Look, OwnSampleLog
     from llamafactory_sekd.trainer.sampling import Sampling
 
     def look(sample: list[int], reference: list[int]) -> Look:
@@ -254,17 +255,23 @@ def own_samples_of(run: HostArguments, template: Any, tokenizer: Any) -> Callabl
         stop_ids=tuple(template.get_stop_token_ids(tokenizer)),
         pad_id=tokenizer.pad_token_id,
     )
+    every = run.finetuning.kd_on_policy_every
     return lambda accelerator: OwnSamples(
         share=run.finetuning.kd_on_policy,
-        every=run.finetuning.kd_on_policy_every,
+        every=every,
         drop_truncated=run.finetuning.kd_on_policy_truncated == "drop",
         sampling=sampling,
         cutoff_len=run.data.cutoff_len,
         seed=run.training.seed,
-        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
         accelerator=accelerator,
-        output_dir=run.training.output_dir,
-        look=look,
+        log=OwnSampleLog(
+            sampling,
+            every,
+            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+            accelerator=accelerator,
+            output_dir=run.training.output_dir,
+            look=look,
+        ),
         search=_search(sampling),
     )
 

@@ -40,6 +40,10 @@ class Sampling:
         """Tell whether samples are draws from the student's own distribution."""
         return self.do_sample and self.temperature == 1.0 and self.top_k <= 0 and self.top_p >= 1.0
 
+    def is_truncated(self, sample: list[int]) -> bool:
+        """Tell whether a sample hit the limit: it does not end with a stop token."""
+        return sample[-1] not in self.stop_ids
+
     def warpers(self) -> LogitsProcessorList:
         """Return what turns logits into those that are sampled from."""
         processors = LogitsProcessorList()

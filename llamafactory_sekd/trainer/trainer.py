@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Seq2SeqTrainer
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, has_length
 from transformers.utils import logging
 
 from llamafactory_sekd.arguments import DistillationArguments
@@ -35,13 +33,12 @@ from llamafactory_sekd.objectives import (
 )
 from llamafactory_sekd.teacher import TeacherSource
 from llamafactory_sekd.trainer.adaptive import AdaptiveKeys, EndOfStep
+from llamafactory_sekd.trainer.batches import RepeatedSteps, hold_epoch, is_empty
 from llamafactory_sekd.trainer.health import Finished, StopWhenFinished, WarnOfIdleRun
 from llamafactory_sekd.trainer.metrics import METRICS, NONFINITE, TokenMeans
 from llamafactory_sekd.trainer.on_policy import OWN, OwnSamples
-from llamafactory_sekd.trainer.order import hold_epoch
-from llamafactory_sekd.trainer.router import RouterLoss
 from llamafactory_sekd.trainer.token_difficulty import TokenSums, WriteTokenTable, save_sums
-from llamafactory_sekd.trainer.training_step import TokenGroup, TrainingStep, groups_of_tokens
+from llamafactory_sekd.trainer.training_step import RouterLoss, TokenGroup, TrainingStep, groups_of_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -91,7 +88,6 @@ class DistillationTrainer(Seq2SeqTrainer):
         self.formula = distillation.formula()
         self.train_means, self.eval_means = self._new_means(), self._new_means()
         self.own_samples = make_own_samples(self.accelerator) if make_own_samples else None
-        self._batches_ahead: deque[dict[str, Any]] = deque()
         self._fused: bool | None = None
         self._chunk_size: int | None = None
         self._student_transform: LogitTransform | None = None
@@ -154,7 +150,7 @@ class DistillationTrainer(Seq2SeqTrainer):
             self.adaptive.add(statistics)
             self.token_sums.add(targets, statistics)
             if self.own_samples is not None and numbers is not None:
-                self.own_samples.judge(numbers, rows, statistics.ce, statistics.teacher_ce)
+                self.own_samples.log.judge(numbers, rows, statistics.ce, statistics.teacher_ce)
 
         means = self.train_means if model.training else self.eval_means
         who = self.teacher.who_answers(batch, rows) if self.teacher.names else None
@@ -206,42 +202,50 @@ class DistillationTrainer(Seq2SeqTrainer):
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
-        """Return the host's, which after a restart continues in the order in which it was interrupted."""
+        """Return the host's, whose order after a restart is as before, with each step as often as it is trained."""
         loader = super().get_train_dataloader()
-        self._batches_ahead.clear()  # of a training that was stopped
         hold_epoch(loader)
+        if self._uses == 1:
+            return loader
+
+        accumulation = self.args.gradient_accumulation_steps
+        loader = RepeatedSteps(loader, accumulation, self._uses, self._without_repeated, self._current_epoch)
+        text = f"Own samples: each is used in {self._uses} steps"
+        if has_length(loader):
+            steps = len(loader) // accumulation
+            text += f", so an epoch has {steps:,} steps in place of {steps // self._uses:,}"
+        if self.args.process_index == 0:
+            print(f"{text} (`kd_on_policy_every`).", flush=True)
         return loader
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         """Return the micro-batches of a step; samples that only fill up the epoch's last batch have no labels."""
-        batches: Iterator[Any] = map(self._without_repeated, epoch_iterator)
-        if self.own_samples is not None:
-            batches = self._with_samples_drawn(batches, self.own_samples)
-        return super().get_batch_samples(batches, *args, **kwargs)
+        if self._uses == 1:
+            epoch_iterator = map(self._without_repeated, epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, *args, **kwargs)
 
-    def _with_samples_drawn(self, batches: Iterator[Any], own_samples: OwnSamples) -> Iterator[Any]:
-        """Yield ``batches``, with own samples drawn for those of this step and of the steps that follow it.
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Train on a micro-batch as the host does; an empty one has neither loss nor gradient."""
+        if is_empty(inputs):
+            return torch.zeros((), device=self.args.device)
+        return super().training_step(model, inputs, *args, **kwargs)
 
-        The steps in which samples are drawn are multiples of `kd_on_policy_every`, and the first of an epoch.
-        """
-        if not self._batches_ahead:
-            done = self.state.global_step
-            steps = min(own_samples.every - done % own_samples.every, self.state.max_steps - done)
-            self._batches_ahead.extend(islice(batches, steps * self.args.gradient_accumulation_steps))
-            model = self.accelerator.unwrap_model(self.model_wrapped)
-            own_samples.draw(model, list(self._batches_ahead), self._current_epoch())
-        while self._batches_ahead:
-            yield self._batches_ahead.popleft()
+    @property
+    def _uses(self) -> int:
+        """How many steps, one after the other, train on the same micro-batches."""
+        return self.own_samples.every if self.own_samples is not None else 1
 
     def _current_epoch(self) -> int:
-        # `state.epoch` is an integer after an epoch's last step; rounding must not leave it just below.
-        return int((self.state.epoch or 0.0) + 1e-6)
+        # `state.epoch` is an integer after an epoch's last step; rounding must not leave it just below, and not take
+        # an epoch of a million steps for over before its last one.
+        return int((self.state.epoch or 0.0) + 1e-9)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """Replace responses by own samples before the tokens of the step are counted."""
         if self.own_samples is not None and batch_samples:
-            self.own_samples.replace(batch_samples, self._current_epoch())
-            self.teacher.announce(batch_samples)
+            model = self.accelerator.unwrap_model(self.model_wrapped)
+            self.own_samples.replace(model, batch_samples, self._current_epoch())
+            self.teacher.announce([batch for batch in batch_samples if not is_empty(batch)])
 
         return super()._get_num_items_in_batch(batch_samples, device)
 
@@ -294,8 +298,8 @@ class DistillationTrainer(Seq2SeqTrainer):
             self._refuse_a_broken_teacher(metrics)
             metrics |= self.adaptive.logs() | self.router_loss.logs(self.accelerator)
             if self.own_samples is not None:
-                metrics |= self.own_samples.logs()
-                self.own_samples.write(self.state.global_step)
+                metrics |= self.own_samples.log.means()
+                self.own_samples.log.write(self.state.global_step)
             logs = {**logs, **{name: round(value, 6) for name, value in metrics.items()}}
             beta, end = self.distillation.kd_beta, self.distillation.kd_beta_end
             if end is not None:
@@ -341,7 +345,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         super()._save_rng_state(output_dir)
         window = self.train_means.total(self.accelerator)
         tokens = self.token_sums.total(self.accelerator)
-        samples = self.own_samples.state() if self.own_samples is not None else {}
+        samples = self.own_samples.state(self.state.global_step) if self.own_samples is not None else {}
         if self.args.should_save:
             DistillationState(self.teacher_fingerprint, window, self.adaptive.state(), samples).save(output_dir)
             save_sums(tokens, output_dir)

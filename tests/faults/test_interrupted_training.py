@@ -41,7 +41,7 @@ def test_ctrl_c_is_one_line_and_the_same_command_continues(tiny_root, tmp_path, 
 
 def test_a_run_on_own_samples_that_is_killed_ends_as_an_uninterrupted_one(tiny_root, tmp_path):
     """Killed between two drawings, whose samples are from weights that are gone."""
-    keys = {"kd_on_policy": 0.5, "kd_on_policy_every": 50, "max_new_tokens": 12, "per_device_train_batch_size": 1}
+    keys = {"kd_on_policy": 1.0, "kd_on_policy_every": 50, "max_new_tokens": 12, "per_device_train_batch_size": 2}
     keys |= {"max_steps": 60, "use_cpu": True, "learning_rate": 0.01, **SAVING, "save_steps": 3}
 
     def config(name: str) -> str:
@@ -53,7 +53,7 @@ def test_a_run_on_own_samples_that_is_killed_ends_as_an_uninterrupted_one(tiny_r
     wait_for(lambda: (tmp_path / "killed" / "checkpoint-9" / "trainer_state.json").exists(), process)
     process.send_signal(signal.SIGKILL)
     assert process.completed().returncode != 0
-    assert not (tmp_path / "killed" / "checkpoint-60").exists()
+    assert not (tmp_path / "killed" / "checkpoint-51").exists()
     for name in ("killed", "complete"):
         done = forked([CLI, "train", config(name)])
         assert done.returncode == 0, done.stderr[-3000:]

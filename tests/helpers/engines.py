@@ -73,10 +73,11 @@ def trainings(root: Path, out: Path, ranks: int, fsdp1: bool = False, **engine: 
     }
     configs.append(base_config(root, output_dir=str(out / "uneven"), **{**common, **uneven}))
     if not fsdp1:  # which refuses own samples
-        # So few that in some steps only one of the ranks has any.
-        own = {"kd_loss": "reverse_kl", "kd_on_policy": 0.15, "kd_on_policy_every": 2}
-        own |= {"max_new_tokens": 8, "max_steps": 3}
-        configs.append(base_config(root, output_dir=str(out / "on_policy"), **common, **own))
+        # So few that in some steps only one of the ranks has any. The epoch's second step has a single micro-batch of
+        # four examples, all of which one of the ranks has.
+        own = {"kd_loss": "reverse_kl", "kd_on_policy": 0.15, "kd_on_policy_every": 2, "max_samples": 28}
+        own |= {"max_new_tokens": 8, "max_steps": 5, "gradient_accumulation_steps": 3}
+        configs.append(base_config(root, output_dir=str(out / "on_policy"), **{**common, **own}))
     return configs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from llamafactory_sekd.data.languages import parse_direction
 from llamafactory_sekd.data.prompts import prompt
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.trainer.on_policy import OwnSamples
-from llamafactory_sekd.trainer.sampling import as_generator, draw
+from llamafactory_sekd.trainer.own_sample_logs import Look, OwnSampleLog
+from llamafactory_sekd.trainer.sampling import Sampling, as_generator, draw
 
 
 def run(root: Path, out: Path, **keys: Any) -> Path:
@@ -113,29 +115,80 @@ def rows(out: Path) -> list[list[str]]:
     return [sorted(json.loads(line)["sample"] for line in path.read_text().splitlines()) for path in files]
 
 
-def test_samples_that_are_drawn_ahead_are_those_of_the_weights_at_that_step(tiny_root, tmp_path):
-    """Six steps of an epoch and two of the next: drawings for 4, 2 and 2 steps."""
-    keys = {"kd_on_policy": 1.0, "max_steps": 8, "per_device_train_batch_size": 2, "max_samples": 12}
-    keys |= {"disable_shuffling": True, "learning_rate": 0.05}
-    ahead = run(tiny_root, tmp_path / "ahead", kd_on_policy_every=4, **keys)
-    frozen = run(tiny_root, tmp_path / "frozen", **{**keys, "learning_rate": 1e-30})
+def test_n_steps_use_the_samples_of_the_first_and_then_new_ones_are_drawn(tiny_root, tmp_path):
+    """Three steps of an epoch in its twelve, and three of the next."""
+    keys = {"kd_on_policy": 1.0, "max_steps": 15, "max_samples": 12, "learning_rate": 0.01}
+    used = run(tiny_root, tmp_path / "used", kd_on_policy_every=4, **keys)
     each = run(tiny_root, tmp_path / "each", **keys)
-    assert rows(ahead)[:4] == rows(frozen)[:4]
-    assert rows(ahead)[4:6] != rows(frozen)[4:6]
-    assert rows(ahead)[0] == rows(each)[0]
-    assert rows(ahead)[1:4] != rows(each)[1:4]
-    seconds = logged(ahead, "gen/seconds")
-    assert {step for step, value in enumerate(seconds) if value > max(seconds) / 20} >= {0, 4, 6}
-    assert "kd/entropy" not in json.loads((ahead / "trainer_state.json").read_text())["log_history"][0]
+    steps = rows(used)
+    windows = [steps[start : start + 4] for start in range(0, 15, 4)]
+    assert all(window == [window[0]] * len(window) for window in windows)
+    assert len({str(window[0]) for window in windows}) == 4
+    assert steps[0] == rows(each)[0]
+    history = json.loads((used / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "gen/seconds" in entry] == [1, 5, 9, 13]
+    assert all("gen/length" in entry and "kd/entropy" not in entry for entry in history if "loss" in entry)
+    judged = [json.loads((used / "samples" / f"step-{step}.jsonl").read_text().splitlines()[0]) for step in (1, 4)]
+    assert all(entry["teacher_logprob"] < 0 for entry in judged)
 
 
-def test_one_drawing_for_all_steps_at_a_tiny_rate_equals_one_for_each(tiny_root, tmp_path):
-    keys = {"kd_on_policy": 0.7, "max_steps": 5, "learning_rate": 1e-30, "gradient_accumulation_steps": 2}
-    each = run(tiny_root, tmp_path / "each", **keys)
-    ahead = run(tiny_root, tmp_path / "ahead", kd_on_policy_every=3, **keys)
-    assert rows(ahead) == rows(each)
-    assert logged(ahead, "loss") == logged(each, "loss")
-    assert logged(ahead, "kd/on_policy") == logged(each, "kd/on_policy")
+def test_n_steps_at_a_tiny_rate_have_the_loss_of_the_first(tiny_root, tmp_path):
+    keys = {"kd_on_policy": 0.7, "max_steps": 9, "learning_rate": 1e-30, "gradient_accumulation_steps": 2}
+    keys |= {"disable_shuffling": True}
+    used = run(tiny_root, tmp_path / "used", kd_on_policy_every=3, **keys)
+    each = run(tiny_root, tmp_path / "each", **{**keys, "max_steps": 3})
+    for key in ("loss", "kd/on_policy", "gen/length", "gen/truncated", "kd/difficulty"):
+        assert logged(used, key) == [value for value in logged(each, key) for _ in range(3)], key
+
+
+@pytest.mark.parametrize(
+    ("records", "keys", "steps"),
+    [
+        (16, {}, 4),  # of 4 examples each
+        (16, {"gradient_accumulation_steps": 2}, 2),
+        (20, {"gradient_accumulation_steps": 2}, 3),  # the last has one micro-batch
+        (18, {"gradient_accumulation_steps": 2}, 3),  # of two examples
+        (18, {"gradient_accumulation_steps": 4}, 2),
+        (18, {"gradient_accumulation_steps": 4, "group_by_length": True}, 2),
+        (14, {"dataloader_drop_last": True}, 3),
+        (3, {"gradient_accumulation_steps": 2}, 1),
+    ],
+)
+def test_an_epoch_trains_each_example_n_times_in_n_times_the_steps(tiny_root, tmp_path, capsys, records, keys, steps):
+    """In the last steps as well, whose micro-batches are fewer or hold fewer examples; with the loss of each."""
+    keys = {"max_samples": records, "max_steps": -1, "num_train_epochs": 2, "learning_rate": 1e-30, **keys}
+    keys |= {"kd_on_policy": 0.5, "do_sample": False}
+    once = run(tiny_root, tmp_path / "once", **keys)
+    assert "Own samples: each is used" not in capsys.readouterr().out
+    used = run(tiny_root, tmp_path / "used", kd_on_policy_every=3, **keys)
+    said = f"Own samples: each is used in 3 steps, so an epoch has {3 * steps} steps in place of {steps}"
+    assert capsys.readouterr().out.count(said) == 1
+    state = json.loads((used / "trainer_state.json").read_text())
+    assert state["global_step"] == state["max_steps"] == 2 * 3 * steps
+    assert state["epoch"] == 2
+    for key in ("loss", "kd/on_policy"):
+        assert logged(used, key) == [value for value in logged(once, key) for _ in range(3)], key
+    counts = [table(out) for out in (used, once)]
+    assert counts[0] == {token: 3 * count for token, count in counts[1].items()}
+
+
+def test_a_streamed_data_set_is_repeated_as_well(tiny_root, tmp_path):
+    """Two steps of ten examples, and the first of the next pass over them."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "tiny.json").write_text(json.dumps(json.loads((tiny_root / "data" / "tiny.json").read_text())[:10]))
+    (data / "dataset_info.json").write_text((tiny_root / "data" / "dataset_info.json").read_text())
+    keys = {"kd_on_policy": 1.0, "kd_on_policy_every": 2, "streaming": True, "dataset_dir": str(data), "max_steps": 6}
+    keys |= {"dataloader_num_workers": 1}  # a stream without any has no parts, and no examples
+    steps = rows(run(tiny_root, tmp_path / "out", gradient_accumulation_steps=2, learning_rate=0.01, **keys))
+    assert [len(step) for step in steps] == [8, 8, 2, 2, 8, 8]
+    assert steps[::2] == steps[1::2]
+
+
+def table(out: Path) -> dict[str, int]:
+    """How often each token was trained on."""
+    with (out / "token_difficulty.csv").open(newline="") as file:
+        return {row["id"]: int(row["count"]) for row in csv.DictReader(file)}
 
 
 def test_a_student_that_shares_the_teachers_base_samples_with_its_adapter(tiny_root, tmp_path):
@@ -149,14 +202,25 @@ def test_a_student_that_shares_the_teachers_base_samples_with_its_adapter(tiny_r
     assert logged(trained, "kd/teacher_kl")[-1] > 1e-3  # the teacher answers without it
 
 
-@pytest.mark.parametrize("every", [3, 100])
-def test_a_run_that_is_resumed_between_two_drawings_equals_an_uninterrupted_one(tiny_root, tmp_path, every):
-    keys = {"kd_on_policy": 0.5, "save_strategy": "steps", "save_steps": 2, "max_steps": 6, "learning_rate": 0.05}
-    keys |= {"kd_on_policy_every": every, "per_device_train_batch_size": 2}
-    complete = run(tiny_root, tmp_path / "complete", **keys)
-    resumed = run(tiny_root, tmp_path / "resumed", resume_from_checkpoint=str(complete / "checkpoint-2"), **keys)
+@pytest.fixture(scope="module")
+def complete(tiny_root, tmp_path_factory) -> Path:
+    """Two epochs of three steps, each of which comes three times, with every checkpoint."""
+    return run(tiny_root, tmp_path_factory.mktemp("complete") / "out", **REPEATED)
+
+
+REPEATED = {"kd_on_policy": 0.5, "kd_on_policy_every": 3, "save_strategy": "steps", "save_steps": 1}
+REPEATED |= {"max_steps": -1, "num_train_epochs": 2, "learning_rate": 0.05, "max_samples": 10}
+REPEATED |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+
+
+# Between two drawings, before one, in the short step at the end of the epoch, at its end, and in the next epoch.
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 8, 9, 11, 17])
+def test_a_run_that_is_resumed_between_two_drawings_equals_an_uninterrupted_one(tiny_root, tmp_path, complete, step):
+    checkpoint = str(complete / f"checkpoint-{step}")
+    resumed = run(tiny_root, tmp_path / "resumed", resume_from_checkpoint=checkpoint, **REPEATED)
     assert same(complete, resumed)
-    assert rows(complete)[2:] == rows(resumed)
+    assert rows(complete)[step:] == rows(resumed)
+    assert table(complete) == table(resumed)
 
 
 @pytest.mark.parametrize(
@@ -216,13 +280,19 @@ def test_an_exception_inside_generation_leaves_the_model_as_it_was(tiny_root):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def own_samples(share: float, every: int = 1, look: Any = lambda sample, reference: Look(False, False)) -> OwnSamples:
+    sampling, accelerator = Sampling(True, 1.0, 1.0, 0, 4, (2,), 0), Accelerator(cpu=True)
+    log = OwnSampleLog(sampling, every, str, accelerator, ".", look)
+    return OwnSamples(share, every, False, sampling, 64, 7, accelerator, log)
+
+
 def test_the_share_is_the_same_choice_in_any_batch():
     """What a hash of the example decides cannot depend on its neighbors."""
     ids = torch.randint(3, 90, (64, 12), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
     labels[:, :6] = -100
     mask = torch.ones_like(ids)
-    own = OwnSamples(0.3, 1, False, None, 64, 7, str, Accelerator(cpu=True), ".")  # type: ignore[arg-type]
+    own = own_samples(0.3)
     chosen = {e.row for e in own._choose({"input_ids": ids, "attention_mask": mask, "labels": labels}, 0, epoch=0)}
     apart = {
         row
@@ -235,13 +305,13 @@ def test_the_share_is_the_same_choice_in_any_batch():
     assert 8 < len(chosen) < 32
 
 
-def test_loops_and_other_languages_among_own_samples_are_counted_and_warned_of_once(caplog, monkeypatch):
+@pytest.mark.parametrize("every", [1, 2])
+def test_loops_and_other_languages_among_own_samples_are_counted_and_warned_of_once(caplog, monkeypatch, every):
+    """After sixteen different samples, however often each is used."""
     from transformers.utils import logging as host_logging
 
     from llamafactory_sekd.data.languages import differs_in_language
     from llamafactory_sekd.evaluation.guards import has_loop
-    from llamafactory_sekd.trainer.on_policy import Look
-    from llamafactory_sekd.trainer.sampling import Sampling
 
     german = "Die alte Brücke über den Fluss war letzten Sommer wegen Reparaturen gesperrt."
     texts = {
@@ -253,26 +323,38 @@ def test_loops_and_other_languages_among_own_samples_are_counted_and_warned_of_o
     def look(sample: list[int], reference: list[int]) -> Look:
         return Look(has_loop(texts[sample[0]]), differs_in_language(texts[sample[0]], texts[reference[0]]))
 
-    monkeypatch.setattr(host_logging.get_logger("llamafactory_sekd.trainer.on_policy"), "propagate", True)
-    sampling = Sampling(True, 1.0, 1.0, 0, 4, (2,), 0)
-    own = OwnSamples(1.0, 1, False, sampling, 64, 7, str, Accelerator(cpu=True), ".", look)
+    monkeypatch.setattr(host_logging.get_logger("llamafactory_sekd.trainer.own_sample_logs"), "propagate", True)
+    own = own_samples(1.0, every, look)
     ids = torch.tensor([[5 + row, 6, 1, 2] for row in range(8)])
     labels = torch.tensor([[-100, -100, 1, 2]] * 8)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    monkeypatch.setattr(own, "_generate", lambda model, examples: [[1, 2]] + [[2, 2]] * 3 + [[3, 2]] * 4)
-    for _ in range(3):
-        own.draw(None, [batch], 0)
-        own.replace([dict(batch)], 0)
-    logs = own.logs()
-    assert logs["gen/loops"] == 0.5
-    assert logs["gen/other_language"] == 0.375
-    own.draw(None, [batch], 0)
-    own.replace([dict(batch)], 0)
-    own.replace([dict(batch)], 0)
-    own.logs()
-    warned = [record.getMessage() for record in caplog.records if "own samples" in record.getMessage()]
-    assert len(warned) == 1
-    assert "50% of the student's own samples repeat themselves" in warned[0]
+    drawn = []
+
+    def generate(model, examples):
+        drawn.append(len(examples))
+        return [[1, 2]] + [[2, 2]] * 3 + [[3, 2]] * 4
+
+    def warned() -> list[str]:
+        own.log.means()
+        return [record.getMessage() for record in caplog.records if "own samples" in record.getMessage()]
+
+    monkeypatch.setattr(own, "_generate", generate)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            own.replace(None, [dict(batches.pop())], 0)
+
+    drawings = [{name: value.clone() for name, value in batch.items()} for _ in range(8)]
+    batches = [batch for batch in drawings for _ in range(every)]
+    train(every + 1)  # one drawing, and the first step of the next
+    assert own.log._window[-3:].tolist() == [8 * (every + 1), 4 * (every + 1), 3 * (every + 1)]
+    assert len(warned()) == (every == 1)
+    train(3 * every - 1)
+    assert drawn == [8] * 4
+    (text,) = warned()
+    assert "50% of the student's own samples repeat themselves" in text
+    train(4 * every)
+    assert len(warned()) == 1
 
 
 def test_counting_goes_on_after_samples_were_judged_on_an_accelerator():
@@ -282,14 +364,14 @@ def test_counting_goes_on_after_samples_were_judged_on_an_accelerator():
 
     ids = torch.tensor([[5, 6, 7, 2]])
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([[-100, -100, 7, 2]])}
-    own = OwnSamples(0.0, 1, False, None, 64, 7, str, Accelerator(cpu=True), ".")  # type: ignore[arg-type]
-    own.replace([dict(batch)], 0)
+    own = own_samples(0.0)
+    own.replace(None, [dict(batch)], 0)
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
         values = torch.zeros(2, device="cuda")
-        own.judge(torch.tensor([-1]), torch.tensor([[True, True]]), values, values)
-    assert own._judged.device.type == "cuda"
-    own.replace([dict(batch)], 0)
-    assert own._window[0] == 2
+        own.log.judge(torch.tensor([-1]), torch.tensor([[True, True]]), values, values)
+    assert own.log._judged.device.type == "cuda"
+    own.replace(None, [dict(batch)], 0)
+    assert own.log._window[0] == 2
 
 
 def test_the_entropy_is_that_of_the_distribution_that_was_sampled_from(tiny_root, tmp_path):
