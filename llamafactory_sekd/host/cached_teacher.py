@@ -17,7 +17,7 @@ from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.fingerprints import xxh3_of_json, xxh3_of_model, xxh3_of_models
 from llamafactory_sekd.formula import Formula
 from llamafactory_sekd.host.run_arguments import HostArguments
-from llamafactory_sekd.host.teacher_loading import teacher_identity
+from llamafactory_sekd.host.teacher_loading import teacher_identity, teacher_model_arguments
 from llamafactory_sekd.ranks import on_any_rank
 from llamafactory_sekd.teacher import Teacher, readable_rows, used_ids
 from llamafactory_sekd.teacher.cache import (
@@ -66,7 +66,11 @@ def fingerprints_of(tokenizer: Any, template: Any, run: HostArguments) -> Finger
             # Examples that are packed apart are the same as unpacked ones.
             "packing": bool(data_args.packing) and not data_args.neat_packing,
         },
-        teacher=(lambda: teacher_fields(*teacher_identity(run.model, run.finetuning), run.model))
+        teacher=(
+            lambda: teacher_fields(
+                *teacher_identity(run.model, run.finetuning), teacher_model_arguments(run.model, run.finetuning)
+            )
+        )
         if run.finetuning.teacher_model
         else None,
     )

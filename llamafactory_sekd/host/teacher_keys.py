@@ -178,6 +178,12 @@ def _check_shared(model_args: Any, finetuning_args: Any, fsdp: bool) -> None:
             f"`pissa_init: true` takes a part out of the base that `teacher_model: {SELF}` shares: remove one of them."
         )
 
+    if getattr(model_args, "train_from_scratch", False):
+        raise ArgumentError(
+            f"`train_from_scratch: true` leaves the base that `teacher_model: {SELF}` shares without what it has "
+            "learned: name the base model under `teacher_model`."
+        )
+
     adapters = getattr(model_args, "adapter_name_or_path", None) or []
     adapters = adapters.split(",") if isinstance(adapters, str) else adapters
     if len(adapters) > 1 or (adapters and getattr(finetuning_args, "create_new_adapter", False)):

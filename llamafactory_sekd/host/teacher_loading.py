@@ -81,7 +81,8 @@ def teacher_model_arguments(model_args: Any, finetuning_args: DistillationArgume
     from llamafactory.hparams import ModelArguments
 
     model, adapters, quantization_bit = teacher_identity(model_args, finetuning_args)
-    students = {item.name: item.default for item in fields(ModelArguments) if item.name not in SHARED_ARGUMENTS}
+    shared = {*SHARED_ARGUMENTS, *(("rope_scaling",) if finetuning_args.teacher_model == SELF else ())}
+    students = {item.name: item.default for item in fields(ModelArguments) if item.name not in shared}
     copy = copy_model_arguments(
         model_args,
         **{

@@ -20,6 +20,8 @@ from llamafactory_sekd.teacher.several_teachers import TEACHER_NUMBER
 
 _COLUMN = "sekd_cut"  # in the host's data set between its tokenizer and ours; an example is a length and flags
 UNREADABLE = "not counted ("  # how the line begins that gives the reason
+_START = 1000  # examples of a stream that are counted
+_OF_STREAM = f"`streaming: true`, of which the first {_START:,} at most are counted: "
 _FLAGS = _PROMPT, _RESPONSE, _TEACHER, _EMPTY = 1, 2, 4, 8
 
 
@@ -106,34 +108,47 @@ def counting_cut_text(max_cut: float, say: Callable[[str], None] | None) -> Iter
         if dataset is None:
             return None
         what = "evaluation" if is_eval else "training"
-        if data_args.streaming:
-            _say(f"`streaming: true`: how much of the {what} text is cut by `cutoff_len` is not counted.")
-            return preprocess(dataset, data_args, *args, is_eval=is_eval, **kwargs)
+        made: list[Any] = []
 
-        loader._get_dataset_processor = lambda *given, **keys: _Counting(choose(*given, **keys))
+        def chosen(*given: Any, **keys: Any) -> Any:
+            made.append(choose(*given, **keys))
+            return made[0] if data_args.streaming else _Counting(made[0])
+
+        loader._get_dataset_processor = chosen
         try:
             result = preprocess(dataset, data_args, *args, is_eval=is_eval, **kwargs)
         finally:
             loader._get_dataset_processor = choose
+        if data_args.streaming:
+            _judge(_counts_of_start(dataset, made[0]), what, data_args, _OF_STREAM)
+            return result
         if _COLUMN not in result.column_names:  # the host has kept no example
             return result
 
-        found = _total(result, data_args.cutoff_len)
+        chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in result.data.column(_COLUMN).chunks]
+        _judge(np.concatenate(chunks), what, data_args)
+        return result.remove_columns(_COLUMN)
+
+    def _judge(counts: np.ndarray, what: str, data_args: Any, start: str = "") -> None:
+        if not len(counts):
+            return
+        found = _total(counts, data_args.cutoff_len)
         cutoff_len = data_args.cutoff_len + bool(data_args.packing)  # the host takes one off for packing
-        _say(found.line(what, cutoff_len))
-        if not is_eval and found.empty == found.examples:
+        _say(start + found.line(what, cutoff_len))
+        if what == "evaluation":
+            return
+        if found.empty == found.examples:
             raise DataError(
                 f"None of the {found.examples:,} examples has text in its response, so that nothing but the end of "
                 "text would be learned: look at the column that `dataset_info.json` names as `response`."
             )
-        if not is_eval and found.over > max_cut * found.examples:
+        if found.over > max_cut * found.examples:
             raise DataError(
                 f"`cutoff_len: {cutoff_len}` cuts {found.over:,} of {found.examples:,} examples, {found.prompts:,} in "
                 f"the prompt and {found.responses:,} in the response, and `kd_max_cut: {max_cut:g}` allows a share of "
                 f"{max_cut:g}: set a larger `cutoff_len` (the longest example has {found.longest:,} tokens), or "
                 "`kd_max_cut: 1` to train on what is left."
             )
-        return result.remove_columns(_COLUMN)
 
     @wraps(read)
     def loaded(path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -241,9 +256,21 @@ def _is_empty(messages: list[dict[str, str]]) -> bool:
     return not str(messages[-1]["content"]).strip()
 
 
-def _total(dataset: Any, limit: int) -> CutText:
-    chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in dataset.data.column(_COLUMN).chunks]
-    lengths, flags = np.concatenate(chunks).reshape(-1, 2).T
+def _counts_of_start(stream: Any, processor: Any) -> np.ndarray:
+    """Return the counts of the first examples of a stream, which has no length and is read once.
+
+    Returns:
+        length and flags of each example, one after the other, int64 ``[2 * examples]``.
+    """
+    examples = list(stream.take(_START))
+    batch = {name: [example[name] for example in examples] for name in (examples[0] if examples else ())}
+    rows = _Counting(processor).preprocess_dataset(batch) if examples else {}
+    return np.array(rows[_COLUMN][0] if rows else [], dtype=np.int64)
+
+
+def _total(counts: np.ndarray, limit: int) -> CutText:
+    """Add up the length and the flags of each example, one after the other, int64 ``[2 * examples]``."""
+    lengths, flags = counts.reshape(-1, 2).T
     over = int(np.count_nonzero(lengths > limit))
     return CutText(len(lengths), int(lengths.max()), over, *(int(np.count_nonzero(flags & flag)) for flag in _FLAGS))
 

@@ -69,6 +69,7 @@ BAD_KEYS = [
     ({"teacher_model": "self"}, ["teacher_model: self", "finetuning_type: lora", "is full"]),
     ({**SELF, "teacher_offload": True}, ["teacher_offload: True", "shares its device"]),
     ({**SELF, "teacher_model_quantization_bit": 4}, ["teacher_model_quantization_bit: 4", "set `quantization_bit`"]),
+    ({**SELF, "train_from_scratch": True}, ["train_from_scratch: true", "teacher_model: self", "learned"]),
     ({**SELF, "pissa_init": True}, ["pissa_init: true", "teacher_model: self"]),
     ({**SELF, "adapter_name_or_path": "a,b"}, ["adapter_name_or_path: a,b", "merged"]),
     ({**SELF, "adapter_name_or_path": "a", "create_new_adapter": True}, ["adapter_name_or_path: a", "merged"]),

@@ -46,7 +46,7 @@ def long_root(tiny_root, tmp_path_factory):
     return root
 
 
-def tokenize(root, cutoff_len, lines, **keys):
+def tokenize(root, cutoff_len, lines, max_cut=1.0, **keys):
     """Return the host's rows, with our counting in effect."""
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
@@ -56,7 +56,7 @@ def tokenize(root, cutoff_len, lines, **keys):
     model_args, data_args, training_args, _, _ = get_train_args(config)
     module = load_tokenizer(model_args)
     template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
-    with counting_cut_text(1.0, lines.append) if lines is not None else nullcontext():
+    with counting_cut_text(max_cut, lines.append) if lines is not None else nullcontext():
         rows = get_dataset(template, model_args, data_args, training_args, stage="sft", **module)["train_dataset"]
     return rows, module
 
@@ -129,6 +129,19 @@ def test_a_run_with_most_examples_cut_is_refused_before_it_starts_unless_a_key_s
     assert "`cutoff_len: 40` cuts 32 of 32 examples" in refused.stderr
     assert not list((tmp_path / "out").glob("*.safetensors"))
     assert train({**config, "kd_max_cut": 1}).joinpath("model.safetensors").exists()
+
+
+def test_the_start_of_a_stream_is_counted_as_the_data_set_is_and_what_is_too_much_there_is_refused(long_root):
+    streaming = {"streaming": True, "max_steps": 1, "dataloader_num_workers": 1}
+    for keys in ({}, {"packing": True}, {"mask_history": True}):
+        counted, start = [], []
+        tokenize(long_root, 120, counted, **keys)
+        tokenize(long_root, 120, start, **keys, **streaming)
+        (line,) = start
+        assert line.startswith("`streaming: true`, of which the first 1,000 at most are counted: 60 examples")
+        assert line.endswith(counted[0])
+    with pytest.raises(DataError, match=r"`cutoff_len: 40` cuts \d+ of 60 examples"):
+        tokenize(long_root, 40, [], max_cut=0.5, **streaming)
 
 
 def test_doctor_and_cache_say_it_too(tiny_root, tmp_path):

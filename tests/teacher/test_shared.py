@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.cached_runs import build, from_cache, losses
 from helpers.runs import base_config, logged, train, weights
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -175,3 +176,19 @@ def test_evaluation_alone_which_merges_the_students_adapter_is_refused(root, tmp
     trained = {"adapter_name_or_path": str(root / "same")}
     with pytest.raises(TeacherError, match="evaluation without training merges them: name the base"):
         train(config_of(root, tmp_path / "out", "self", "other", **evaluation, **trained))
+
+
+SCALED = {"rope_scaling": "linear", "cutoff_len": 4096}  # beyond the models' positions, or the host scales nothing
+
+
+def test_a_cache_of_the_base_has_the_answers_of_the_base_where_the_student_scales_its_positions(root, tmp_path):
+    config = config_of(root, tmp_path / "out", "self", "", **SCALED)
+    cached = from_cache(config, build(config, tmp_path / "cache"))
+    assert losses(cached) == pytest.approx(losses(config), abs=1e-6)
+
+
+def test_another_teachers_cache_serves_a_student_that_scales_its_positions(root, tmp_path):
+    config = config_of(root, tmp_path / "out", str(root / "teacher"), "")
+    cache = build({**config, "cutoff_len": 4096}, tmp_path / "cache")
+    train({**config, **SCALED, "teacher_cache": str(cache), "max_steps": 1})  # of another teacher it is refused
+    assert losses(from_cache({**config, **SCALED}, cache)) == pytest.approx(losses({**config, **SCALED}), abs=1e-6)
