@@ -259,17 +259,10 @@ def clean_block(block: Block, findings: Findings) -> Block:
     return cleaned.only(is_usable)
 
 
-def code_points(texts: Sequence[str], margin: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Return the code points of texts, and the places of the line breaks around each of them.
-
-    Args:
-        texts: none has a line break inside, else there are more of them.
-        margin: characters before the first and after the last text.
-    """
-    around = "\n" * (margin - 1)
-    codes = np.frombuffer("\n".join((around, *texts, around)).encode("utf-32-le", "surrogatepass"), np.uint32)
-    breaks = np.flatnonzero(codes == ord("\n"))
-    return codes, breaks[margin - 1 : len(breaks) - margin + 1]
+def _code_points(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the code points of texts, and the places of the line breaks around each; a break inside is one more."""
+    codes = np.frombuffer("\n".join(("", *texts, "")).encode("utf-32-le", "surrogatepass"), np.uint32)
+    return codes, np.flatnonzero(codes == ord("\n"))
 
 
 def _places_to_look_at(sources: list[str], targets: list[str]) -> Iterator[int]:
@@ -279,9 +272,9 @@ def _places_to_look_at(sources: list[str], targets: list[str]) -> Iterator[int]:
         is_found = np.fromiter(map(eq, *sides), bool, len(sides[0]))
         for side in sides:
             texts = [text if len(text) <= _VERY_LONG else "" for text in side]
-            codes, breaks = code_points(texts)
+            codes, breaks = _code_points(texts)
             if len(breaks) > len(texts) + 1:
-                codes, breaks = code_points([text.replace("\n", "\r") for text in texts])
+                codes, breaks = _code_points([text.replace("\n", "\r") for text in texts])
             kinds = np.take(_kinds_of_characters(), codes, mode="clip")
             is_found |= (kinds[breaks[:-1] + 1] == _NOT_AT_ENDS) | (kinds[breaks[1:] - 1] == _NOT_AT_ENDS)
             is_found[np.searchsorted(breaks, np.flatnonzero(kinds == _SUSPECT)) - 1] = True

@@ -142,8 +142,10 @@ def _listed(text: str) -> list[str]:
 
 def _report(console: Console, manifest: dict[str, Any], fresh: bool, out: Path, template: str = "parrot") -> None:
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("Data set", "Pairs", "SHA-256", title=f"{'Written to' if fresh else 'Verified in'} {out}")
+    title = Text(f"{'Written to' if fresh else 'Verified in'} {out}")  # brackets in a path are no markup
+    table = Table("Data set", "Pairs", "SHA-256", title=title)
     table.columns[1].justify = "right"
     datasets = {
         Path(name).stem: entry for name, entry in manifest["files"].items() if name.endswith((".json", ".jsonl"))

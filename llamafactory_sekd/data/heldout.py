@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Sequence
-from functools import cache
 from itertools import compress
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
-from llamafactory_sekd.data.checks import Block, Findings, Pair, clean_pairs, code_points
+from llamafactory_sekd.data.checks import Block, Findings, Pair, clean_pairs
 from llamafactory_sekd.errors import DataError
 
 
@@ -19,13 +17,12 @@ _REACH = 18  # characters in which nearly every sentence has that many
 _SHORTEST = 6  # letters of a sentence that is worth testing on
 _ALIKE = 0.7  # the share of common letter trigrams from which two sentences count as one
 _LARGEST = 0xFFFFFFFF  # checksum
-_LONG = 1000  # characters of a text that is not hashed in one piece
 _SPARE = 4  # candidates for each pair that is held out: some are unusable, or near to others
-_HASH_BITS, _GRAM_BITS = 20, 10  # of hashes of ends and of trigrams
-_MIX = np.random.default_rng(0).integers(1 << 63, size=_ENDS, dtype=np.uint64) * 2 + 1
-_UNSURE = 1  # in place of a letter beyond 16 bits, or one that becomes three without its case
-_COLUMNS = np.arange(2 * _REACH, dtype=np.uint8)
+_GRAM_BITS = 10  # of hashes of trigrams
 _ACROSS = 2  # trigrams that begin in one text and end in the next
+_ASCII = [chr(code) for code in range(128)]
+_SMALL = "".join(_ASCII).lower().encode() + bytes(range(128, 256))
+_NO_LETTERS = bytes(code for code, sign in enumerate(_ASCII) if not sign.isalpha() and sign != "\n")
 
 
 class HeldOut:
@@ -46,26 +43,30 @@ class HeldOut:
         for pair in candidates:
             if len(self.pairs) == count:
                 break
-            letters = _letters(pair.source), _letters(pair.target)
+            letters = _letters([pair.source, pair.target])
             keys = {(side, end): _end_of(letters[side], end) for side, end in self._by_end}
             if not any(key in self._by_end[place] for place, key in keys.items()):
                 self.pairs.append(pair)
                 for (side, end), key in keys.items():
                     self._by_end[side, end][key] = letters[side]
-        # For nearly all texts, the hash of their first or last letters says that none of those is theirs.
-        self._hashes = {place: np.zeros(1 << _HASH_BITS, bool) for place in self._by_end}
-        for (side, end), known in self._by_end.items():
-            self._hashes[side, end][_hashes_of_ends(list(known))[end][0]] = True
 
     def near(self, block: Block) -> list[bool]:
         """Tell of each pair, whose sentences have no line breaks, whether it is held out or near to one that is."""
         found = [False] * len(block)
         for side, texts in enumerate((block.sources, block.targets)):
-            for end, (hashes, is_unsure) in enumerate(_hashes_of_ends(texts)):
+            for end in (0, 1):
+                by_end = self._by_end[side, end]
+                # The few characters at the end of a text decide about nearly all of them.
+                short = _letters([text[-_REACH:] if end else text[:_REACH] for text in texts])
+                keys = [letters[-_ENDS:] for letters in short] if end else [letters[:_ENDS] for letters in short]
+                places = [
+                    place
+                    for place, key in enumerate(keys)
+                    if key in by_end or (len(key) < _ENDS and len(texts[place]) > _REACH)
+                ]
                 candidates = []
-                for place in np.flatnonzero(self._hashes[side, end][hashes] | is_unsure).tolist():
-                    letters = _letters(texts[place])
-                    held = self._by_end[side, end].get(_end_of(letters, end))
+                for place, letters in zip(places, _letters([texts[place] for place in places]), strict=True):
+                    held = by_end.get(_end_of(letters, end))
                     if held is not None:
                         candidates.append((place, letters, held))
                 for place, letters, held in compress(candidates, _may_be_alike(candidates)):
@@ -104,17 +105,19 @@ def hold_out(blocks: Iterable[Block], count: int) -> HeldOut:
 
 
 def _is_worth_testing_on(pair: Pair) -> bool:
-    return pair.source != pair.target and min(len(_letters(pair.source)), len(_letters(pair.target))) >= _SHORTEST
+    return pair.source != pair.target and min(map(len, _letters([pair.source, pair.target]))) >= _SHORTEST
 
 
-def _letters(text: str) -> str:
-    """Return the letters of a text without their case: first what is ASCII, at once, then the few other signs."""
-    folded = text.casefold().encode("utf-8", "surrogatepass")
-    letters = folded.translate(None, _NO_LETTERS).decode("utf-8", "surrogatepass")
-    return letters if letters.isalpha() else "".join(filter(str.isalpha, letters))
-
-
-_NO_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha())
+def _letters(texts: Sequence[str]) -> list[str]:
+    """Return the letters of texts without line breaks, without their case: of all texts at once."""
+    joined = "\n".join(texts).encode("utf-8", "surrogatepass").translate(_SMALL, _NO_LETTERS)
+    letters = joined.decode("utf-8", "surrogatepass")
+    if not letters.isascii():
+        letters = letters.casefold()
+        if not letters.replace("\n", "").isalpha():
+            for sign in set(letters) - {"\n"}:
+                letters = letters if sign.isalpha() else letters.replace(sign, "")
+    return letters.split("\n") if texts else []
 
 
 def _end_of(letters: str, end: int) -> str:
@@ -128,46 +131,6 @@ def _alike(text: str, held: str) -> bool:
         return False
     ours, theirs = ({letters[place : place + 3] for place in range(len(letters) - 2)} for letters in (text, held))
     return text == held or 2 * len(ours & theirs) >= _ALIKE * (len(ours) + len(theirs))
-
-
-# What follows looks at thousands of texts at once, and finds that most of them are near to nothing.
-
-
-def _hashes_of_ends(texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return, for the beginnings and for the ends of texts without line breaks, a hash of each one's letters.
-
-    The second array of each says where the hash may be another one than that of the same letters alone.
-    """
-    shortened = [text if len(text) < _LONG else text[:_REACH] + text[-_REACH:] for text in texts]
-    codes, breaks = code_points(shortened, _REACH)
-    lengths = np.minimum(np.diff(breaks) - 1, _REACH + 1).astype(np.uint8)
-    windows = sliding_window_view(codes, _REACH)
-    found = []
-    for part, step in ((windows[breaks[:-1] + 1], 1), (windows[breaks[1:] - _REACH], -1)):
-        letters = np.take(_letters_of_codes(), part, mode="clip").view(np.uint16)[:, ::step]
-        letters[lengths[:, None] <= _COLUMNS // 2] = 0  # those of the texts before and after
-        is_letter = letters != 0
-        counts = np.einsum("ij->i", is_letter.view(np.uint8))
-        in_a_row = np.append(letters.ravel()[np.flatnonzero(is_letter)], np.zeros(_ENDS, np.uint16))
-        keys = sliding_window_view(in_a_row, _ENDS)[np.cumsum(counts, dtype=int) - counts]
-        keys[_COLUMNS[:_ENDS] >= counts[:, None]] = 0
-        is_unsure = (keys == _UNSURE).any(axis=1) | ((counts < _ENDS) & (lengths > _REACH))
-        found.append((keys.astype(np.uint64) @ _MIX >> np.uint64(64 - _HASH_BITS), is_unsure))
-    return found
-
-
-@cache
-def _letters_of_codes() -> np.ndarray:
-    """Return the one or two letters that each character below 2^16 has without its case, 16 bits each, 0 for none."""
-    every = "".join(map(chr, range(0x10000)))
-    table = np.zeros((len(every) + 1, 2), np.uint16)
-    table[:-1, 0] = np.arange(len(every)) * np.fromiter(map(str.isalpha, every), bool)
-    table[-1, 0] = _UNSURE  # all other characters
-    for code, character in enumerate(every):
-        if character != character.casefold():
-            letters = [ord(letter) for letter in _letters(character)]
-            table[code] = ([*letters, 0, 0] if len(letters) < 3 else [_UNSURE, 0])[:2]
-    return table.view(np.uint32).ravel()
 
 
 def _may_be_alike(candidates: Sequence[tuple[int, str, str]]) -> np.ndarray:

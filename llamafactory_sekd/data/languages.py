@@ -180,6 +180,8 @@ def parse_direction(text: str, source_name: str | None = None, target_name: str 
             "en-pt-BR or en-zh-Hant (capitals tell a territory or script from a language)."
         )
     for code, name, option in zip(match.groups(), (source_name, target_name), ("--from", "--to"), strict=True):
+        if name is not None and any(unicodedata.category(sign) in ("Cc", "Zl", "Zp") for sign in name):
+            raise DataError(f"The language's name {name!r} has a line break or another control character.")
         try:
             if name is None and re.split("[-_]", code)[0] in _NO_LANGUAGES:
                 raise DataError(code)

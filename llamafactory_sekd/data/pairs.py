@@ -251,7 +251,7 @@ class _Build:
             for pair in block:
                 if all_in_marks or _is_quoted(pair.source) or _is_quoted(pair.target):
                     findings.add(Problem.QUOTED, pair)
-        if held_lines:
+        if not held_lines.isdisjoint(block.lines):
             block = block.only([line not in held_lines for line in block.lines])
         return clean_block(block, findings)
 

@@ -92,11 +92,9 @@ class Prompt:
         if not self.ends_with_source or not sources:
             pairs = zip(sources, targets, strict=True)
             return [json.dumps(self.record(*pair, direction), ensure_ascii=False) for pair in pairs]
-        text = "\n".join(map("\r".join, zip(sources, targets, strict=True)))
-        for character in ("\\", '"', "\t", "\x1f"):
-            text = text.replace(character, encode(character)[1:-1])
         start, between = f'{{"instruction": {encode(self.instruction(direction))}, "input": "', '", "output": "'
-        return f'{start}{text}"}}'.replace("\r", between).replace("\n", f'"}}\n{start}').split("\n")
+        sides = zip(_escaped(sources), _escaped(targets), strict=True)
+        return [f'{start}{source}{between}{target}"}}' for source, target in sides]
 
     def _fill(self, text: str, source: str, direction: Direction) -> str:
         values = {
@@ -108,6 +106,14 @@ class Prompt:
         }
         # In one pass, so that braces in the sentence stay what they are.
         return _FIELD.sub(lambda match: values[match[1]], text)
+
+
+def _escaped(texts: Sequence[str]) -> Sequence[str]:
+    """Return clean texts as JSON strings without their quotation marks: all at once, for most need no change."""
+    escaped = joined = "\n".join(texts)
+    for character in ("\\", '"', "\t", "\x1f"):
+        escaped = escaped.replace(character, encode(character)[1:-1])
+    return texts if escaped == joined else escaped.split("\n")
 
 
 _ORDER = "Translate the following sentences from {source_language} to {target_language}."

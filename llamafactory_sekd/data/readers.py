@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO, TypeVar, cast
 
 from llamafactory_sekd.data.checks import Block, Pair
+from llamafactory_sekd.data.file_kinds import refuse_what_is_no_text
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.errors import DataError, one_line
 
@@ -39,17 +40,6 @@ _CHUNK = 1 << 18  # characters that are read at a time
 _PAIRS = 5000  # the same of pairs
 # A line, or a record of a JSON list, of more characters is none: it would be kept in memory, however long it is.
 LONGEST_LINE = 1 << 25
-_NO_TEXT: dict[bytes, str] = {
-    b"PK\x03\x04": "a zip archive (unpack it first)",
-    b"PAR1": "a Parquet file",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd (unpack it with `zstd -d`)",
-    b"\x80\x02": "a Python pickle",
-    b"\x80\x03": "a Python pickle",
-    b"\x80\x04": "a Python pickle",
-    b"\x80\x05": "a Python pickle",
-    b"%PDF-": "a PDF document",
-    b"version https://git-lfs.github.com/spec/": "a pointer of Git LFS, not the data (fetch it with `git lfs pull`)",
-}
 
 
 _Found = TypeVar("_Found")
@@ -298,7 +288,7 @@ def _open_text(path: Path, meter: Meter | None = None, encoding: str = "utf-8") 
                     stream = open_files.enter_context(unpack(raw))
                     start = stream.peek(_HEAD)[:_HEAD]
                     break
-            _refuse_what_is_no_text(path, start)
+            refuse_what_is_no_text(path, start)
             if start.startswith(codecs.BOM_UTF8):
                 stream.read(len(codecs.BOM_UTF8))
             yield open_files.enter_context(
@@ -308,27 +298,6 @@ def _open_text(path: Path, meter: Meter | None = None, encoding: str = "utf-8") 
         if packed:
             raise DataError(f"Cannot unpack {path} ({one_line(str(error))}): copy or download it again.") from error
         raise DataError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
-
-
-def _refuse_what_is_no_text(path: Path, start: bytes) -> None:
-    for mark, what in _NO_TEXT.items():
-        if start.startswith(mark):
-            raise DataError(f"{path} is {what}: give plain text, TSV or JSON Lines.")
-    if start[:512].lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        raise DataError(f"{path} is an HTML page, probably a download's error message: download it again.")
-    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) or start.count(0) > 0.6 * len(start):
-        raise DataError(f"{path} is UTF-32: convert it to UTF-8, for example with `iconv -f UTF-32 -t UTF-8`.")
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or _is_utf16(start):
-        raise DataError(f"{path} is UTF-16: convert it to UTF-8, for example with `iconv -f UTF-16 -t UTF-8`.")
-
-
-def _is_utf16(head: bytes) -> bool:
-    """Tell UTF-16 without a mark by its NUL bytes, nearly all at even or nearly all at odd places.
-
-    Text in a Latin script with stray NUL characters has few of them; those pairs are findings.
-    """
-    even, odd = head[0::2].count(0), head[1::2].count(0)
-    return max(even, odd) > 0.2 * len(head) and min(even, odd) <= 0.1 * max(even, odd)
 
 
 def _json_records(path: Path, name: str, meter: Meter | None) -> Iterator[tuple[int, Any]]:

@@ -63,7 +63,8 @@ def demo(
                 if all(map(is_done, find_inputs(study).jobs)):
                     progress.skip("Study: the students")
                 else:
-                    console.print(f"$ sekd study {places.yamls / 'demo.yaml'} --jobs {_jobs()}", style="dim")
+                    command = f"$ sekd study {places.yamls / 'demo.yaml'} --jobs {_jobs()}"
+                    console.print(command, style="dim", markup=False)
                     surroundings = environment()
                     os.environ["HF_HUB_OFFLINE"] = surroundings["HF_HUB_OFFLINE"]
                     one = (surroundings["CUDA_VISIBLE_DEVICES"].split(",")[0],)
@@ -76,7 +77,7 @@ def demo(
     end_with(failed, console)
     console.print()
     for what, where in places.results(everything=not prepare):
-        console.print(f"{what:<9} {where}", highlight=False, soft_wrap=True)
+        console.print(f"{what:<9} {where}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _jobs() -> int:

@@ -200,7 +200,7 @@ def print_scores(console: Console, contents: Contents) -> None:
     shown = Section(title, section.note, tables=section.tables, main=True)
     print_document(Document(title, (), (shown,)), console, notes=True)
     for line in section.lines:
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
     console.print(section.alarm, style="dim", highlight=False)
 
 

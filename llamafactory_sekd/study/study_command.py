@@ -88,5 +88,5 @@ def interruptible(console: Console) -> Iterator[None]:
 def end_with(failed: Sequence[str], console: Console) -> None:
     """End the command with status 2 where runs have failed, and name them."""
     if failed:
-        console.print(f"{len(failed)} failed: {', '.join(failed)}. The same command tries them again.")
+        console.print(f"{len(failed)} failed: {', '.join(failed)}. The same command tries them again.", markup=False)
         raise typer.Exit(2)

@@ -41,6 +41,14 @@ def test_broken_archive_is_one_line_with_the_remedy(tmp_path: Path) -> None:
         (b"\x80\x04\x95rest", "a Python pickle"),
         (b"\x28\xb5\x2f\xfdrest", "compressed with zstd"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+        (b"ARROW1\x00\x00rest", "an Arrow file"),
+        (b"\xff\xff\xff\xff\x78\x01\x00\x00rest", "an Arrow stream"),
+        (b"SQLite format 3\x00rest", "a database of SQLite"),
+        (b"7z\xbc\xaf\x27\x1crest", "a 7z archive"),
+        (b"\x04\x22\x4d\x18rest", "compressed with lz4"),
+        (b"{\\rtf1\\ansi Haus}\n", "an RTF document"),
+        (b"x.en".ljust(257, b"\x00") + b"ustar\x0000rest", "a tar archive"),
+        (gzip.compress(b"x.en".ljust(257, b"\x00") + b"ustar  \x00rest", mtime=0), "a tar archive"),
         (b"\n<!DOCTYPE html><html>404</html>", "an HTML page"),
         (gzip.compress(b"PK\x03\x04rest", mtime=0), "a zip archive"),
         ("hallo welt\n".encode("utf-16-le"), "UTF-16"),
@@ -48,7 +56,10 @@ def test_broken_archive_is_one_line_with_the_remedy(tmp_path: Path) -> None:
         ("hallo welt\n".encode("utf-32-le"), "UTF-32"),
         ("hallo welt\n".encode("utf-32"), "UTF-32"),
     ],
-    ids=["zip", "parquet", "pickle", "zstd", "lfs", "html", "zip in gzip", "utf-16-le", "utf-16-be", "32-le", "32"],
+    ids=[
+        *("zip", "parquet", "pickle", "zstd", "lfs", "arrow", "arrow stream", "sqlite", "7z", "lz4", "rtf", "tar"),
+        *("tar in gzip", "html", "zip in gzip", "utf-16-le", "utf-16-be", "32-le", "32"),
+    ],
 )
 def test_file_that_is_no_text_is_called_what_it_is(tmp_path: Path, data: bytes, words: str) -> None:
     (tmp_path / "x").write_bytes(data)

@@ -122,6 +122,17 @@ def test_command_line_writes_reports_and_explains(corpus: Corpus, out: Path, tmp
     assert f"dataset_dir: {out}, dataset: mine, template: parrot" in result.stdout
 
 
+@pytest.mark.parametrize("name", ["[red]", "a[/b]", "a; $(touch x) `x` 'ü"])
+def test_a_folder_may_have_any_name_and_is_shown_as_it_is(corpus: Corpus, tmp_path: Path, monkeypatch, name) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["pairs", "--src", "train.en", "--tgt", "train.de", "--from", "en", "--to", "de", "--name", "mine"]
+    result = CliRunner().invoke(app, [*arguments, "--out", name], env={"COLUMNS": "200"})
+
+    assert result.exit_code == 0, result.exception
+    assert f"Written to {name}" in " ".join(result.stdout.split())
+    assert (tmp_path / name / "mine.jsonl").exists()
+
+
 def test_command_line_stops_at_misaligned_files(corpus: Corpus, out: Path, tmp_path: Path) -> None:
     (tmp_path / "train.de").write_text("eins\n")
     arguments = ["pairs", "--src", str(tmp_path / "train.en"), "--tgt", str(tmp_path / "train.de")]
