@@ -24,221 +24,138 @@ TOKEN_TABLE = "token_difficulty.csv"  # written into `output_dir`
 HARD_SCALES: tuple[str, ...] = ("none", "balanced")
 
 
+def _key(default: Any, text: str) -> Any:
+    """Return a key of the YAML with its default and its help."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class DistillationArguments:
     """The keys of ``stage: sekd``; the host's FinetuningArguments gains them by inheritance."""
 
-    teacher_model: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Path or hub id of the teacher, any causal language model; required without teacher_cache. 'self': "
-                "the base of the LoRA student, loaded once, with teacher_model_adapters or without any. A mapping "
-                "from data set to model, {en-de: PATH, cs-en: PATH}: each example has the teacher of its data set."
-            )
-        },
+    teacher_model: dict[str, Any] | str | None = _key(
+        None,
+        "Path or hub id of the teacher, any causal language model; required without teacher_cache. 'self': "
+        "the base of the LoRA student, loaded once, with teacher_model_adapters or without any. A mapping "
+        "from data set to model, {en-de: PATH, cs-en: PATH}: each example has the teacher of its data set.",
     )
-    teacher_model_adapters: str | None = field(
-        default=None,
-        metadata={"help": "Path to the adapters of the teacher. Use commas to separate several."},
+    teacher_model_adapters: str | None = _key(
+        None, "Path to the adapters of the teacher. Use commas to separate several."
     )
-    teacher_model_quantization_bit: int | None = field(
-        default=None,
-        metadata={"help": "The number of bits to quantize the teacher to with bitsandbytes: 4 or 8."},
+    teacher_model_quantization_bit: int | None = _key(
+        None, "The number of bits to quantize the teacher to with bitsandbytes: 4 or 8."
     )
-    teacher_model_device: str = field(
-        default=AUTO,
-        metadata={
-            "help": (
-                "Device of the teacher: auto (the student's), cpu, or cuda:N. With several ranks it is the "
-                "place of each rank's own teacher, on its machine."
-            )
-        },
+    teacher_model_device: str = _key(
+        AUTO,
+        "Device of the teacher: auto (the student's), cpu, or cuda:N. With several ranks it is the "
+        "place of each rank's own teacher, on its machine.",
     )
-    teacher_offload: bool = field(
-        default=False,
-        metadata={
-            "help": (
-                "Keep the teacher's weights in main memory and move them to the device for each forward pass, layer "
-                "by layer (under ZeRO-3: its `offload_param`)."
-            )
-        },
+    teacher_offload: bool = _key(
+        False,
+        "Keep the teacher's weights in main memory and move them to the device for each forward pass, layer "
+        "by layer (under ZeRO-3: its `offload_param`).",
     )
-    teacher_deepspeed: str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "DeepSpeed file of the teacher's own engine, of ZeRO stage 0 or 3, instead of the student's "
-                "`deepspeed`."
-            )
-        },
+    teacher_deepspeed: str | None = _key(
+        None, "DeepSpeed file of the teacher's own engine, of ZeRO stage 0 or 3, instead of the student's `deepspeed`."
     )
-    teacher_cache: str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Folder with the teacher's answers (`sekd cache`), read instead of loading a teacher. With "
-                "teacher_model as well, what the folder lacks is computed and added in the first epoch. Use commas to "
-                "separate several, each with another teacher: the one that holds an example answers it."
-            )
-        },
+    teacher_cache: str | None = _key(
+        None,
+        "Folder with the teacher's answers (`sekd cache`), read instead of loading a teacher. With "
+        "teacher_model as well, what the folder lacks is computed and added in the first epoch. Use commas to "
+        "separate several, each with another teacher: the one that holds an example answers it.",
     )
-    teacher_mix: str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "What answers an example that several folders of teacher_cache hold: `mean`, the mean of their "
-                "distributions, or one weight for each folder, such as 2,1. Without it such an example is refused."
-            )
-        },
+    teacher_mix: str | None = _key(
+        None,
+        "What answers an example that several folders of teacher_cache hold: `mean`, the mean of their "
+        "distributions, or one weight for each folder, such as 2,1. Without it such an example is refused.",
     )
-    teacher_server: str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Address of a teacher behind `sekd serve`, http://HOST:PORT, asked while training instead of loading "
-                "one; its token is in the environment variable SEKD_SERVER_TOKEN."
-            )
-        },
+    teacher_server: str | None = _key(
+        None,
+        "Address of a teacher behind `sekd serve`, http://HOST:PORT, asked while training instead of loading "
+        "one; its token is in the environment variable SEKD_SERVER_TOKEN.",
     )
-    teacher_server_topk: int | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Ask teacher_server for this many log-probabilities per token, 8 to 512, and the mass of the others. "
-                "Default: its hidden states, which are exact."
-            )
-        },
+    teacher_server_topk: int | None = _key(
+        None,
+        "Ask teacher_server for this many log-probabilities per token, 8 to 512, and the mass of the others. "
+        "Default: its hidden states, which are exact.",
     )
-    teacher_server_patience: float = field(
-        default=600.0,
-        metadata={
-            "help": (
-                "How long, in seconds, a request to teacher_server is repeated, with growing pauses, while the server "
-                "is gone, slow or busy."
-            )
-        },
+    teacher_server_patience: float = _key(
+        600.0,
+        "How long, in seconds, a request to teacher_server is repeated, with growing pauses, while the server "
+        "is gone, slow or busy.",
     )
-    teacher_max_nonfinite: float = field(
-        default=0.01,
-        metadata={
-            "help": (
-                "The share of response tokens of a logging window, from 0 to 1, at which the teacher's logits may be "
-                "NaN or infinite; such tokens are left out, and more of them stop the run."
-            )
-        },
+    teacher_max_nonfinite: float = _key(
+        0.01,
+        "The share of response tokens of a logging window, from 0 to 1, at which the teacher's logits may be "
+        "NaN or infinite; such tokens are left out, and more of them stop the run.",
     )
     # With `str` in the middle the host's parser takes text from the command line, whatever else a YAML may hold.
-    kd_loss: dict[str, Any] | str | None = field(
-        default=DEFAULT_LOSS,
-        metadata={
-            "help": (
-                "The distillation objective, a name or a mapping of the formula (docs/objectives.md): "
-                + "; ".join(f"{name}: {preset.equation}" for name, preset in PRESETS.items()).replace("%", "%%")
-                + "."
-            )
-        },
+    kd_loss: dict[str, Any] | str | None = _key(
+        DEFAULT_LOSS,
+        "The distillation objective, a name or a mapping of the formula (docs/objectives.md): "
+        + "; ".join(f"{name}: {preset.equation}" for name, preset in PRESETS.items()).replace("%", "%%")
+        + ".",
     )
-    kd_lambda: float = field(
-        default=DEFAULTS["kd_lambda"],
-        metadata={"help": "λ, the teacher's share of the target y~ = (1-λ)y + λp (equation 4), from 0 to 1."},
+    kd_lambda: float = _key(
+        DEFAULTS["kd_lambda"], "λ, the teacher's share of the target y~ = (1-λ)y + λp (equation 4), from 0 to 1."
     )
-    kd_beta: float = field(
-        default=DEFAULTS["kd_beta"],
-        metadata={"help": "β, the student's share of the proxy q^ = βq + (1-β)y~ (equation 6), from 0 to 1."},
+    kd_beta: float = _key(
+        DEFAULTS["kd_beta"], "β, the student's share of the proxy q^ = βq + (1-β)y~ (equation 6), from 0 to 1."
     )
-    kd_beta_end: float | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Where β ends: it moves there from kd_beta linearly over the training steps (Figure 3). The paper's "
-                "'0.5 to 0.0' is the share of the target, 1-β: kd_beta 0.5, kd_beta_end 1.0."
-            )
-        },
+    kd_beta_end: float | None = _key(
+        None,
+        "Where β ends: it moves there from kd_beta linearly over the training steps (Figure 3). The paper's "
+        "'0.5 to 0.0' is the share of the target, 1-β: kd_beta 0.5, kd_beta_end 1.0.",
     )
     # None is no value of it: with None among the types the host's parser takes text from the command line.
-    kd_gamma: float | str | None = field(
-        default=GAMMA,
-        metadata={
-            "help": (
-                "Γ, the difficulty d = KL(y~ ‖ q) (equation 5) above which a token is hard. `auto` (ours, not the "
-                f"paper's): the running mean of d over the steps before, {GAMMA} at the first."
-            )
-        },
+    kd_gamma: float | str | None = _key(
+        GAMMA,
+        "Γ, the difficulty d = KL(y~ ‖ q) (equation 5) above which a token is hard. `auto` (ours, not the "
+        f"paper's): the running mean of d over the steps before, {GAMMA} at the first.",
     )
-    kd_topk: float | None = field(
-        default=None,
-        metadata={"help": "The share of tokens of a batch that are hard, above 0 up to 1 (self_evolution_topk only)."},
+    kd_topk: float | None = _key(
+        None, "The share of tokens of a batch that are hard, above 0 up to 1 (self_evolution_topk only)."
     )
-    kd_hard_scale: str = field(
-        default="none",
-        metadata={
-            "help": (
-                "`balanced` (ours, not the paper's) multiplies the hard tokens' loss by a factor, from the steps "
-                "before, that gives their gradients the mean norm that the easy loss would give them. The paper's is "
-                "`none`."
-            )
-        },
+    kd_hard_scale: str = _key(
+        "none",
+        "`balanced` (ours, not the paper's) multiplies the hard tokens' loss by a factor, from the steps "
+        "before, that gives their gradients the mean norm that the easy loss would give them. The paper's is "
+        "`none`.",
     )
-    kd_temperature: float = field(
-        default=DEFAULTS["kd_temperature"],
-        metadata={
-            "help": (
-                "T, above 0: p and q of every KL term are taken at temperature T and the term is multiplied by T². "
-                "The paper uses 1."
-            )
-        },
+    kd_temperature: float = _key(
+        DEFAULTS["kd_temperature"],
+        "T, above 0: p and q of every KL term are taken at temperature T and the term is multiplied by T². "
+        "The paper uses 1.",
     )
-    kd_on_policy: float = field(
-        default=0.0,
-        metadata={
-            "help": (
-                "The share of the training examples, from 0 to 1, whose response is replaced in each step by the "
-                "current student's own sample, which the teacher judges (λ is 1 there). Decoding: do_sample, "
-                "max_new_tokens, and temperature, top_p and top_k, which default to 1, 1 and 0 here."
-            )
-        },
+    kd_on_policy: float = _key(
+        0.0,
+        "The share of the training examples, from 0 to 1, whose response is replaced in each step by the "
+        "current student's own sample, which the teacher judges (λ is 1 there). Decoding: do_sample, "
+        "max_new_tokens, and temperature, top_p and top_k, which default to 1, 1 and 0 here.",
     )
-    kd_on_policy_truncated: str = field(
-        default="keep",
-        metadata={"help": "Own samples that hit the limit without an end token: keep, or drop them from the loss."},
+    kd_on_policy_truncated: str = _key(
+        "keep", "Own samples that hit the limit without an end token: keep, or drop them from the loss."
     )
-    kd_on_policy_every: int = field(
-        default=1,
-        metadata={
-            "help": (
-                "Use each own sample in so many steps, one after the other, which train on the same examples: an "
-                "epoch has so many times the steps, and generation a smaller share of each."
-            )
-        },
+    kd_on_policy_every: int = _key(
+        1,
+        "Use each own sample in so many steps, one after the other, which train on the same examples: an "
+        "epoch has so many times the steps, and generation a smaller share of each.",
     )
-    kd_max_cut: float = field(
-        default=0.5,
-        metadata={
-            "help": (
-                "The share of the training examples, from 0 to 1, that may be longer than cutoff_len and so lose the "
-                "end of their prompt or response; more of them stop the run before it starts."
-            )
-        },
+    kd_max_cut: float = _key(
+        0.5,
+        "The share of the training examples, from 0 to 1, that may be longer than cutoff_len and so lose the "
+        "end of their prompt or response; more of them stop the run before it starts.",
     )
-    kd_chunk_size: int | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Response tokens per chunk of the objective inside the LM head. Default: chosen from the vocabulary "
-                "size and a memory budget; smaller saves memory, larger saves a little time."
-            )
-        },
+    kd_chunk_size: int | None = _key(
+        None,
+        "Response tokens per chunk of the objective inside the LM head. Default: chosen from the vocabulary "
+        "size and a memory budget; smaller saves memory, larger saves a little time.",
     )
 
-    kd_compile: bool | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Compile the part of the objective between the logits and their gradient with torch.compile, which "
-                "costs seconds at the start and makes each step faster. Default: false."
-            )
-        },
+    kd_compile: bool | None = _key(
+        None,
+        "Compile the part of the objective between the logits and their gradient with torch.compile, which "
+        "costs seconds at the start and makes each step faster. Default: false.",
     )
 
     def __post_init__(self) -> None:

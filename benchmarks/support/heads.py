@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -241,3 +242,41 @@ CONTENDERS: dict[str, Callable[[Heads], object]] = {
     "the four products": bare_products,
     "the four products, float32": bare_products_in_float32,
 }
+
+
+def bytes_moved(
+    tokens: int, chunk_size: int, vocab_size: int, widths: tuple[int, int], itemsize: int = 2, sum_itemsize: int = 4
+) -> int:
+    """Return the bytes that the objective reads from and writes to an accelerator's memory.
+
+    Per chunk both heads are read for the logits, the student's again for the gradient of the hidden states, and the
+    head's gradient is read and written. Per token both logits are written, read by the objective, overwritten with the
+    gradient, and read by the two products of the backward pass.
+
+    Args:
+        tokens: response tokens of a micro-batch.
+        chunk_size: tokens at a time.
+        vocab_size: entries of both heads.
+        widths: of the student's and the teacher's hidden states.
+        itemsize: bytes of a number of heads and logits.
+        sum_itemsize: bytes of a number in the sum of the head's gradient.
+    """
+    student, teacher = widths
+    chunks = math.ceil(tokens / chunk_size)
+    heads = vocab_size * itemsize * (2 * student + teacher)
+    gradient = 2 * vocab_size * sum_itemsize * student
+    logits = vocab_size * itemsize * (2 + 2 + 1 + 2)
+    return chunks * (heads + gradient) + tokens * logits
+
+
+def products_seconds(tokens: int, vocab_size: int, widths: tuple[int, int], flops: float = 728e12) -> float:
+    """Return the time of the four products: both logits, and the gradients of hidden states and head.
+
+    Args:
+        tokens: response tokens of a micro-batch.
+        vocab_size: entries of both heads.
+        widths: of the student's and the teacher's hidden states.
+        flops: operations per second; the default was measured by others on an H100 in bfloat16.
+    """
+    student, teacher = widths
+    return 2 * tokens * vocab_size * (3 * student + teacher) / flops

@@ -207,17 +207,6 @@ def wmt22_name(direction: Direction) -> str:
     return f"wmt22_{direction.slug}"
 
 
-def shipped_entries() -> dict[str, dict[str, str]]:
-    """Return the content of the project's ``data/dataset_info.json``: all that ``sekd data alma`` can make."""
-    both = [pair for code in ALMA_LANGUAGES for pair in (Direction("en", code), Direction(code, "en"))]
-    names = [joint_alma_name(DEFAULT_LANGUAGES), joint_alma_name(ALMA_LANGUAGES)]
-    names += [alma_name(direction) for direction in both]
-    names += [VALIDATION_NAME]
-    names += [wmt21_name(d) for d in both if {d.source, d.target} & set(VALIDATION)]
-    names += [wmt22_name(direction) for direction in both]
-    return {name: {"file_name": f"alma/{name}.json"} for name in names}
-
-
 def command_for(name: str, directory: Path | str = DEFAULT_OUT) -> str | None:
     """Return the command that makes the data set ``name`` in ``directory``, or None when it is not one of ours."""
     languages = _languages_for(name)

@@ -9,13 +9,7 @@ from typing import Any, Protocol
 
 from llamafactory_sekd.data.checks import Pair
 from llamafactory_sekd.data.languages import Direction
-from llamafactory_sekd.data.readers import (
-    pair_from_record,
-    read_json_pairs,
-    read_json_records,
-    read_lines,
-    read_text_pairs,
-)
+from llamafactory_sekd.data.readers import json_pairs, pair_from_record, read_json_records, read_lines, read_text_pairs
 from llamafactory_sekd.errors import DataError
 from llamafactory_sekd.fingerprints import sha256_of
 
@@ -66,7 +60,7 @@ def read_alma(root: Path, direction: Direction, split: str) -> list[Pair]:
         raise DataError(f"{root / alma_stem(direction, split)}.json not found: is {root} a clone of ALMA's data?")
     names = [path.relative_to(root).as_posix() for path in files]
     if len(files) == 1:
-        return read_json_pairs(files[0], direction, names[0])
+        return list(json_pairs(files[0], direction, names[0]))
     return read_text_pairs(files[0], files[1], (names[0], names[1]))
 
 

@@ -8,9 +8,8 @@ is the end of the instruction, and the template ``parrot`` holds everything arou
 from __future__ import annotations
 
 import json
-import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring as encode
 from pathlib import Path
@@ -20,8 +19,6 @@ from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.files import read_json
 
-
-logger = logging.getLogger(__name__)
 
 PREFACE = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -145,40 +142,9 @@ def record(source: str, target: str, direction: Direction) -> AlpacaRecord:
     return PARROT.record(source, target, direction)
 
 
-def user_message(source: str, direction: Direction, prompt: Prompt = PARROT) -> str:
-    """Return the user's turn as LLaMA-Factory builds it from a record; the template goes around it."""
-    return prompt.user_message(source, direction)
-
-
 def prompt(source: str, direction: Direction) -> str:
     """Return Parrot's complete prompt, up to and including ``### Response:``."""
-    return f"{PREFACE}{user_message(source, direction)}{CLOSING}"
-
-
-def warn_if_made_for_another_template(
-    dataset_dir: str | Path, file_names: Mapping[str, str], template: str | None
-) -> list[str]:
-    """Log one line for each data set whose prompt does not fit the template; return the lines.
-
-    Args:
-        dataset_dir: the folder that the file names are relative to.
-        file_names: the file of each data set, by its name, as ``dataset_info.json`` has it.
-        template: the run's template.
-    """
-    lines = []
-    for name, file_name in file_names.items():
-        made_for = prompt_in_manifest(Path(dataset_dir) / file_name)
-        if made_for is None or (made_for == PARROT.name) == (template == "parrot"):
-            continue
-        remedy = "`template: parrot`" if made_for == PARROT.name else "a chat template"
-        other = "" if template == "parrot" else " or make it again with `sekd data pairs --plain`"
-        lines.append(
-            f"Data set {name!r} was made with the prompt {made_for!r}, and the template is {template!r}: use {remedy}"
-            f"{other}."
-        )
-    for line in lines:
-        logger.warning(line)
-    return lines
+    return f"{PREFACE}{PARROT.user_message(source, direction)}{CLOSING}"
 
 
 def prompt_in_manifest(data: Path) -> str | None:

@@ -60,11 +60,6 @@ class Meter:
         return sum(size if stream.closed else stream.tell() for stream, size in self._streams)
 
 
-def read_json_pairs(path: Path, direction: Direction, name: str | None = None, *, columns: bool = False) -> list[Pair]:
-    """Return the pairs of :func:`json_pairs` as a list."""
-    return list(json_pairs(path, direction, name, columns=columns))
-
-
 def json_pairs(
     path: Path, direction: Direction, name: str | None = None, *, columns: bool = False, meter: Meter | None = None
 ) -> Iterator[Pair]:
@@ -74,22 +69,19 @@ def json_pairs(
     ``columns``, records without ``translation`` may have the two sides themselves: ``{"de": …, "en": …}``.
     """
     name = name or str(path)
-    return _not_empty(
-        (
-            pair_from_record(_nested(record) if columns else record, "translation", direction, name, number)
-            for number, record in _json_records(path, name, meter)
-        ),
-        path,
-    )
+
+    def pairs() -> Iterator[Pair]:
+        for number, record in _json_records(path, name, meter):
+            if columns and isinstance(record, dict) and "translation" not in record:
+                record = {"translation": record}
+            yield pair_from_record(record, "translation", direction, name, number)
+
+    return _not_empty(pairs(), path)
 
 
 def read_json_records(path: Path) -> list[tuple[int, Any]]:
     """Return the records of JSON Lines or of one JSON list, numbered from 1."""
     return list(_json_records(path, str(path), None))
-
-
-def _nested(record: Any) -> Any:
-    return record if not isinstance(record, dict) or "translation" in record else {"translation": record}
 
 
 def pair_from_record(record: Any, key: str, direction: Direction, name: str, number: int) -> Pair:
@@ -160,11 +152,6 @@ def _misaligned(source: Path, target: Path) -> DataError:
         f"Misaligned files: {source} has {lines} lines and {target} has {others}; "
         "line n of one must be the translation of line n of the other."
     )
-
-
-def read_tsv_pairs(path: Path, direction: Direction | None = None) -> list[Pair]:
-    """Return the pairs of :func:`tsv_pairs` as a list."""
-    return list(tsv_pairs(path, direction))
 
 
 def tsv_pairs(

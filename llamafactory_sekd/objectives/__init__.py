@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from llamafactory_sekd.objectives.chunking import default_chunk_size
+from llamafactory_sekd.objectives.equations import TokenStatistics
 from llamafactory_sekd.objectives.fused import FusedOutput, fused_distillation, fused_linear_distillation
-from llamafactory_sekd.objectives.head_products import product_type
+from llamafactory_sekd.objectives.head_products import default_chunk_size, product_type
 from llamafactory_sekd.objectives.linear_head import IDENTITY, Head, LogitsSource, LogitTransform, SomeTokens
-from llamafactory_sekd.objectives.loss_module import DistillationLoss
+from llamafactory_sekd.objectives.loss_module import IGNORE_INDEX, DistillationLoss, response_positions
 from llamafactory_sekd.objectives.losses import OBJECTIVES
 from llamafactory_sekd.objectives.losses.users_divergence import try_user_function
 from llamafactory_sekd.objectives.plain import DistillationOutput, distillation_loss
-from llamafactory_sekd.objectives.positions import IGNORE_INDEX, response_positions
-from llamafactory_sekd.objectives.statistics import TokenStatistics
 
 
 __all__ = [

@@ -14,8 +14,7 @@ import torch
 
 from llamafactory_sekd.objectives.compiling import compiled, may_look, row_sums, softmax_and_norm
 from llamafactory_sekd.objectives.losses.closed_forms import HUGE, INFINITE, Block, Logits, difficulty
-from llamafactory_sekd.objectives.objective_settings import Settings
-from llamafactory_sekd.objectives.selection import above_threshold
+from llamafactory_sekd.objectives.objective_settings import Settings, above_threshold
 
 
 # Numbers in one buffer: 1 MiB of float32 and a dozen buffers fit a CPU's last cache, even where others use it too; 32

@@ -14,8 +14,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from llamafactory_sekd.errors import ArgumentError
-from llamafactory_sekd.objectives.chunking import default_chunk_size
-from llamafactory_sekd.objectives.head_products import product_type
+from llamafactory_sekd.objectives.equations import TokenStatistics
+from llamafactory_sekd.objectives.head_products import default_chunk_size, product_type
 from llamafactory_sekd.objectives.linear_head import IDENTITY, Head, HeadGradients, LogitsSource, LogitTransform
 from llamafactory_sekd.objectives.losses import closed_form_of, settings_of
 from llamafactory_sekd.objectives.objective_settings import (
@@ -24,7 +24,6 @@ from llamafactory_sekd.objectives.objective_settings import (
     check_same_vocabulary,
     check_tokens,
 )
-from llamafactory_sekd.objectives.statistics import TokenStatistics
 from llamafactory_sekd.objectives.sweep import Sweep
 
 

@@ -8,7 +8,6 @@ from typing import Protocol
 import torch
 
 from llamafactory_sekd.objectives import head_products
-from llamafactory_sekd.objectives.chunking import free_memory
 
 
 @dataclass(frozen=True)
@@ -250,7 +249,7 @@ class HeadGradients:
 def _summing_type(weight: torch.Tensor, chunks: int) -> torch.dtype:
     if weight.dtype != torch.bfloat16 or chunks <= FEW_CHUNKS:
         return torch.float32 if weight.dtype == torch.float16 else weight.dtype
-    free = free_memory(weight.device)
+    free = head_products.free_memory(weight.device)
     # The sum and, at the end, its copy in bfloat16.
     fits = free is None or free > 2 * weight.numel() * torch.float32.itemsize
     return torch.float32 if fits else torch.bfloat16

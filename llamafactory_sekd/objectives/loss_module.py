@@ -7,14 +7,32 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.formula import MEAN, Formula
 from llamafactory_sekd.objectives.fused import FusedOutput, fused_linear_distillation
 from llamafactory_sekd.objectives.losses import is_formula, settings_of
 from llamafactory_sekd.objectives.plain import distillation_loss
-from llamafactory_sekd.objectives.positions import response_positions
 from llamafactory_sekd.presets import DEFAULT_LOSS, DEFAULTS, expand
+
+
+IGNORE_INDEX = -100
+
+
+def response_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the positions whose next token belongs to a response.
+
+    Args:
+        labels: ``[batch, length]`` int64, -100 outside of responses, not shifted (the host's collator).
+
+    Returns:
+        ``rows``, ``[batch, length]`` bool: the positions that predict a response token; and ``targets``, ``[tokens]``
+        int64: the tokens that they predict, in the order in which ``hidden[rows]`` lists them.
+    """
+    shifted = pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    rows = shifted != IGNORE_INDEX
+    return rows, shifted[rows]
 
 
 class DistillationLoss(nn.Module):

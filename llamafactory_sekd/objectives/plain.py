@@ -9,16 +9,23 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from llamafactory_sekd.objectives.blocks import BlockProcessor
-from llamafactory_sekd.objectives.equations import Terms, cross_entropy, gradient_norms, kl_divergence, log_target
+from llamafactory_sekd.objectives.equations import (
+    Terms,
+    TokenStatistics,
+    cross_entropy,
+    gradient_norms,
+    kl_divergence,
+    log_target,
+    token_statistics,
+)
 from llamafactory_sekd.objectives.losses import OBJECTIVES, closed_form_of, settings_of
 from llamafactory_sekd.objectives.objective_settings import (
     ObjectiveKeys,
     Settings,
     check_same_vocabulary,
     check_tokens,
+    select_hard,
 )
-from llamafactory_sekd.objectives.selection import select_hard
-from llamafactory_sekd.objectives.statistics import TokenStatistics, token_statistics
 
 
 @dataclass(frozen=True, slots=True)

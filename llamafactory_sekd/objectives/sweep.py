@@ -12,8 +12,7 @@ from llamafactory_sekd.objectives.blocks import BlockProcessor
 from llamafactory_sekd.objectives.compiling import may_look
 from llamafactory_sekd.objectives.linear_head import Head, HeadGradients, LogitsSource
 from llamafactory_sekd.objectives.losses.closed_forms import Block
-from llamafactory_sekd.objectives.objective_settings import Settings
-from llamafactory_sekd.objectives.selection import ShareGuess, select_hard
+from llamafactory_sekd.objectives.objective_settings import Settings, ShareGuess, select_hard
 
 
 class Sweep:

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 from helpers.runs import command
 
 from llamafactory_sekd.presets import PRESETS
@@ -26,3 +27,16 @@ def test_every_preset_agrees_with_float64_in_every_type_and_the_tables_are_print
     assert {row["dtype"] for row in result["correctness"]} == {"float32", "bfloat16", "float16"}
     assert "| 300 | ours, self_evolution |" in done.stdout
     assert "| 300 | 64 |" in done.stdout
+
+
+def test_bytes_moved_are_those_of_the_heads_once_per_chunk_and_the_logits_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from support.heads import bytes_moved, products_seconds
+
+    once = bytes_moved(4096, 4096, 128_256, (4096, 4096))
+    assert bytes_moved(8192, 4096, 128_256, (4096, 4096)) == 2 * once
+    heads = 128_256 * 2 * 3 * 4096 + 2 * 128_256 * 4 * 4096
+    assert bytes_moved(4096, 1024, 128_256, (4096, 4096)) == once + 3 * heads
+    assert products_seconds(8192, 128_256, (4096, 4096)) == pytest.approx(0.0473, rel=1e-2)

@@ -19,13 +19,25 @@ import typer
 from helpers.alma_files import TRICKY, write_alma
 from typer.testing import CliRunner
 
-from llamafactory_sekd.data.alma import command_for, make_plan, prepare_alma, shipped_entries
+from llamafactory_sekd.data.alma import (
+    ALMA_LANGUAGES,
+    DEFAULT_LANGUAGES,
+    VALIDATION,
+    VALIDATION_NAME,
+    alma_name,
+    command_for,
+    joint_alma_name,
+    make_plan,
+    prepare_alma,
+    wmt21_name,
+    wmt22_name,
+)
 from llamafactory_sekd.data.alma_source import DirectorySource, HubSource
-from llamafactory_sekd.data.corpora_command import app
+from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.errors import ArgumentError, DataError
 from llamafactory_sekd.files import locked
-from llamafactory_sekd.host.data_command import app as complete_app
+from llamafactory_sekd.host.data_command import app
 
 
 # The paper's 52K and its test sets; the counts of ALMA's files.
@@ -368,7 +380,7 @@ def test_hub_revision_is_read_from_the_loaded_addresses() -> None:
 
 
 def _alma_process(alma_dir: Path, out: Path) -> subprocess.Popen[bytes]:
-    code = "import sys; from llamafactory_sekd.data.corpora_command import app; app(sys.argv[1:])"
+    code = "import sys; from llamafactory_sekd.host.data_command import app; app(sys.argv[1:])"
     command = [sys.executable, "-c", code, "alma", "--source", str(alma_dir), "--out", str(out)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -412,6 +424,17 @@ def test_command_prints_counts_findings_and_how_to_use_them(alma_dir: Path, out:
     assert "Verified in" in again.stdout
 
 
+def shipped_entries() -> dict[str, dict[str, str]]:
+    """Return the content of the project's ``data/dataset_info.json``: all that ``sekd data alma`` can make."""
+    both = [pair for code in ALMA_LANGUAGES for pair in (Direction("en", code), Direction(code, "en"))]
+    names = [joint_alma_name(DEFAULT_LANGUAGES), joint_alma_name(ALMA_LANGUAGES)]
+    names += [alma_name(direction) for direction in both]
+    names += [VALIDATION_NAME]
+    names += [wmt21_name(d) for d in both if {d.source, d.target} & set(VALIDATION)]
+    names += [wmt22_name(direction) for direction in both]
+    return {name: {"file_name": f"alma/{name}.json"} for name in names}
+
+
 def test_shipped_dataset_info_declares_what_the_command_makes(real: Path) -> None:
     shipped = json.loads((REPOSITORY / "data" / "dataset_info.json").read_text())
     own = json.loads((real / "dataset_info.json").read_text())
@@ -438,7 +461,7 @@ def test_the_command_for_every_shipped_dataset_would_make_it() -> None:
 def test_every_command_of_the_documentation_is_one() -> None:
     text = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
     commands = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("sekd data ")]
-    group = typer.main.get_command(complete_app)
+    group = typer.main.get_command(app)
 
     assert len(commands) == 11
     for _, _, name, *arguments in commands:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from llamafactory_sekd.data.alma import make_plan, prepare_alma
 from llamafactory_sekd.data.alma_source import DirectorySource
 from llamafactory_sekd.data.languages import Direction
-from llamafactory_sekd.data.prompts import user_message
+from llamafactory_sekd.data.prompts import PARROT
 from llamafactory_sekd.errors import DataError, HostError
 
 
@@ -128,7 +128,7 @@ def test_chat_message_becomes_the_training_prompt() -> None:
     tokenizer = _tokenizer()
     source = TRICKY[1][0]
     messages = [
-        {"role": "user", "content": user_message(source, Direction("de", "en"))},
+        {"role": "user", "content": PARROT.user_message(source, Direction("de", "en"))},
         {"role": "assistant", "content": ""},
     ]
     prompt_ids, _ = TEMPLATES["parrot"].encode_oneturn(tokenizer, messages)
@@ -145,7 +145,7 @@ def test_exported_chat_template_prompts_as_trained_whatever_the_base_had() -> No
     tokenizer.chat_template = "the base model's own"
     get_template_and_fix_tokenizer(tokenizer, DataArguments(template="parrot"))
     source = TRICKY[0][0]
-    messages = [{"role": "user", "content": user_message(source, Direction("de", "en"))}]
+    messages = [{"role": "user", "content": PARROT.user_message(source, Direction("de", "en"))}]
 
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
     assert rendered == f"<|begin|>{BEFORE}{source}{AFTER}"

@@ -13,11 +13,11 @@ import pytest
 from typer.testing import CliRunner
 
 from llamafactory_sekd.data.checks import Findings, Pair, Problem, clean_pairs
-from llamafactory_sekd.data.corpora_command import app
 from llamafactory_sekd.data.languages import Direction
-from llamafactory_sekd.data.readers import json_pairs, read_lines, read_text_pairs, read_tsv_pairs
+from llamafactory_sekd.data.readers import json_pairs, read_lines, read_text_pairs, tsv_pairs
 from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.errors import DataError
+from llamafactory_sekd.host.data_command import app
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
@@ -79,7 +79,7 @@ def test_control_character_inside_a_sentence_leaves_the_pair_out(character: str)
 def test_names_of_columns_are_not_a_pair(tmp_path: Path, header: str) -> None:
     (tmp_path / "x.tsv").write_text(f"{header}\nGo\tLos\n")
     with pytest.raises(DataError, match=r"x\.tsv:1: .* look like the names of the columns"):
-        read_tsv_pairs(tmp_path / "x.tsv", Direction("en", "de"))
+        list(tsv_pairs(tmp_path / "x.tsv", Direction("en", "de")))
 
 
 def _run(folder: Path, *arguments: str) -> list[dict[str, str]]:
@@ -124,7 +124,7 @@ def test_plain_records_have_no_heading_and_the_manifest_says_so(tmp_path: Path) 
 def test_another_layout_than_tsv_is_called_what_it_is(tmp_path: Path, text: bytes, words: str) -> None:
     (tmp_path / "x.tsv").write_bytes(text)
     with pytest.raises(DataError, match=words):
-        read_tsv_pairs(tmp_path / "x.tsv")
+        list(tsv_pairs(tmp_path / "x.tsv"))
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,14 @@ from typer.testing import CliRunner
 
 from llamafactory_sekd.data import pairs as pairs_module
 from llamafactory_sekd.data.checks import Block, Findings, Pair, clean_pairs
-from llamafactory_sekd.data.corpora_command import app
 from llamafactory_sekd.data.heldout import _alike, _may_be_alike, hold_out
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.pairs import Corpus, prepare_pairs
 from llamafactory_sekd.data.prompts import PARROT
-from llamafactory_sekd.data.readers import read_json_pairs, read_lines
+from llamafactory_sekd.data.readers import json_pairs, read_lines
 from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.errors import DataError
+from llamafactory_sekd.host.data_command import app
 
 
 EN_DE = Direction("en", "de")
@@ -332,7 +332,7 @@ def test_a_json_list_is_read_item_by_item(tmp_path: Path, monkeypatch, chunk: in
     items = [{"translation": {"en": f"a [{n}], ", "de": "b\\"}} for n in range(5)]
     path = tmp_path / "x.json"
     path.write_text("\n" + json.dumps(items, indent=1) + "\n ")
-    assert [(pair.source, pair.line) for pair in read_json_pairs(path, EN_DE)] == [
+    assert [(pair.source, pair.line) for pair in list(json_pairs(path, EN_DE))] == [
         (f"a [{n}], ", n + 1) for n in range(5)
     ]
     for broken, words in (
@@ -343,7 +343,7 @@ def test_a_json_list_is_read_item_by_item(tmp_path: Path, monkeypatch, chunk: in
     ):
         path.write_text(broken)
         with pytest.raises(DataError, match=words):
-            read_json_pairs(path, EN_DE)
+            list(json_pairs(path, EN_DE))
 
 
 def test_a_pipe_is_called_one(tmp_path: Path) -> None:

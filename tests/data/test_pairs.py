@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from llamafactory_sekd.data.corpora_command import app
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.pairs import Corpus, prepare_pairs
 from llamafactory_sekd.errors import ArgumentError, DataError
+from llamafactory_sekd.host.data_command import app
 
 
 EN_DE = Direction("en", "de")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
 from llamafactory_sekd.data.languages import Direction, base_code, language_name, parse_direction
@@ -15,8 +12,6 @@ from llamafactory_sekd.data.prompts import (
     prompt,
     prompt_named,
     record,
-    user_message,
-    warn_if_made_for_another_template,
 )
 from llamafactory_sekd.errors import ArgumentError, DataError
 
@@ -37,7 +32,7 @@ def test_record_joined_as_the_host_joins_it_is_the_users_message() -> None:
     made = record("Good morning!", "Guten Morgen!", Direction("en", "de"))
 
     assert list(made) == ["instruction", "input", "output"]
-    assert made["instruction"] + "\n" + made["input"] == user_message("Good morning!", Direction("en", "de"))
+    assert made["instruction"] + "\n" + made["input"] == PARROT.user_message("Good morning!", Direction("en", "de"))
     assert made["output"] == "Guten Morgen!"
 
 
@@ -153,7 +148,7 @@ def test_plain_prompt_holds_no_heading_and_is_joined_by_the_host_as_written() ->
 
     joined = made["instruction"] + "\n" + made["input"]
     assert joined == "Translate the following sentences from English to German.\n\nHi {target_code}!"
-    assert joined == user_message("Hi {target_code}!", Direction("en", "de"), PLAIN)
+    assert joined == PLAIN.user_message("Hi {target_code}!", Direction("en", "de"))
 
 
 def test_own_prompt_may_have_the_sentence_anywhere_and_all_fields() -> None:
@@ -170,19 +165,3 @@ def test_own_prompt_may_have_the_sentence_anywhere_and_all_fields() -> None:
 def test_prompt_that_cannot_work_is_refused_with_the_fields(text: str, message: str) -> None:
     with pytest.raises(ArgumentError, match=message.replace("{", r"\{")):
         Prompt(text)
-
-
-@pytest.mark.parametrize(
-    ("made_with", "template", "lines"),
-    [("parrot", "qwen", 1), ("plain", "parrot", 1), ("parrot", "parrot", 0), ("plain", "qwen", 0), (None, "qwen", 1)],
-)
-def test_data_for_another_template_get_one_line(
-    tmp_path: Path, made_with: str | None, template: str, lines: int
-) -> None:
-    request = {"prompt": made_with} if made_with else {}
-    (tmp_path / "mine.manifest.json").write_text(json.dumps({"files": {"mine.json": {}}, "request": request}))
-
-    found = warn_if_made_for_another_template(tmp_path, {"mine": "mine.json", "foreign": "x.json"}, template)
-
-    assert len(found) == lines
-    assert all("'mine'" in line and repr(template) in line for line in found)

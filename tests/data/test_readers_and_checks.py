@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llamafactory_sekd.data import checks
 from llamafactory_sekd.data.checks import Block, Findings, Pair, Problem, clean_pairs
 from llamafactory_sekd.data.languages import Direction
-from llamafactory_sekd.data.readers import read_json_pairs, read_lines, read_text_pairs, read_tsv_pairs
+from llamafactory_sekd.data.readers import json_pairs, read_lines, read_text_pairs, tsv_pairs
 from llamafactory_sekd.errors import DataError
 
 
@@ -72,7 +72,7 @@ def test_broken_escape_in_json_counts_as_wrong_encoding(tmp_path: Path) -> None:
         '{"translation": {"de": "kaputt \\ud83d", "en": "broken"}}\n{"translation": {"de": "a", "en": "b"}}'
     )
 
-    assert _found(read_json_pairs(path, DE_EN))[1] == [("wrong_encoding", 1)]
+    assert _found(list(json_pairs(path, DE_EN)))[1] == [("wrong_encoding", 1)]
 
 
 def test_json_lines_and_json_list_give_the_same_pairs_in_either_direction(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_json_lines_and_json_list_give_the_same_pairs_in_either_direction(tmp_pa
 
     expected = [("e0", "d0", 1), ("e1", "d1", 2), ("e2", "d2", 3)]
     for path in (lines, array):
-        pairs = read_json_pairs(path, DE_EN.reversed)
+        pairs = list(json_pairs(path, DE_EN.reversed))
         assert [(pair.source, pair.target, pair.line) for pair in pairs] == expected
 
 
@@ -105,7 +105,7 @@ def test_malformed_json_stops_with_file_and_line(tmp_path: Path, content: str, m
     path = tmp_path / "x.json"
     path.write_text(content)
     with pytest.raises(DataError, match=message):
-        read_json_pairs(path, DE_EN)
+        list(json_pairs(path, DE_EN))
 
 
 def test_misaligned_files_stop_with_both_counts(tmp_path: Path) -> None:
@@ -120,14 +120,14 @@ def test_tsv_with_other_columns_stops_with_the_line(tmp_path: Path, line: str, c
     path = tmp_path / "x.tsv"
     path.write_text(f"a\tb\n\n{line}\n")
     with pytest.raises(DataError, match=rf"x\.tsv:3: {columns} columns? instead of 2"):
-        read_tsv_pairs(path)
+        list(tsv_pairs(path))
 
 
 def test_tsv_gives_its_two_columns_and_reports_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "x.tsv"
     path.write_text("a\tb\n\n\tc\nd\te\n")
 
-    kept, found = _found(read_tsv_pairs(path))
+    kept, found = _found(list(tsv_pairs(path)))
 
     assert found == [("blank", 2), ("empty_side", 3)]
     assert [(pair.source, pair.target) for pair in kept] == [("a", "b"), ("d", "e")]

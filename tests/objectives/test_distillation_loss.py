@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.objectives import OBJECTIVES, distillation_loss
-from llamafactory_sekd.objectives.selection import above_threshold
+from llamafactory_sekd.objectives.objective_settings import above_threshold
 
 
 KEYS: dict[str, Any] = {"kd_lambda": 0.4, "kd_beta": 0.7, "kd_gamma": 3.0, "kd_topk": None, "kd_temperature": 1.0}

@@ -19,16 +19,13 @@ from llamafactory_sekd.objectives import (
     OBJECTIVES,
     LogitTransform,
     TokenStatistics,
-    chunking,
     compiling,
     default_chunk_size,
     distillation_loss,
     fused_linear_distillation,
     head_products,
-    linear_head,
     sweep,
 )
-from llamafactory_sekd.objectives.chunking import bytes_moved, products_seconds
 from llamafactory_sekd.objectives.linear_head import Head, HeadGradients
 from llamafactory_sekd.objectives.losses import closed_forms
 
@@ -608,13 +605,13 @@ def test_the_default_chunk_keeps_both_logits_within_the_budget() -> None:
 
 @pytest.mark.parametrize(("free", "tokens"), [(64, 4096), (8, 2048), (1, 512), (None, 4096)])
 def test_on_an_accelerator_a_chunk_takes_an_eighth_of_the_free_memory_within_limits(monkeypatch, free, tokens):
-    monkeypatch.setattr(chunking, "free_memory", lambda _: None if free is None else free * 2**30)
+    monkeypatch.setattr(head_products, "free_memory", lambda _: None if free is None else free * 2**30)
     assert default_chunk_size(128_256, torch.bfloat16, device=torch.device("cuda")) == tokens
 
 
 @pytest.mark.parametrize(("free", "summed_in"), [(None, torch.float32), (0, torch.bfloat16)])
 def test_the_heads_gradient_is_summed_in_float32_where_memory_allows(monkeypatch, free, summed_in):
-    monkeypatch.setattr(linear_head, "free_memory", lambda _: free)
+    monkeypatch.setattr(head_products, "free_memory", lambda _: free)
     weight = torch.zeros(40, 8, dtype=torch.bfloat16)
     head = Head(torch.zeros(20, 8, dtype=torch.bfloat16), weight, None, 40, torch.float32)
     assert HeadGradients(head, weight, (True, True, False), 1.0, chunks=9).weight.dtype == summed_in
@@ -710,11 +707,3 @@ def test_the_heads_gradient_does_not_drift_over_hundreds_of_chunks_in_bfloat16(s
     exact = error(tokens)
     assert error(tokens, exact) < 4e-3
     assert error(chunk, exact) < 4e-3  # summed in bfloat16 it is 2e-2
-
-
-def test_bytes_moved_are_those_of_the_heads_once_per_chunk_and_the_logits_once() -> None:
-    once = bytes_moved(4096, 4096, 128_256, (4096, 4096))
-    assert bytes_moved(8192, 4096, 128_256, (4096, 4096)) == 2 * once
-    heads = 128_256 * 2 * 3 * 4096 + 2 * 128_256 * 4 * 4096
-    assert bytes_moved(4096, 1024, 128_256, (4096, 4096)) == once + 3 * heads
-    assert products_seconds(8192, 128_256, (4096, 4096)) == pytest.approx(0.0473, rel=1e-2)
