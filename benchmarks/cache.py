@@ -84,7 +84,7 @@ def build(config: dict[str, Any], directory: Path, kind: str) -> dict[str, float
     """Build a cache; the seconds of the pass, of the teacher's share in it, and the bytes on disk."""
     from llamafactory_sekd.host import cache
     from llamafactory_sekd.teacher import Teacher
-    from llamafactory_sekd.teacher.cache import Settings
+    from llamafactory_sekd.teacher.cache.cache_manifest import Settings
 
     spent = {"pass": 0.0, "teacher": 0.0}
     method = "hidden_states" if kind == "hidden" else "logits"
@@ -111,7 +111,8 @@ def timed(function: Callable[..., Any], spent: dict[str, float], name: str) -> C
 def reading(config: dict[str, Any], directory: Path, batch_size: int) -> dict[str, float]:
     """What reading adds to collating a batch, in seconds, and to this process, in bytes, after all has been read."""
     from llamafactory_sekd.host.cache import tokenized
-    from llamafactory_sekd.teacher.cache import CacheCollator, Manifest, open_caches
+    from llamafactory_sekd.teacher.cache.cache_manifest import Manifest
+    from llamafactory_sekd.teacher.cache.recorded_teacher import CacheCollator, open_caches
 
     with patch.dict(os.environ):
         (dataset,) = tokenized(config).datasets
@@ -132,7 +133,7 @@ def reading(config: dict[str, Any], directory: Path, batch_size: int) -> dict[st
 
 def halve(directory: Path) -> None:
     """Write the examples of a cache into two further ones in turn, `NAME-0` and `NAME-1`."""
-    from llamafactory_sekd.teacher.cache import ShardReader, ShardWriter
+    from llamafactory_sekd.teacher.cache.record_store import ShardReader, ShardWriter
 
     reader = ShardReader(directory)
     halves = [directory.with_name(f"{directory.name}-{number}") for number in range(2)]
@@ -203,7 +204,7 @@ def topk_errors(teacher: Path, pairs: list[Any]) -> dict[str, Any]:
 
     from llamafactory_sekd.data.prompts import record
     from llamafactory_sekd.objectives import distillation_loss
-    from llamafactory_sekd.teacher.cache import TopKFormat, TopKLogits, bytes_per_token
+    from llamafactory_sekd.teacher.cache.formats import TopKFormat, TopKLogits, bytes_per_token
 
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     model = AutoModelForCausalLM.from_pretrained(teacher, torch_dtype=torch.float32).eval()
@@ -289,7 +290,7 @@ def bytes_table(log_probs: str = "float16") -> Table:
     """What a response token takes; the type of log-probabilities is the cache's, unless another is named."""
     import torch
 
-    from llamafactory_sekd.teacher.cache import HiddenFormat, TopKFormat, bytes_per_token
+    from llamafactory_sekd.teacher.cache.formats import HiddenFormat, TopKFormat, bytes_per_token
 
     what = Column("Bytes per response token", no_wrap=True)
     table = Table(what, "hidden, bfloat16", f"top-64, {log_probs}", "all logits, bfloat16")

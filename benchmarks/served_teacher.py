@@ -77,7 +77,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 def building(folder: Path, config: dict[str, Any], url: str, rounds: int) -> dict[str, list[float]]:
     """The seconds of the pass over the examples, each way, in turn."""
     from llamafactory_sekd.host import cache, served_teacher
-    from llamafactory_sekd.teacher.cache import Settings
+    from llamafactory_sekd.teacher.cache.cache_manifest import Settings
 
     found: dict[str, list[float]] = {"local": [], "served": []}
     for number in range(rounds):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from llamafactory_sekd.data.checks import Pair
 from llamafactory_sekd.data.languages import Direction
@@ -79,22 +79,6 @@ def alma_documents(root: Path, direction: Direction, split: str) -> tuple[str, .
     return found if any(found) else ()
 
 
-class Source(Protocol):
-    """Gives ALMA's splits (``train``, ``valid``, ``test``) in a direction."""
-
-    def read(self, direction: Direction, split: str) -> list[Pair]:
-        """Return the pairs; raises :class:`DataError` when they cannot be had."""
-        ...
-
-    def request(self, wanted: list[tuple[Direction, str]]) -> dict[str, Any]:
-        """Return what identifies the source before it is read; for local files, their hashes."""
-        ...
-
-    def revision(self) -> dict[str, Any]:
-        """Return the revision that was read, for the manifest; to be called after reading."""
-        ...
-
-
 class DirectorySource:
     """A clone of ALMA's repository, or a folder with its ``deen``, ``csen`` and so on."""
 
@@ -109,7 +93,7 @@ class DirectorySource:
         return read_alma(self.root, direction, split)
 
     def request(self, wanted: list[tuple[Direction, str]]) -> dict[str, Any]:
-        """Return what the manifest records of the files that ``wanted`` needs."""
+        """Return what identifies the files that ``wanted`` needs before they are read: their hashes."""
         files: list[Path] = []
         for direction, split in wanted:
             found = alma_files(self.root, direction, split)
@@ -165,6 +149,10 @@ class HubSource:
             ) from error
         self.revisions[repository] = _hub_revision(dataset.info.download_checksums) or self.revisions[repository]
         return [pair_from_record(row, column, direction, name, number) for number, row in enumerate(dataset, start=1)]
+
+
+# Gives ALMA's splits (`train`, `valid`, `test`) in a direction.
+Source = DirectorySource | HubSource
 
 
 def _hub_revision(checksums: dict[str, Any] | None) -> str | None:

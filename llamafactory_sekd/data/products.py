@@ -220,7 +220,7 @@ def write_product(path: Path, request: dict[str, Any], product: Product, overwri
             write_atomic(file, data)
 
     manifest = _manifest(request, product)
-    write_atomic(path, json.dumps(manifest, ensure_ascii=False, indent=2).encode("utf-8") + b"\n")
+    write_json(path, manifest)
     return manifest
 
 
@@ -269,7 +269,7 @@ def merge_entries(path: Path, entries: Mapping[str, Mapping[str, str]], overwrit
     merged = {**info, **{name: dict(entry) for name, entry in entries.items()}}
     if merged == info:
         return False
-    write_atomic(path, json.dumps(merged, ensure_ascii=False, indent=2).encode("utf-8") + b"\n")
+    write_json(path, merged)
     return True
 
 

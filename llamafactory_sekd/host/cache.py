@@ -1,9 +1,9 @@
-"""Building a teacher's cache from the host's data sets, with prompts of its own, or a cache for each data set."""
+"""Building a teacher's cache from the host's data sets, also with prompts of its own."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,30 +14,18 @@ import torch
 from llamafactory_sekd.arguments import STAGE
 from llamafactory_sekd.errors import ArgumentError, TeacherError
 from llamafactory_sekd.host.cached_teacher import PROMPTS, autocast_type, fingerprints_of
-from llamafactory_sekd.host.run_arguments import HostArguments
+from llamafactory_sekd.host.run_arguments import HostArguments, names_of_data_sets
 from llamafactory_sekd.host.run_names import check_names
-from llamafactory_sekd.host.teacher_keys import check_teacher_of_each, names_of_data_sets
 from llamafactory_sekd.host.teacher_loading import check_fit, teacher_model_arguments
 from llamafactory_sekd.host.templates import templates_restored
 from llamafactory_sekd.host.tokenizing import counting_cut_text
-from llamafactory_sekd.ranks import position
 from llamafactory_sekd.teacher import Teacher, used_ids
-from llamafactory_sekd.teacher.cache import (
-    Fingerprints,
-    Format,
-    Manifest,
-    Plan,
-    Session,
-    Settings,
-    bytes_per_token,
-    check_responses,
-    fill,
-    make_plan,
-)
+from llamafactory_sekd.teacher.cache.cache_manifest import Fingerprints, Manifest, Settings
+from llamafactory_sekd.teacher.cache.filling import Plan, Session, fill, make_plan
+from llamafactory_sekd.teacher.cache.formats import Format, bytes_per_token
+from llamafactory_sekd.teacher.cache.segments import check_responses
 
 
-TEACHERS = "teachers"
-_REPLACED = (TEACHERS, "dataset", "eval_dataset", "do_eval")
 _EVALUATION = ("eval_dataset", "do_eval")
 # The teacher's prompts are longer than the student's; how long they may be is checked against the teacher.
 _UNCUT = 2**30
@@ -364,52 +352,3 @@ def configurations(config: dict[str, Any], prompts: TeacherPrompts) -> tuple[dic
         teacher["default_system"] = prompts.system
 
     return student, teacher
-
-
-def build_caches(
-    config: dict[str, Any],
-    out: Path,
-    settings: Settings,
-    *,
-    batch_size: int | None = None,
-    say: Callable[[str], None] = print,
-) -> None:
-    """Fill a cache for each data set with its own teacher, as ``out/<data set>``.
-
-    Args:
-        config: the training YAML's keys, with ``teachers``, from data set to model, in place of ``teacher_model``.
-        out: the folder of the caches.
-        settings, batch_size, say: see :func:`build_cache`.
-
-    Raises:
-        ArgumentError: a data set has no teacher, or ``teachers`` names what the run does not read.
-        TeacherError: see :func:`build_cache`.
-    """
-    teachers = _checked(config)
-    shared = {key: value for key, value in config.items() if key not in _REPLACED}
-    for name, model in teachers.items():
-        # Every set is read as one of training: the records are the same, and each has the teacher of its name.
-        build_cache(
-            {**shared, "dataset": name, "teacher_model": model}, out / name, settings, batch_size=batch_size, say=say
-        )
-
-    folders = ",".join(str(out / name) for name in teachers)
-    if position()[0] == 0:
-        say(f"In the training YAML, in place of `{TEACHERS}`: teacher_cache: {folders}")
-
-
-def _checked(config: dict[str, Any]) -> dict[str, str]:
-    teachers = config[TEACHERS]
-    if not isinstance(teachers, Mapping) or not all(isinstance(model, str) for model in teachers.values()):
-        raise ArgumentError(
-            f"`{TEACHERS}: {teachers}` cannot be used: give a model for each data set, {{NAME: MODEL}}."
-        )
-
-    for key in ("teacher_model", "val_size"):
-        if config.get(key):
-            raise ArgumentError(
-                f"`{key}: {config[key]}` cannot be used together with `{TEACHERS}`: remove one of them."
-            )
-
-    check_teacher_of_each(TEACHERS, teachers, config.get("dataset"), config.get("eval_dataset"))
-    return {str(name): model for name, model in teachers.items()}

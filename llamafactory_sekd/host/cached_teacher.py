@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,17 +19,16 @@ from llamafactory_sekd.host.run_arguments import HostArguments
 from llamafactory_sekd.host.teacher_loading import teacher_identity, teacher_model_arguments
 from llamafactory_sekd.ranks import on_any_rank
 from llamafactory_sekd.teacher import Teacher, readable_rows, used_ids
-from llamafactory_sekd.teacher.cache import (
+from llamafactory_sekd.teacher.cache.cache_manifest import Fingerprints, open_for_reading
+from llamafactory_sekd.teacher.cache.filling import Session
+from llamafactory_sekd.teacher.cache.formats import TopKFormat
+from llamafactory_sekd.teacher.cache.recorded_teacher import (
     CacheCollator,
     CachedTeacher,
     FillingTeacher,
-    Fingerprints,
     OpenCache,
-    Session,
-    TopKFormat,
     first_unanswered,
     open_caches,
-    open_for_reading,
     padding_of_head,
     unanswered,
 )
@@ -177,10 +175,8 @@ class CacheOfRun:
                 "Compare with an exact cache (`--format hidden`) on a few steps."
             )
 
-    def __enter__(self) -> CacheOfRun:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
+        """Let other runs write to the cache."""
         if self.session is not None:
             self.session.close()
 
@@ -217,14 +213,7 @@ class _Keep(TrainerCallback):
     def on_save(self, *args: Any, **kwargs: Any) -> None:
         self.teacher.flush()
 
-    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        self.teacher.flush()
-
-    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        self.teacher.flush()
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.teacher.flush()
+    on_epoch_end = on_evaluate = on_train_end = on_save
 
 
 def _datasets(trainer_arguments: dict[str, Any], training_args: Any) -> list[Any]:

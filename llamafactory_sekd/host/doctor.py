@@ -62,7 +62,6 @@ def doctor(
     from llamafactory_sekd.host.run_names import wrong_names
     from llamafactory_sekd.planner import memory_report as report
     from llamafactory_sekd.planner.estimate import CONTEXT, estimate
-    from llamafactory_sekd.planner.remedies import price
 
     keys = read_config(config, overrides or [])
     console = Console()
@@ -95,7 +94,7 @@ def doctor(
             return estimate(describe(parse(changed)), libraries)
 
         with console.status("Looking for remedies"):
-            priced = list(price(keys, run, result.device, available, plan))
+            priced = list(report.price(keys, run, result.device, available, plan))
 
         report.print_remedies(console, priced, available)
 

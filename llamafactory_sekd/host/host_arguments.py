@@ -20,12 +20,13 @@ from llamafactory_sekd.children import end_rank_with_launcher
 from llamafactory_sekd.errors import ArgumentError, suggestion
 from llamafactory_sekd.host.ledger import check_in_effect, sekd_requested
 from llamafactory_sekd.host.patches import STAGE_LABEL
-from llamafactory_sekd.host.run_arguments import HostArguments, choose_checkpoint
-from llamafactory_sekd.host.teacher_keys import (
+from llamafactory_sekd.host.run_arguments import (
+    HostArguments,
     check_devices,
     check_placement,
     check_quantizing,
     check_teacher_choice,
+    choose_checkpoint,
 )
 
 

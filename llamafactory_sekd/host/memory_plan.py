@@ -14,8 +14,7 @@ from torch import nn
 from llamafactory_sekd.arguments import AUTO, SELF, STAGE
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.host.host_arguments import check_run
-from llamafactory_sekd.host.run_arguments import HostArguments
-from llamafactory_sekd.host.teacher_keys import check_teacher_choice, read_deepspeed_file
+from llamafactory_sekd.host.run_arguments import HostArguments, check_teacher_choice, read_deepspeed_file
 from llamafactory_sekd.host.teacher_loading import copy_model_arguments, each_teacher, teacher_model_arguments
 from llamafactory_sekd.planner.planned_run import Blueprint, Run, Sharding, TeacherPlace, read_deepspeed
 from llamafactory_sekd.teacher import common_vocabulary, engine_config

@@ -109,10 +109,6 @@ class Phases(TrainerCallback):
         found = {"phase": name, "done": done, "total": total, "seconds": seconds, "seconds_left": left}
         write_json(self.folder / PHASE_FILE, found)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note that training begins, or goes on."""
-        self.on_step_end(args, state, control)
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note a step of the training, or of the epoch in which the teacher answers."""
         epoch = -(-state.max_steps // max(1, state.num_train_epochs))
@@ -120,6 +116,8 @@ class Phases(TrainerCallback):
             self.note(FIRST_PASS, state.global_step, epoch)
         else:
             self.note(TRAINING, state.global_step, state.max_steps)
+
+    on_train_begin = on_step_end
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note a batch of the validation."""

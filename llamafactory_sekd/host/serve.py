@@ -43,10 +43,9 @@ def serve(
     """Serve a teacher to training runs and to `sekd cache --server` on other machines."""
     import socket
 
-    from llamafactory_sekd.host.teacher_keys import check_quantizing
-    from llamafactory_sekd.teacher.cache import DTYPES
-    from llamafactory_sekd.teacher.served import TOKEN
-    from llamafactory_sekd.teacher.served.connection import is_loopback
+    from llamafactory_sekd.host.run_arguments import check_quantizing
+    from llamafactory_sekd.teacher.cache.formats import DTYPES
+    from llamafactory_sekd.teacher.served.connection import TOKEN, is_loopback
 
     token = os.environ.get(TOKEN) or None
     if not is_loopback(host) and token is None:
@@ -121,8 +120,7 @@ def make_service(
 
     from llamafactory_sekd.host.cached_teacher import teacher_fields
     from llamafactory_sekd.teacher import Teacher, check_teacher_files
-    from llamafactory_sekd.teacher.cache import DTYPES
-    from llamafactory_sekd.teacher.cache.formats import TOPK_RANGE, written_transform
+    from llamafactory_sekd.teacher.cache.formats import DTYPES, TOPK_RANGE, written_transform
     from llamafactory_sekd.teacher.compatibility import check_adapter_files, check_is_causal
     from llamafactory_sekd.teacher.served.protocol import ServerInfo, answer_of, describe
     from llamafactory_sekd.teacher.served.service import Worker, make_app

@@ -5,35 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
 from llamafactory_sekd.arguments import KEYS, DistillationArguments
 from llamafactory_sekd.errors import ArgumentError, TeacherError
-from llamafactory_sekd.host.cache import (
-    TeacherPrompts,
-    Tokenized,
-    filling,
-    run_session,
-    tokenized,
-    used_ids,
-    with_prompts,
-)
+from llamafactory_sekd.host.cache import TeacherPrompts, Tokenized, filling, run_session, tokenized, with_prompts
 from llamafactory_sekd.host.run_arguments import HostArguments
-from llamafactory_sekd.teacher.cache import DTYPES, Format, HiddenFormat, Plan, Session, Settings, TopKFormat
-from llamafactory_sekd.teacher.served import (
-    Answering,
-    Connection,
-    NoAnswerError,
-    ServedTeacher,
-    TicketCollator,
-    VllmConnection,
-    check_served_tokenizer,
-    fill_from_server,
-    speaks_our_protocol,
-)
+from llamafactory_sekd.teacher import used_ids
+from llamafactory_sekd.teacher.cache.cache_manifest import Settings
+from llamafactory_sekd.teacher.cache.filling import Plan, Session
+from llamafactory_sekd.teacher.cache.formats import DTYPES, Format, HiddenFormat, TopKFormat
+from llamafactory_sekd.teacher.served.connection import Connection, NoAnswerError, speaks_our_protocol
+from llamafactory_sekd.teacher.served.live_teacher import Answering, ServedTeacher, TicketCollator, fill_from_server
+from llamafactory_sekd.teacher.served.protocol import check_served_tokenizer
+from llamafactory_sekd.teacher.served.vllm_teacher import VllmConnection
 
 
 # What says where a teacher is that this process would load; a server has its own.
@@ -154,10 +141,8 @@ class ServerOfRun:
         if self.teacher is not None and not self.keys.kd_on_policy:
             trainer.data_collator = TicketCollator(trainer.data_collator, self.teacher)
 
-    def __enter__(self) -> ServerOfRun:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
+        """Give up what is still under way."""
         if self.teacher is not None:
             self.teacher.close()
         self.server.close()

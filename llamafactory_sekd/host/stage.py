@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +107,7 @@ def _run_sekd(run: HostArguments, host_run: Callable[[], None]) -> None:
     with (
         numbered_examples(finetuning),
         counting_cut_text(finetuning.kd_max_cut, print if run.is_first_rank else None),
-        of_server or nullcontext(),
+        closing(of_server) if of_server else nullcontext(),
         phases_of(run) as phases,
         _our_trainer(run, fingerprint, of_server, phases) as opening,
         _unusable_dataset_explained(run.data),
@@ -158,7 +158,7 @@ def _our_trainer(
         phases.note(LOADING, 1, LOADING_STEPS)
         cache = None
         if run.finetuning.teacher_cache:
-            cache = open_things.enter_context(CacheOfRun(run, kwargs))
+            cache = open_things.enter_context(closing(CacheOfRun(run, kwargs)))
 
         student_rows = head_rows(kwargs["model"])
         make_online: Any = None

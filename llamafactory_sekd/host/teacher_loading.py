@@ -17,8 +17,7 @@ from llamafactory_sekd.arguments import SELF, DistillationArguments
 from llamafactory_sekd.checkpoints import STATE_NAME, DistillationState
 from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.fingerprints import xxh3_of_model
-from llamafactory_sekd.host.run_arguments import HostArguments
-from llamafactory_sekd.host.teacher_keys import own_device, read_deepspeed_file
+from llamafactory_sekd.host.run_arguments import HostArguments, own_device, read_deepspeed_file
 
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import numpy as np
 
 from llamafactory_sekd.errors import DataError, one_line
 from llamafactory_sekd.host.run_arguments import HostArguments
-from llamafactory_sekd.teacher.several_teachers import TEACHER_NUMBER
+from llamafactory_sekd.teacher.source import TEACHER_NUMBER
 
 
 _COLUMN = "sekd_cut"  # in the host's data set between its tokenizer and ours; an example is a length and flags

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,10 @@ from llamafactory_sekd.errors import ArgumentError
 
 
 app = typer.Typer(add_completion=False)
-_MODEL, _TEXT, _METHOD, _OUTPUT, _MACHINE = "Model", "Text", "Method", "Output", "Speed and machines"
+_model, _text, _method, _output, _machine = (
+    partial(typer.Option, rich_help_panel=panel)
+    for panel in ("Model", "Text", "Method", "Output", "Speed and machines")
+)
 
 
 @app.command(epilog="Recipes: docs/translate.md")
@@ -20,117 +24,62 @@ def translate(
         list[str] | None,
         typer.Argument(help="Model arguments of LLaMA-Factory: infer_dtype=bfloat16, quantization_bit=4, …"),
     ] = None,
-    model: Annotated[str, typer.Option(help="A folder or a hub id.", rich_help_panel=_MODEL)] = "",
-    adapter: Annotated[str | None, typer.Option(help="An adapter on it.", rich_help_panel=_MODEL)] = None,
-    template: Annotated[str, typer.Option(help="LLaMA-Factory's template.", rich_help_panel=_MODEL)] = "parrot",
-    source_language: Annotated[
-        str | None, typer.Option("--from", help="Language code of the text.", rich_help_panel=_TEXT)
-    ] = None,
-    target_language: Annotated[
-        str | None, typer.Option("--to", help="Language codes, such as de,cs.", rich_help_panel=_TEXT)
-    ] = None,
-    source_name: Annotated[
-        str | None, typer.Option("--from-name", help="The source language's name.", rich_help_panel=_TEXT)
-    ] = None,
-    target_name: Annotated[
-        str | None, typer.Option("--to-name", help="The target language's name.", rich_help_panel=_TEXT)
-    ] = None,
-    directions: Annotated[
-        str | None, typer.Option(help="In place of both: en-de,de-en.", rich_help_panel=_TEXT)
-    ] = None,
+    model: Annotated[str, _model(help="A folder or a hub id.")] = "",
+    adapter: Annotated[str | None, _model(help="An adapter on it.")] = None,
+    template: Annotated[str, _model(help="LLaMA-Factory's template.")] = "parrot",
+    source_language: Annotated[str | None, _text("--from", help="Language code of the text.")] = None,
+    target_language: Annotated[str | None, _text("--to", help="Language codes, such as de,cs.")] = None,
+    source_name: Annotated[str | None, _text("--from-name", help="The source language's name.")] = None,
+    target_name: Annotated[str | None, _text("--to-name", help="The target language's name.")] = None,
+    directions: Annotated[str | None, _text(help="In place of both: en-de,de-en.")] = None,
     text: Annotated[
-        Path | None,
-        typer.Option(
-            "--in", help="Plain lines, .tsv or .jsonl; may be compressed. Default: stdin.", rich_help_panel=_TEXT
-        ),
+        Path | None, _text("--in", help="Plain lines, .tsv or .jsonl; may be compressed. Default: stdin.")
     ] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="Or a data set of dataset_info.json.", rich_help_panel=_TEXT)
-    ] = None,
-    dataset_dir: Annotated[Path, typer.Option(help="Its folder.", rich_help_panel=_TEXT)] = Path("data"),
-    alma: Annotated[Path | None, typer.Option(help="Or a clone of ALMA.", rich_help_panel=_TEXT)] = None,
-    split: Annotated[str, typer.Option(help="ALMA's train, valid or test.", rich_help_panel=_TEXT)] = "train",
-    prompt: Annotated[
-        str | None, typer.Option(help="parrot, plain, or your own with {source}.", rich_help_panel=_TEXT)
-    ] = None,
-    method: Annotated[str, typer.Option(help="greedy, beam, sample or mbr.", rich_help_panel=_METHOD)] = "greedy",
+    dataset: Annotated[str | None, _text(help="Or a data set of dataset_info.json.")] = None,
+    dataset_dir: Annotated[Path, _text(help="Its folder.")] = Path("data"),
+    alma: Annotated[Path | None, _text(help="Or a clone of ALMA.")] = None,
+    split: Annotated[str, _text(help="ALMA's train, valid or test.")] = "train",
+    prompt: Annotated[str | None, _text(help="parrot, plain, or your own with {source}.")] = None,
+    method: Annotated[str, _method(help="greedy, beam, sample or mbr.")] = "greedy",
     samples: Annotated[
-        int | None,
-        typer.Option(help="Samples per sentence. Default: 16 for mbr, else --n-best.", min=1, rich_help_panel=_METHOD),
+        int | None, _method(help="Samples per sentence. Default: 16 for mbr, else --n-best.", min=1)
     ] = None,
-    beams: Annotated[
-        int | None, typer.Option(help="Width of the beam. Default: 4.", min=2, rich_help_panel=_METHOD)
-    ] = None,
-    n_best: Annotated[int, typer.Option(help="Translations to write.", min=1, rich_help_panel=_METHOD)] = 1,
-    metric: Annotated[
-        str | None, typer.Option(help="For mbr: chrf or comet. Default: chrf.", rich_help_panel=_METHOD)
-    ] = None,
-    comet_model: Annotated[
-        str, typer.Option(help="A checkpoint or a hub name.", rich_help_panel=_METHOD)
-    ] = "Unbabel/wmt22-comet-da",
+    beams: Annotated[int | None, _method(help="Width of the beam. Default: 4.", min=2)] = None,
+    n_best: Annotated[int, _method(help="Translations to write.", min=1)] = 1,
+    metric: Annotated[str | None, _method(help="For mbr: chrf or comet. Default: chrf.")] = None,
+    comet_model: Annotated[str, _method(help="A checkpoint or a hub name.")] = "Unbabel/wmt22-comet-da",
     keep: Annotated[
-        str | None,
-        typer.Option(
-            help="reference: the candidate closest to it by chrF, where there is one.", rich_help_panel=_METHOD
-        ),
+        str | None, _method(help="reference: the candidate closest to it by chrF, where there is one.")
     ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Default: 1.", rich_help_panel=_METHOD)] = None,
-    top_p: Annotated[float | None, typer.Option(help="Default: 1.", rich_help_panel=_METHOD)] = None,
-    top_k: Annotated[int | None, typer.Option(help="Default: all.", rich_help_panel=_METHOD)] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the samples.", min=0, rich_help_panel=_METHOD)] = 42,
-    max_new_tokens: Annotated[int, typer.Option(help="Limit of a translation.", min=1, rich_help_panel=_METHOD)] = 256,
-    length_penalty: Annotated[float, typer.Option(help="For beam search.", rich_help_panel=_METHOD)] = 1.0,
+    temperature: Annotated[float | None, _method(help="Default: 1.")] = None,
+    top_p: Annotated[float | None, _method(help="Default: 1.")] = None,
+    top_k: Annotated[int | None, _method(help="Default: all.")] = None,
+    seed: Annotated[int, _method(help="Seed of the samples.", min=0)] = 42,
+    max_new_tokens: Annotated[int, _method(help="Limit of a translation.", min=1)] = 256,
+    length_penalty: Annotated[float, _method(help="For beam search.")] = 1.0,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="A file: .txt, .tsv or .jsonl, compressed with .gz; with --name a dataset_dir. Default: stdout.",
-            rich_help_panel=_OUTPUT,
-        ),
+        _output(help="A file: .txt, .tsv or .jsonl, compressed with .gz; with --name a dataset_dir. Default: stdout."),
     ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Write a data set of this name into --out.", rich_help_panel=_OUTPUT)
-    ] = None,
+    name: Annotated[str | None, _output(help="Write a data set of this name into --out.")] = None,
     mix: Annotated[
         float | None,
-        typer.Option(
-            help="Share of a data set's records to translate; the others keep the reference.",
-            min=0.0,
-            max=1.0,
-            rich_help_panel=_OUTPUT,
-        ),
+        _output(help="Share of a data set's records to translate; the others keep the reference.", min=0.0, max=1.0),
     ] = None,
     filters: Annotated[
         str,
-        typer.Option(
-            help="all, none, or of empty,limit,language,loop,length,copy: counted, and left out of data sets.",
-            rich_help_panel=_OUTPUT,
-        ),
+        _output(help="all, none, or of empty,limit,language,loop,length,copy: counted, and left out of data sets."),
     ] = "all",
-    work: Annotated[
-        Path | None,
-        typer.Option(help="Where finished sentences are kept. Default: OUT.work.", rich_help_panel=_OUTPUT),
-    ] = None,
+    work: Annotated[Path | None, _output(help="Where finished sentences are kept. Default: OUT.work.")] = None,
     overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Replace a data set that was made with other options.", rich_help_panel=_OUTPUT
-        ),
+        bool, _output("--overwrite", help="Replace a data set that was made with other options.")
     ] = False,
-    shard: Annotated[str | None, typer.Option(help="Only part I of N, written I/N.", rich_help_panel=_MACHINE)] = None,
-    join: Annotated[
-        int | None, typer.Option(help="Put N finished parts together.", min=1, rich_help_panel=_MACHINE)
-    ] = None,
-    slurm: Annotated[
-        Path | None,
-        typer.Option(help="Write a SLURM array script of the --join parts there.", rich_help_panel=_MACHINE),
-    ] = None,
-    backend: Annotated[str, typer.Option(help="hf or vllm.", rich_help_panel=_MACHINE)] = "hf",
-    batch_tokens: Annotated[
-        int, typer.Option(help="Tokens decoded at a time.", min=1, rich_help_panel=_MACHINE)
-    ] = 16384,
-    batch_size: Annotated[
-        int | None, typer.Option(help="At most this many translations at a time.", min=1, rich_help_panel=_MACHINE)
-    ] = None,
+    shard: Annotated[str | None, _machine(help="Only part I of N, written I/N.")] = None,
+    join: Annotated[int | None, _machine(help="Put N finished parts together.", min=1)] = None,
+    slurm: Annotated[Path | None, _machine(help="Write a SLURM array script of the --join parts there.")] = None,
+    backend: Annotated[str, _machine(help="hf or vllm.")] = "hf",
+    batch_tokens: Annotated[int, _machine(help="Tokens decoded at a time.", min=1)] = 16384,
+    batch_size: Annotated[int | None, _machine(help="At most this many translations at a time.", min=1)] = None,
 ) -> None:
     """Translate text with any model, to read it or to train a student on it.
 

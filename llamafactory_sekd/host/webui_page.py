@@ -150,7 +150,7 @@ def extend_runner(host_class: type) -> type:
 
 def _check_teacher_files(args: dict[str, Any]) -> None:
     from llamafactory_sekd.teacher import check_teacher_files
-    from llamafactory_sekd.teacher.cache import Manifest
+    from llamafactory_sekd.teacher.cache.cache_manifest import Manifest
 
     teacher = args.get("teacher_model")
     if teacher:

@@ -19,13 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.lm_head import hidden_states_of, is_plain_product, replaced_forward, selected_rows
-from llamafactory_sekd.objectives import (
-    IDENTITY,
-    LogitsSource,
-    LogitTransform,
-    default_chunk_size,
-    product_type,
-)
+from llamafactory_sekd.objectives import IDENTITY, LogitsSource, LogitTransform, default_chunk_size, product_type
 from llamafactory_sekd.objectives.blocks import ACCELERATOR_BUFFER, BUFFERS, CPU_BUFFER
 from llamafactory_sekd.objectives.head_products import as_on_an_accelerator
 from llamafactory_sekd.planner.contentless import (

@@ -11,8 +11,7 @@ from llamafactory_sekd.teacher.compatibility import (
     used_ids,
 )
 from llamafactory_sekd.teacher.model import Placement, SharedTeacher, Teacher, add_teacher_adapters, engine_config
-from llamafactory_sekd.teacher.several_teachers import NumberCollator, SeveralTeachers
-from llamafactory_sekd.teacher.source import TeacherSource
+from llamafactory_sekd.teacher.source import NumberCollator, SeveralTeachers, TeacherSource
 
 
 __all__ = [

@@ -90,8 +90,8 @@ def place(model: nn.Module, head: nn.Module, accelerator: Any, placement: Placem
         accelerator: the trainer's.
         placement: where it shall stand.
     """
-    if is_quantized(model):  # bitsandbytes has put it on its device already
-        return model
+    if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
+        return model  # bitsandbytes has put it on its device already
 
     is_apart = placement.device is not None or placement.offload
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
@@ -116,11 +116,6 @@ def place(model: nn.Module, head: nn.Module, accelerator: Any, placement: Placem
     # A rank without an accelerator is called `cpu:0`, which its tensors' device is not equal to.
     _rest_in_main_memory(model, head, torch.device("cpu") if device.type == "cpu" else device)
     return model
-
-
-def is_quantized(model: nn.Module) -> bool:
-    """Whether bitsandbytes keeps its weights in 4 or 8 bits."""
-    return bool(getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False))
 
 
 def is_flat(model: nn.Module) -> bool:

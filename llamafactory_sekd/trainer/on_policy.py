@@ -22,7 +22,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from llamafactory_sekd.errors import ArgumentError, DataError
 from llamafactory_sekd.objectives import IGNORE_INDEX
-from llamafactory_sekd.teacher.several_teachers import TEACHER_NUMBER
+from llamafactory_sekd.teacher.source import TEACHER_NUMBER
 from llamafactory_sekd.trainer.own_sample_logs import OwnSampleLog, OwnText
 from llamafactory_sekd.trainer.sampling import InverseTransform, RowDraws, Sampling, as_generator, uniforms_of
 

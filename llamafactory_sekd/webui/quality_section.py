@@ -14,7 +14,6 @@ from llamafactory_sekd.data.alma import DEFAULT_OUT
 from llamafactory_sekd.data.alma_source import TASKS
 from llamafactory_sekd.errors import SekdError
 from llamafactory_sekd.evaluation.evaluation_settings import METRICS
-from llamafactory_sekd.webui.charts import draw_report, read_report, report_files
 from llamafactory_sekd.webui.evaluation_process import (
     BASE,
     TEACHER,
@@ -22,8 +21,11 @@ from llamafactory_sekd.webui.evaluation_process import (
     as_yaml,
     check_config,
     checkpoint_list,
+    draw_report,
     evaluation_config,
     follow_test_set,
+    read_report,
+    report_files,
     results_folder,
     system_names,
 )

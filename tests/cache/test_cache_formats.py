@@ -7,7 +7,7 @@ import torch
 
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.objectives import distillation_loss, fused_distillation
-from llamafactory_sekd.teacher.cache import HiddenFormat, TopKFormat, TopKLogits, bytes_per_token
+from llamafactory_sekd.teacher.cache.formats import HiddenFormat, TopKFormat, TopKLogits, bytes_per_token
 
 
 @pytest.fixture

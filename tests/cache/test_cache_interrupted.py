@@ -22,7 +22,8 @@ KILLED_BUILD = """
 import json, os, signal, sys
 from pathlib import Path
 from llamafactory_sekd.host import cache
-from llamafactory_sekd.teacher.cache import Session, Settings
+from llamafactory_sekd.teacher.cache.cache_manifest import Settings
+from llamafactory_sekd.teacher.cache.filling import Session
 
 write = Session.writer
 Session.writer = lambda self: write(self, shard_bytes=1)  # a shard per example

@@ -344,7 +344,8 @@ def test_a_teacher_whose_head_says_not_all_is_kept_as_topk_only(tiny_root, tmp_p
     from transformers import LlamaForCausalLM
 
     from llamafactory_sekd.teacher import Teacher
-    from llamafactory_sekd.teacher.cache import Fingerprints, Session, Settings
+    from llamafactory_sekd.teacher.cache.cache_manifest import Fingerprints, Settings
+    from llamafactory_sekd.teacher.cache.filling import Session
 
     class Biased(LlamaForCausalLM):
         def forward(self, *args: Any, **kwargs: Any) -> Any:

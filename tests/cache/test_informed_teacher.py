@@ -54,7 +54,7 @@ def config_of(root, tmp_path, **overrides):
 
 def build(config, directory, **prompts):
     from llamafactory_sekd.host.cache import TeacherPrompts, build_cache
-    from llamafactory_sekd.teacher.cache import Settings
+    from llamafactory_sekd.teacher.cache.cache_manifest import Settings
 
     build_cache(config, directory, Settings(), prompts=TeacherPrompts(**prompts), say=lambda _: None)
     return directory

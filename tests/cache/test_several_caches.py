@@ -16,9 +16,9 @@ from helpers.runs import base_config, logged, train, write_yaml
 from llamafactory_sekd.argument_checks import check_distillation_arguments
 from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.errors import ArgumentError, TeacherError
-from llamafactory_sekd.host.cache import build_caches
-from llamafactory_sekd.teacher.cache import Settings
-from llamafactory_sekd.teacher.several_teachers import MixedLogits
+from llamafactory_sekd.host.cache_command import build_caches
+from llamafactory_sekd.teacher.cache.cache_manifest import Settings
+from llamafactory_sekd.teacher.source import MixedLogits
 
 
 SIZES = {"first": 11, "second": 13}
@@ -248,7 +248,8 @@ def test_keys_that_cannot_work_are_refused(keys, words):
 
 
 def test_sequences_that_only_fill_up_the_last_batch_have_no_answers(root, caches):
-    from llamafactory_sekd.teacher.cache import CacheCollator, CachedTeacher, Manifest, open_caches
+    from llamafactory_sekd.teacher.cache.cache_manifest import Manifest
+    from llamafactory_sekd.teacher.cache.recorded_teacher import CacheCollator, CachedTeacher, open_caches
     from llamafactory_sekd.teacher.cache.segments import segments
 
     folders = [caches / "first", caches / "topk"]

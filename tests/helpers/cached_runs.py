@@ -17,7 +17,7 @@ from helpers.runs import train
 def build(config: dict[str, Any], directory: Path, *, batch_size: int | None = None, **settings: Any) -> Path:
     """Build a cache over the data sets of a training configuration."""
     from llamafactory_sekd.host.cache import build_cache
-    from llamafactory_sekd.teacher.cache import Settings
+    from llamafactory_sekd.teacher.cache.cache_manifest import Settings
 
     with patch.dict(os.environ):  # transformers leaves the precision of a run there for the next one
         build_cache(config, directory, Settings(**settings), batch_size=batch_size, say=lambda _: None)
@@ -67,7 +67,7 @@ def counted_forwards() -> Iterator[list[int]]:
 
 def content(directory: Path) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
     """All records by key."""
-    from llamafactory_sekd.teacher.cache import ShardReader
+    from llamafactory_sekd.teacher.cache.record_store import ShardReader
 
     reader = ShardReader(directory)
     return {key: reader.read(key) for key in reader.keys()}  # noqa: SIM118

@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.errors import ArgumentError
 from llamafactory_sekd.planner.estimate import copies_nothing, estimate, state_bytes
-from llamafactory_sekd.planner.memory_report import devices_of_the_environment, parse_memory
+from llamafactory_sekd.planner.memory_report import devices_of_the_environment, parse_memory, price, remedies_for
 from llamafactory_sekd.planner.planned_run import Blueprint, Run, Sharding, TeacherPlace, read_deepspeed
-from llamafactory_sekd.planner.remedies import price, remedies_for
 
 
 ZERO_3 = Path(__file__).parents[2] / "examples" / "deepspeed" / "ds_z3_config.json"

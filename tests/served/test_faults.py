@@ -15,9 +15,9 @@ import torch
 from helpers.servers import serving
 
 from llamafactory_sekd.errors import TeacherError
-from llamafactory_sekd.teacher.cache import HiddenFormat
+from llamafactory_sekd.teacher.cache.formats import HiddenFormat
 from llamafactory_sekd.teacher.cache.segments import Segment
-from llamafactory_sekd.teacher.served import Connection
+from llamafactory_sekd.teacher.served.connection import Connection
 
 
 PART = Segment(np.array([0, 5, 9, 44, 7], dtype=np.int32), np.array([0, 0, 1, 1, 0], dtype=bool), None)

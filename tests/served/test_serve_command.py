@@ -18,7 +18,9 @@ from safetensors.torch import load
 from transformers import AutoModelForCausalLM
 
 from llamafactory_sekd.errors import TeacherError
-from llamafactory_sekd.teacher.served import Connection, ServerInfo, service
+from llamafactory_sekd.teacher.served import service
+from llamafactory_sekd.teacher.served.connection import Connection
+from llamafactory_sekd.teacher.served.protocol import ServerInfo
 from llamafactory_sekd.teacher.served.service import make_app
 
 

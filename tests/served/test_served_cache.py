@@ -24,8 +24,9 @@ from pathlib import Path
 from llamafactory_sekd.cli import apply_plugin
 apply_plugin()
 from llamafactory_sekd.host.served_teacher import build_from_server
-from llamafactory_sekd.teacher.cache import Session, Settings
-from llamafactory_sekd.teacher.served import Connection
+from llamafactory_sekd.teacher.cache.cache_manifest import Settings
+from llamafactory_sekd.teacher.cache.filling import Session
+from llamafactory_sekd.teacher.served.connection import Connection
 import time
 
 write = Session.writer

@@ -51,7 +51,7 @@ def test_a_teacher_whose_logits_are_capped_is_served_as_it_is(tiny_root, tmp_pat
     from helpers.tiny import save_scaled_or_capped
 
     from llamafactory_sekd.host.served_teacher import build_from_server
-    from llamafactory_sekd.teacher.cache import Settings
+    from llamafactory_sekd.teacher.cache.cache_manifest import Settings
 
     teacher = save_scaled_or_capped(tmp_path / "gemma2", "gemma2")
     config = base_config(tiny_root, output_dir=str(tmp_path / "out"), teacher_model=str(teacher))
@@ -74,7 +74,7 @@ def test_topk_answers_train_as_a_topk_cache_does(tiny_root, tmp_path, server):
 def test_the_next_batch_is_asked_for_before_the_student_has_computed_this_one(tiny_root, tmp_path, server):
     from unittest.mock import patch
 
-    from llamafactory_sekd.teacher.served import Connection
+    from llamafactory_sekd.teacher.served.connection import Connection
     from llamafactory_sekd.trainer import DistillationTrainer
 
     events: list[str] = []
@@ -111,7 +111,7 @@ def test_a_server_with_another_tokenizer_is_refused_in_one_line(tiny_root, tmp_p
     from helpers.cached_runs import from_cache
 
     from llamafactory_sekd.host.served_teacher import build_from_server
-    from llamafactory_sekd.teacher.cache import Settings
+    from llamafactory_sekd.teacher.cache.cache_manifest import Settings
 
     strange = shutil.copytree(tiny_root / "teacher", tmp_path / "strange")
     tokens = json.loads((strange / "tokenizer.json").read_text())

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.host.served_teacher import build_from_server, server_problem
-from llamafactory_sekd.teacher.cache import Settings
-from llamafactory_sekd.teacher.served import VllmConnection, vllm_hidden_states
+from llamafactory_sekd.teacher.cache.cache_manifest import Settings
+from llamafactory_sekd.teacher.served import vllm_hidden_states
+from llamafactory_sekd.teacher.served.vllm_teacher import VllmConnection
 
 
 def with_a_norm_that_matters(folder, **saving):

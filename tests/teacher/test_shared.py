@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.teacher import SharedTeacher, add_teacher_adapters
-from llamafactory_sekd.teacher.cache import Settings
+from llamafactory_sekd.teacher.cache.cache_manifest import Settings
 
 
 STUDENT = {"finetuning_type": "lora", "lora_target": "q_proj,v_proj,down_proj", "lora_dropout": 0.3}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from llamafactory_sekd.webui.charts import add_distillation_axes
+from llamafactory_sekd.host.webui import add_distillation_axes
 
 
 def loss_figure() -> Figure:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llamafactory_sekd.presets import PRESETS
-from llamafactory_sekd.webui.charts import report_files
-from llamafactory_sekd.webui.evaluation_process import checkpoint_list, follow_test_set
+from llamafactory_sekd.webui.evaluation_process import checkpoint_list, follow_test_set, report_files
 from llamafactory_sekd.webui.panel import equation
 
 

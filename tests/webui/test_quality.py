@@ -9,12 +9,12 @@ import yaml
 
 from llamafactory_sekd.errors import SekdError
 from llamafactory_sekd.evaluation.evaluation_settings import parse_settings
-from llamafactory_sekd.webui.charts import draw_report
 from llamafactory_sekd.webui.evaluation_process import (
     EvaluationProcess,
     Progress,
     as_yaml,
     check_config,
+    draw_report,
     evaluation_config,
     system_names,
 )

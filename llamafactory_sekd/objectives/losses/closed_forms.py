@@ -267,16 +267,12 @@ def _easy_gradient(block: Block) -> None:
     # The target differs from λ p in one entry of each row, which is added afterwards.
     kd_lambda = block.settings.kd_lambda
     torch.sub(block.q, block.p, alpha=kd_lambda, out=block.gradient)
-    _subtract_truth(block, 1.0 - kd_lambda)
+    add_at_labels(block.gradient, block.labels, kd_lambda - 1.0)
 
 
 def _add_cross_entropy_gradient(block: Block) -> None:
     share = 1.0 - block.settings.kd_lambda
     block.gradient.add_(block.plain_q, alpha=share)
-    _subtract_truth(block, share)
-
-
-def _subtract_truth(block: Block, share: float) -> None:
     add_at_labels(block.gradient, block.labels, -share)
 
 

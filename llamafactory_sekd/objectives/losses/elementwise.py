@@ -241,7 +241,7 @@ def adaptive_kl(pair: Pair, side: Side, wants_pull: bool) -> Term:
     head_sums = _compiled_head_sums if torch.compiler.is_compiling() else _head_sums
     share = torch.where(total > 0, head_sums(gaps, pair.t, float(side.parameter("head"))) / total, 1.0)
     weighted = pair.log_ratio().mul_(pair.s)  # with t it gives both pulls, in one pass
-    value = _times(share, pair.kl_to_student()) + _times(1.0 - share, -row_sums(weighted))
+    value = times(share, pair.kl_to_student()) + times(1.0 - share, -row_sums(weighted))
     return Term(value, weighted.lerp_(pair.t, share.unsqueeze(-1)) if wants_pull else None, -1.0)
 
 
@@ -308,7 +308,8 @@ _compiled_head_sums = torch.library.custom_op(
 _compiled_head_sums.register_fake(lambda gaps, t, head: gaps.new_empty(gaps.shape[0]))
 
 
-def _times(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def times(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Multiply; a weight of zero switches a value off even where it is infinite."""
     return torch.where(weight > 0, weight * value, 0.0)
 
 

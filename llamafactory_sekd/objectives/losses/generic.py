@@ -18,7 +18,7 @@ import torch
 from llamafactory_sekd.formula import Side
 from llamafactory_sekd.objectives.compiling import may_look, row_sums, softmax_and_norm
 from llamafactory_sekd.objectives.losses.closed_forms import INFINITE, Block, add_at_labels
-from llamafactory_sekd.objectives.losses.elementwise import DIVERGENCES, Pair, Term
+from llamafactory_sekd.objectives.losses.elementwise import DIVERGENCES, Pair, Term, times
 from llamafactory_sekd.objectives.losses.users_divergence import user_divergence
 
 
@@ -71,15 +71,10 @@ def _choose(easy: _Result, hard: _Result, is_hard: torch.Tensor) -> _Result:
 
 
 def _blend(easy: _Result, hard: _Result, degree: torch.Tensor) -> _Result:
-    # A weight of zero switches a loss off even where it is infinite.
-    loss = _weighted(1.0 - degree, easy[0]) + _weighted(degree, hard[0])
+    loss = times(1.0 - degree, easy[0]) + times(degree, hard[0])
     if easy[1] is None or hard[1] is None:
         return loss, None
     return loss, torch.lerp(easy[1], hard[1], degree.unsqueeze(-1))
-
-
-def _weighted(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return torch.where(weight > 0, weight * value, 0.0)
 
 
 class _Tokens:

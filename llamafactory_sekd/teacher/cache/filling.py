@@ -63,7 +63,7 @@ class Session:
         self._stack = ExitStack()
         try:
             if self.rank == 0:
-                self._lock()
+                self._stack.enter_context(locked(self.directory / ".sekd.lock", error=TeacherError))
                 open_for_writing(directory, run, settings)
 
             wait_for_all()
@@ -150,9 +150,6 @@ class Session:
             raise TeacherError(
                 f"{self.directory / HEAD} was damaged, and this teacher's head does not match: build a new cache."
             )
-
-    def _lock(self) -> None:
-        self._stack.enter_context(locked(self.directory / ".sekd.lock", error=TeacherError))
 
 
 @dataclass

@@ -18,10 +18,9 @@ from llamafactory_sekd.ranks import on_any_rank
 from llamafactory_sekd.teacher.cache.cache_manifest import HEAD, Manifest
 from llamafactory_sekd.teacher.cache.formats import Format, TopKFormat, as_bits
 from llamafactory_sekd.teacher.cache.record_store import Record, ShardReader, ShardWriter
-from llamafactory_sekd.teacher.cache.segments import Key, Segment, is_teacher_forced, segments
+from llamafactory_sekd.teacher.cache.segments import Key, Segment, segments, segments_of_each
 from llamafactory_sekd.teacher.model import Teacher
-from llamafactory_sekd.teacher.several_teachers import MixedLogits
-from llamafactory_sekd.teacher.source import Answers, Collate, TeacherSource, WrappedCollator, every_logit
+from llamafactory_sekd.teacher.source import Answers, Collate, MixedLogits, TeacherSource, WrappedCollator, every_logit
 
 
 # Of an example's text, in a message of one line.
@@ -140,7 +139,7 @@ class CacheCollator(WrappedCollator):
 
     def __call__(self, features: list[dict[str, Any]]) -> Any:
         """Collate as the host does and add the records."""
-        sequences = [segments(feature) if is_teacher_forced(feature) else [] for feature in features]
+        sequences = segments_of_each(features)
         batch = self.collate(features)
         batch.update(self._records(sequences))
         return batch

@@ -86,9 +86,9 @@ def segments(example: Mapping[str, Any]) -> list[Segment]:
     return found
 
 
-def is_teacher_forced(example: Mapping[str, Any]) -> bool:
-    """Whether labels stand under the ids they belong to; for generation the host keeps prompt and answer apart."""
-    return len(example["input_ids"]) == len(example["labels"])
+def segments_of_each(features: Sequence[Mapping[str, Any]]) -> list[list[Segment]]:
+    """Return the segments of each example; for generation, where labels are not under their ids, there are none."""
+    return [segments(item) if len(item["input_ids"]) == len(item["labels"]) else [] for item in features]
 
 
 def _array(values: Sequence[int]) -> np.ndarray:

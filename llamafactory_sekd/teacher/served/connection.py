@@ -16,7 +16,7 @@ import torch
 
 from llamafactory_sekd.errors import TeacherError, one_line
 from llamafactory_sekd.fingerprints import xxh3
-from llamafactory_sekd.teacher.cache import Format
+from llamafactory_sekd.teacher.cache.formats import Format
 from llamafactory_sekd.teacher.cache.record_store import Record
 from llamafactory_sekd.teacher.cache.segments import Segment
 from llamafactory_sekd.teacher.served.protocol import (

@@ -15,11 +15,10 @@ import torch
 
 from llamafactory_sekd.errors import TeacherError
 from llamafactory_sekd.objectives import LogitTransform, response_positions
-from llamafactory_sekd.teacher.cache import Format, Plan, ShardWriter
-from llamafactory_sekd.teacher.cache.filling import fetch, write
-from llamafactory_sekd.teacher.cache.formats import read_transform
-from llamafactory_sekd.teacher.cache.record_store import Record
-from llamafactory_sekd.teacher.cache.segments import Key, Segment, is_teacher_forced, segments
+from llamafactory_sekd.teacher.cache.filling import Plan, fetch, write
+from llamafactory_sekd.teacher.cache.formats import Format, read_transform
+from llamafactory_sekd.teacher.cache.record_store import Record, ShardWriter
+from llamafactory_sekd.teacher.cache.segments import Key, Segment, segments_of_each
 from llamafactory_sekd.teacher.served.protocol import ServerInfo
 from llamafactory_sekd.teacher.source import Answers, Collate, TeacherSource, WrappedCollator, every_logit
 
@@ -192,8 +191,7 @@ class TicketCollator(WrappedCollator):
 
     def __call__(self, features: list[dict[str, Any]]) -> Any:
         """Ask, and collate as the host does."""
-        found = [segments(feature) if is_teacher_forced(feature) else [] for feature in features]
-        ticket = self.teacher.start(found)
+        ticket = self.teacher.start(segments_of_each(features))
         batch = self.collate(features)
         batch[TICKET] = ticket
         return batch

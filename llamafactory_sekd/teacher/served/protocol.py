@@ -20,8 +20,7 @@ from safetensors.torch import load, save
 
 from llamafactory_sekd.errors import ArgumentError, TeacherError
 from llamafactory_sekd.fingerprints import xxh3, xxh3_of_json
-from llamafactory_sekd.teacher.cache import DTYPES, FORMATS, Format, HiddenFormat, TopKFormat
-from llamafactory_sekd.teacher.cache.formats import read_transform
+from llamafactory_sekd.teacher.cache.formats import DTYPES, FORMATS, Format, HiddenFormat, TopKFormat, read_transform
 from llamafactory_sekd.teacher.cache.record_store import Record
 from llamafactory_sekd.teacher.cache.segments import Segment
 from llamafactory_sekd.teacher.compatibility import SAMPLES, check_tokenizers

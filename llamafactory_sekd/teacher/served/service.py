@@ -22,7 +22,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import ValidationError
 
 from llamafactory_sekd.errors import ArgumentError, one_line
-from llamafactory_sekd.teacher.cache import Format, collate
+from llamafactory_sekd.teacher.cache.filling import collate
+from llamafactory_sekd.teacher.cache.formats import Format
 from llamafactory_sekd.teacher.cache.record_store import Record
 from llamafactory_sekd.teacher.cache.segments import Segment
 from llamafactory_sekd.teacher.model import Teacher

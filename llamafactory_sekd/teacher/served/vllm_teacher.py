@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from llamafactory_sekd.errors import TeacherError
-from llamafactory_sekd.teacher.cache import DTYPES, Format, HiddenFormat, TopKFormat
-from llamafactory_sekd.teacher.cache.formats import written_transform
+from llamafactory_sekd.teacher.cache.formats import DTYPES, Format, HiddenFormat, TopKFormat, written_transform
 from llamafactory_sekd.teacher.cache.record_store import Record
 from llamafactory_sekd.teacher.cache.segments import Segment
 from llamafactory_sekd.teacher.compatibility import SAMPLES
