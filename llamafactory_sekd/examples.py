@@ -46,7 +46,6 @@ def write_examples(folder: Path, *, overwrite: bool = False) -> tuple[list[Path]
         raise DataError(
             f"{changed[0]}{others} has other contents than the example: choose another folder, or pass --overwrite."
         )
-
     written = [path for path in contents if path not in same]
     for path in written:
         write_atomic(path, contents[path])

@@ -67,7 +67,6 @@ def make_plan(pairs: Sequence[str], directions: Sequence[str] | None = None) -> 
     languages = tuple(code for code in ALMA_LANGUAGES if code in asked)
     if not languages:
         raise ArgumentError("--pairs is empty: name at least one of " + _known_pairs() + ".")
-
     every = [Direction(*sides) for code in languages for sides in (("en", code), (code, "en"))]
     if directions is None:
         return Plan(languages, tuple(every))

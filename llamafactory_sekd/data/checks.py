@@ -296,7 +296,6 @@ def _clean_pair(pair: Pair, findings: Findings) -> Pair | None:
     if unusable is not None:
         findings.add(unusable, pair)
         return None
-
     trimmed = Pair(pair.source.strip(), pair.target.strip(), pair.file, pair.line)
     if trimmed != pair:
         findings.add(Problem.OUTER_SPACE, pair)

@@ -47,7 +47,6 @@ def spoil(
     possible = [index for index in range(len(pairs)) if _can_be_wrong(pairs, index, kind, foreign or {})]
     if count > len(possible):
         raise DataError(f"{count} of {len(pairs)} pairs cannot be {kind}: only {len(possible)} can.")
-
     chosen = random.Random(f"{kind}-{seed}").sample(possible, count)
     # In a circle, so that each takes another one's reference and every reference stays in the corpus.
     following = dict(zip(chosen, [*chosen[1:], *chosen[:1]], strict=True))

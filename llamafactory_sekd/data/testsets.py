@@ -83,7 +83,6 @@ def load_test_set(
     parsed = direction if isinstance(direction, Direction) else parse_direction(direction)
     if not directory.is_dir() and not _is_known_to_sacrebleu(task):
         raise DataError(f"task_dir {task_dir} is not a directory: make it with `sekd data alma --out {task_dir}`.")
-
     found = _find(task, directory, parsed)
     if needs_references and not found.has_references:
         raise DataError(

@@ -211,13 +211,10 @@ def _for_building(config: dict[str, Any]) -> dict[str, Any]:
         raise ArgumentError(
             f"`stage: {config.get('stage')}` has no teacher: give the YAML of a run with `stage: {STAGE}`."
         )
-
     if not config.get("teacher_model") and not config.get("teacher_server"):
         raise ArgumentError("`teacher_model` is missing: name the teacher that is to fill the cache.")
-
     if config.get("streaming"):
         raise ArgumentError("`streaming: true` cannot be planned ahead: set it to false to build a cache.")
-
     kept = {key: value for key, value in config.items() if key not in _ONLY_FOR_TRAINING}
     return {**kept, "report_to": "none", "overwrite_output_dir": True, "eval_strategy": "no", "save_strategy": "no"}
 
@@ -235,7 +232,6 @@ def _announce(plan: Plan, session: Session, expected: Callable[[], Manifest], sa
     """Say what is missing and how large it will be; refuse where the disk is too small."""
     if not plan.missing:
         return
-
     manifest = session.manifest or expected()
     per_token = bytes_per_token(manifest.kept())
     head = 0 if session.manifest else (manifest.head or {}).get("bytes", 0)
@@ -337,7 +333,6 @@ def configurations(config: dict[str, Any], prompts: TeacherPrompts) -> tuple[dic
         raise ArgumentError(
             f"`--teacher-dataset {prompts.dataset}` names {len(asked)} data sets: name {wanted}{more}."
         )
-
     student = dict(config)
     if len(asked) == len(training):
         student = {key: value for key, value in config.items() if key not in _EVALUATION}

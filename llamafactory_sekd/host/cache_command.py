@@ -57,10 +57,8 @@ def cache(
 
     if kept not in FORMATS:
         raise ArgumentError(f"`--format {kept}` cannot be used: choose {' or '.join(FORMATS)}.")
-
     if dtype is not None and dtype not in DTYPES:
         raise ArgumentError(f"`--dtype {dtype}` cannot be used: choose one of {', '.join(DTYPES)}.")
-
     from llamafactory_sekd.config import read_config
     from llamafactory_sekd.host.cache import TeacherPrompts, build_cache
 
@@ -71,10 +69,8 @@ def cache(
     if keys.get(TEACHERS) is not None:
         if prompts or server is not None:
             raise ArgumentError(f"a server, and prompts of its own, are those of one teacher: remove `{TEACHERS}`.")
-
         build_caches(keys, out, settings, batch_size=batch_size)
         return
-
     keys.pop(TEACHERS, None)
     if server is None:
         build_cache(keys, out, settings, batch_size=batch_size, prompts=prompts)
@@ -118,7 +114,6 @@ def _checked(config: dict[str, Any]) -> dict[str, str]:
         raise ArgumentError(
             f"`{TEACHERS}: {teachers}` cannot be used: give a model for each data set, {{NAME: MODEL}}."
         )
-
     for key in ("teacher_model", "val_size"):
         if config.get(key):
             raise ArgumentError(

@@ -90,7 +90,6 @@ def weights_of(name: str) -> str:
     """Return the content of a local folder; of a hub id the commit, which identifies the content."""
     if Path(name).expanduser().is_dir():
         return xxh3_of_model(Path(name).expanduser())
-
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     config = cached_file(name, "config.json")
@@ -150,7 +149,6 @@ class CacheOfRun:
         """Return the teacher that the trainer asks; `make_online` makes the one needed where something is missing."""
         if self.session is None:
             return CachedTeacher(self.caches, self.device, self._text, self.weights)
-
         assert make_online is not None
         online = make_online(accelerator)
         probe = {"input_ids": torch.zeros(1, 8, dtype=torch.int64, device=self.device)}

@@ -93,7 +93,6 @@ def pairs(
 
     if plain and prompt is not None:
         raise ArgumentError("Give either --plain or --prompt TEXT.")
-
     console = Console()
     direction = parse_direction(f"{source_language}-{target_language}", source_name, target_name)
     worded = prompt_named("plain" if plain else prompt)

@@ -36,12 +36,10 @@ def extend_launch(host_launch: Callable[[], None]) -> Callable[[], None]:
 
             run_eval(sys.argv[2:])
             return
-
         if command == "train" and ledger.sekd_requested(sys.argv[2:]):
             with _torchrun_ends_with_us(host_launch):
                 host_launch()
             return
-
         host_launch()
         if command == "help":
             print(_EVAL_HELP)
@@ -81,7 +79,6 @@ def refuse_v1(host_launch: Callable[[], None]) -> Callable[[], None]:
     def launch() -> None:
         if ledger.sekd_requested(sys.argv[1:]):
             raise HostError(f"USE_V1=1 selects trainers without a teacher: unset USE_V1 for `stage: {STAGE}`.")
-
         host_launch()
 
     return launch
@@ -102,6 +99,5 @@ def launch_explicitly() -> None:
         del sys.argv[1]
         run_exp()
         return
-
     launcher.__file__ = f"-m llamafactory_sekd {_RANK_COMMAND}"
     main()

@@ -55,7 +55,6 @@ def sekd_requested(argv: Sequence[str]) -> bool:
     words = [word for argument in argv for word in argument.removeprefix("--").split("=", 1)]
     if any(key == "stage" for key in words):
         return ("stage", STAGE) in pairwise(words)
-
     files = [Path(word) for word in argv if word.endswith((".yaml", ".yml", ".json"))]
     return any(peek(file).get("stage") == STAGE for file in files)
 
@@ -96,7 +95,6 @@ def apply(module: ModuleType, too_late: Sequence[str] = ()) -> None:
     if obstacle:
         _stay_off(obstacle)
         return
-
     for patch in PATCHES:
         if patch.module == module.__name__:
             _apply_one(patch, module)
@@ -113,14 +111,12 @@ def _apply_one(patch: Patch, module: ModuleType) -> None:
     # A module that was executed again (`importlib.reload`) has the host's value, and gets ours again.
     if before is not None and getattr(module, patch.attribute, None) is before.replacement:
         raise HostError(f"{patch.name} is patched already: patches are applied once per process, by the import hooks.")
-
     if not hasattr(module, patch.attribute):
         raise HostError(
             f"LLaMA-Factory {host_version()} has no {patch.name}, which llamafactory_sekd {__version__} "
             f"patches: install a supported host with {REMEDY}, or switch the plug-in off with "
             "LLAMAFACTORY_SEKD=0."
         )
-
     value = getattr(module, patch.attribute)
     place, _, function = patch.replace.partition(":")
     replacement = getattr(importlib.import_module(place), function)(value)
@@ -179,7 +175,6 @@ def _version_message() -> str:
     """Why this version of the host cannot be patched; empty where it can."""
     if is_supported():
         return ""
-
     return (
         f"llamafactory_sekd {__version__} does not support LLaMA-Factory {host_version()} and stays switched "
         f"off: install a supported host with {REMEDY}."
@@ -189,14 +184,12 @@ def _version_message() -> str:
 def _stay_off(message: str) -> None:
     if sekd_requested(sys.argv[1:]):
         raise HostError(message)
-
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _report_errors_in_one_line() -> None:
     if getattr(sys.excepthook, "reports_sekd_errors", False):
         return
-
     previous = sys.excepthook
 
     def excepthook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:

@@ -46,19 +46,16 @@ def parse(config: Mapping[str, Any]) -> HostArguments:
     except (TypeError, ValueError) as error:
         if isinstance(error, ArgumentError):
             raise
-
         raise ArgumentError(f"the host refuses the configuration: {' '.join(str(error).split())}") from error
 
     if not run.finetuning.use_sekd and run.finetuning.stage != "sft":
         raise ArgumentError(f"`stage: {run.finetuning.stage}` cannot be planned: `sekd doctor` knows {STAGE} and sft.")
-
     if run.finetuning.use_sekd:
         check_run(SimpleNamespace(**config), machine=False)
         check_teacher_choice(run.data, run.finetuning)
 
     if run.training.fsdp:
         raise ArgumentError(f"`fsdp: {run.training.fsdp}` cannot be planned: `sekd doctor` knows DDP and DeepSpeed.")
-
     return run
 
 
@@ -118,7 +115,6 @@ def _teacher_place(
         folders = [Path(name) for name in (finetuning.teacher_model_adapters or "").split(",") if name]
         files = [path for folder in folders for path in folder.glob("adapter_model.*")]
         return TeacherPlace("student", adapters=sum(path.stat().st_size for path in files))
-
     offload, device, own = finetuning.teacher_offload, finetuning.teacher_model_device, finetuning.teacher_deepspeed
     sharding = None
     if deepspeed is not None:
@@ -128,7 +124,6 @@ def _teacher_place(
 
     if not accelerator or not (offload or device != AUTO):  # without accelerators all of it is main memory
         return TeacherPlace(sharding=sharding)
-
     kind = "main memory" if offload or device == "cpu" else "another device"
     return TeacherPlace(kind, streamed=offload, sharding=sharding)
 

@@ -82,7 +82,6 @@ def _check_data_set(name: str, folder: Any, planned: bool) -> None:
     """Refuse what the host would not find in a folder; it looks for data sets of its other places itself."""
     if command_for(name) or (isinstance(folder, str) and (folder == "ONLINE" or folder.startswith("REMOTE:"))):
         return  # of ours, `explain_undefined` says which command makes it
-
     info = folder if isinstance(folder, Mapping) else read_json(Path(folder) / _INFO)
     if not isinstance(info, Mapping):
         raise DataError(

@@ -53,7 +53,6 @@ def extend_log_callback(host_class: type) -> type:
             if pool is None or not metrics:
                 super().on_log(args, state, control, **kwargs)
                 return
-
             self.thread_pool = _MergingPool(pool, metrics)
             try:
                 super().on_log(args, state, control, **kwargs)

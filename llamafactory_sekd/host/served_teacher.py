@@ -84,7 +84,6 @@ def _reach(url: str, patience: float, tokenizer: Any) -> Answering:
         vllm = VllmConnection(url, patience, used_ids(tokenizer))
         vllm.check_tokenizer(tokenizer)
         return vllm
-
     server = Connection(url, patience)
     try:
         check_served_tokenizer(tokenizer, server.tokenizer(), server.url)
@@ -116,7 +115,6 @@ class ServerOfRun:
                 f"`dataloader_num_workers: {workers}` cannot be used with `teacher_server`, whose answers are fetched "
                 "ahead by the process that trains: set it to 0."
             )
-
         self.server = server
         self.keys: DistillationArguments = run.finetuning
         self.fingerprint = f"server {server.info.fingerprint}"
@@ -151,7 +149,6 @@ class ServerOfRun:
         info, k = self.server.info, self.keys.teacher_server_topk
         if k is not None:
             return TopKFormat(min(k, info.max_k), torch.float32, vocab_size)
-
         if not info.hidden:
             raise TeacherError(
                 f"`teacher_server: {self.server.url}` does not return hidden states of {info.model}: "

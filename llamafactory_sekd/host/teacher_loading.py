@@ -56,7 +56,6 @@ def teacher_identity(model_args: Any, finetuning_args: DistillationArguments) ->
     adapters = finetuning_args.teacher_model_adapters
     if finetuning_args.teacher_model == SELF:
         return model_args.model_name_or_path, adapters, model_args.quantization_bit
-
     name = str(finetuning_args.teacher_model)
     home = name if not name.startswith("~") else str(Path(name).expanduser())
     return home, adapters, finetuning_args.teacher_model_quantization_bit
@@ -67,7 +66,6 @@ def each_teacher(run: HostArguments) -> list[HostArguments]:
     models = run.finetuning.teacher_model
     if not isinstance(models, dict):
         return [run]
-
     found = []
     for model in dict.fromkeys(models.values()):
         found.append(replace(run, finetuning=copy(run.finetuning)))
@@ -225,7 +223,6 @@ def online_teacher(run: HostArguments, student: Any, used: int) -> tuple[Callabl
     makers, rows = [make for make, _ in loaded], [count for _, count in loaded]
     if not isinstance(models, dict):
         return makers[0], rows
-
     places = {model: place for place, model in enumerate(dict.fromkeys(models.values()))}
     numbers = [places[model] for model in models.values()]
     return lambda accelerator: SeveralTeachers([make(accelerator) for make in makers], list(models), numbers), rows
@@ -244,7 +241,6 @@ def _loaded(run: HostArguments, student: Any, used: int) -> tuple[Callable[[Any]
         rows = head_rows(student)
         names = add_teacher_adapters(student, adapters.split(",") if adapters else [], **hub)
         return lambda _: SharedTeacher(student, names), rows
-
     model = load_teacher(run)
     placement = placement_of(run.finetuning)
     head = model.get_output_embeddings()
@@ -276,7 +272,6 @@ def _teachers_deepspeed(run: HostArguments) -> Iterator[None]:
     if plugin is None:
         yield
         return
-
     from transformers.integrations import HfDeepSpeedConfig, deepspeed
 
     from llamafactory_sekd.teacher import engine_config
@@ -310,12 +305,10 @@ def teacher_fingerprint(run: HostArguments) -> str | None:
     saves = training.do_train and str(getattr(training.save_strategy, "value", "no")) != "no"
     if not run.is_first_rank or not run.finetuning.teacher_model or not saves:
         return None
-
     models = run.finetuning.teacher_model
     digests = [_fingerprint(*teacher_identity(one.model, one.finetuning)) for one in each_teacher(run)]
     if not isinstance(models, dict):
         return digests[0]
-
     of_model = dict(zip(dict.fromkeys(models.values()), digests, strict=True))
     return " ".join(f"{name}={of_model[model]}" for name, model in sorted(models.items()))
 
@@ -329,7 +322,6 @@ def check_same_teacher(run: HostArguments, fingerprint: str | None) -> None:
     checkpoint = run.training.resume_from_checkpoint
     if not isinstance(checkpoint, str) or not Path(checkpoint).is_dir():
         return
-
     recorded = DistillationState.load(checkpoint).teacher
     if None not in (recorded, fingerprint) and recorded != fingerprint:
         raise TeacherError(

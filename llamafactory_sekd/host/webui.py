@@ -144,7 +144,6 @@ def add_distillation_axes(figure: Any, trainer_log: Sequence[Mapping[str, Any]])
     records = [record for record in trainer_log if "kd/hard_ratio" in record]
     if not records:
         return
-
     grid = figure.add_gridspec(2, 1)
     loss = figure.axes[0]
     loss.set_subplotspec(grid[0])

@@ -49,7 +49,6 @@ def extend_runner(host_class: type) -> type:
         def _initialize(self, data: dict[Any, Any], do_train: bool, from_preview: bool) -> str:
             if self.evaluation is not None and self.evaluation.running:
                 return ALERTS["err_conflict"][self._value(data, "top.lang")]
-
             error = super()._initialize(data, do_train, from_preview)
             if not error and do_train and self._is_ours(data):
                 error = self._refusal(data)
@@ -61,7 +60,6 @@ def extend_runner(host_class: type) -> type:
             args = super()._parse_train_args(data)
             if args["stage"] != STAGE:
                 return args
-
             ours = self._panel_keys(data)
             return {**args, **{key: value for key, value in ours.items() if key not in args}}  # extra arguments win
 
@@ -69,7 +67,6 @@ def extend_runner(host_class: type) -> type:
             config = super()._build_config_dict(data)
             if self._is_ours(data):
                 return config
-
             # A host without the plug-in cannot load a configuration that names our fields.
             return {name: value for name, value in config.items() if name not in _OUR_IDS}
 
@@ -99,10 +96,8 @@ def extend_runner(host_class: type) -> type:
             )
             if not any(teachers):
                 return alert("no_teacher_or_cache", language)
-
             if os.getenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") != "1":
                 return "TORCH_DEVICE_BACKEND_AUTOLOAD keeps the plug-in out of the runs started here: unset it."
-
             args = self._parse_train_args(data)
             try:
                 check_keys(args)
@@ -116,11 +111,9 @@ def extend_runner(host_class: type) -> type:
         def monitor(self) -> Iterator[dict[Any, Any]]:
             if self.trainer is None:  # the run ended while this page was being opened
                 return
-
             if not (self.do_train and self._is_ours(self.running_data)):
                 yield from super().monitor()
                 return
-
             self.trainer = SharedChild.of(self.trainer)
             output_box, progress_bar = (self.manager.get_elem_by_id(f"train.{name}") for name in _SHOWN_AT_THE_END)
             folder, shown = self._folder(self.running_data), words(self._value(self.running_data, "top.lang"))
@@ -192,7 +185,6 @@ class SharedChild:
         """Wait for the child's end and return its output; raises :class:`TimeoutExpired` while it lasts."""
         if not self._lock.acquire(timeout=timeout):
             raise TimeoutExpired(self.child.args, timeout)
-
         try:
             if self._output is None:
                 self._output = self.child.communicate(timeout=timeout)
@@ -274,7 +266,6 @@ def _teacher_arguments(values: Mapping[str, Any]) -> dict[str, Any] | None:
     name = values["train.teacher_model"]
     if not name:
         return None
-
     is_shared = name == SELF
     arguments: dict[str, Any] = {"model_name_or_path": model_path(name)}
     if is_shared:

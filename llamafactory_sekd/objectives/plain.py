@@ -84,7 +84,6 @@ def distillation_loss(
         loss, rows = _FormulaOnLogits.apply(student_logits, teacher_logits, labels, settings)
         statistics = TokenStatistics.from_rows(rows.unbind())
         return DistillationOutput(loss=loss, hard=statistics.hard > 0.5, statistics=statistics)
-
     terms = _terms(student_logits, teacher_logits, labels, settings)
     statistics = token_statistics(student_logits.detach(), teacher_logits, labels, terms.difficulty, terms.hard)
     loss = OBJECTIVES[settings.kd_loss].equation(terms)

@@ -64,10 +64,8 @@ class AnswerQuestions(TorchDispatchMode):
         """Answer, or run the operation."""
         if func is torch.ops.aten._local_scalar_dense.default:
             return False if args[0].dtype == torch.bool else 0.0 if args[0].is_floating_point() else 0
-
         if func is torch.ops.aten.nonzero.default:
             return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64)
-
         return func(*args, **(kwargs or {}))
 
 
@@ -124,7 +122,6 @@ class LiveMemory(TorchDispatchMode):
         key = storage._cdata
         if key in self._known:
             return
-
         size = storage.nbytes()
         self._known[key] = (self._label, size)
         self._live[self._label] += size
@@ -200,7 +197,6 @@ def total_size(sizes: Sequence[ModelSize]) -> ModelSize:
 def _saved_by_quantization(model: nn.Module, head: nn.Module, blueprint: Blueprint) -> int:
     if blueprint.quantization_bit is None:
         return 0
-
     scales = _SCALE_4_BIT[blueprint.double_quantization] if blueprint.quantization_bit == 4 else 0
     kept = blueprint.quantization_bit / 8 + scales
     weights = (

@@ -121,7 +121,6 @@ class _Ledger:
             size = self._share(self.trained * self.gradient_size, True)
             why = f"{self.gradient_size} bytes per trained parameter" + self._over(True)
             return _always("gradients", why, size, self.sharding.offload_optimizer)
-
         before_step = self.rehearsal.peak["gradients"]
         return Row("gradients", "those that exist at the time", before_step, self.trained * self.gradient_size)
 
@@ -142,13 +141,10 @@ class _Ledger:
         if self.run.sharding is None:
             if copies_nothing(self.run.optimizer):
                 return Row(name, "")
-
             elements = self.trained if self.run.accelerator else 2 * self.student.largest_trainable
             return Row(name, "`optim: adamw_torch_fused` needs none", step=4 * elements)
-
         if self.sharding.offload_optimizer:
             return Row(name, "")
-
         elements = self._share(self.trained, self.sharding.shards_optimizer)
         if self.sharding.stage == 3:
             elements = min(elements, self.sharding.sub_group)
@@ -161,21 +157,17 @@ class _Ledger:
             return _always(
                 "teacher", "only its head; the answers are cached", self.student.head * self.student.item_size
             )
-
         if teacher is None:
             return Row("teacher", "")
-
         place, is_sharded = self.run.place, self.teacher_is_sharded
         if place.kind == "student":
             return _always("teacher", "its adapters; the base is the student's", place.adapters)
-
         why = f"{_count(teacher.parameters)}, {8 * teacher.bytes / teacher.parameters:.3g} bits each"
         if place.kind != "device" and not is_sharded:
             here = (teacher.head + (teacher.largest_leaf if place.streamed else 0)) * teacher.item_size
             host = teacher.bytes if place.kind == "main memory" else 0
             what = "its head and the largest layer" if place.streamed else "its head"
             return Row("teacher", f"{what}; {why}, in {place.kind}", backward=here, step=here, host=host)
-
         size = self._share(teacher.bytes, is_sharded)
         return _always("teacher", why + self._over(is_sharded), size, self.teachers.offload_param and is_sharded)
 
@@ -199,7 +191,6 @@ class _Ledger:
         if self.run.sharding is None:
             size = self.trained * self.gradient_size if self.run.devices > 1 else 0
             return _always("buckets", "DDP's copy of the gradients", size)
-
         elements = min(self.sharding.reduce_bucket, self.trained)
         return _always("buckets", "for reducing gradients", self.sharding.buckets * elements * self.gradient_size)
 

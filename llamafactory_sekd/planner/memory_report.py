@@ -114,7 +114,6 @@ def print_verdict(
 def _verdict(result: Estimate, memory: int) -> str:
     if not fits(result, memory):
         return "[bold red]does not fit[/]"
-
     return "[yellow]fits, tightly[/]" if result.device > TIGHT * memory else "[green]fits[/]"
 
 
@@ -128,7 +127,6 @@ def _title(run: Run) -> str:
 def _gib(size: int) -> str:
     if size == 0:
         return "-"
-
     return f"{size / 2**30:.2f}" if size >= 0.01 * 2**30 else "<0.01"
 
 
@@ -145,7 +143,6 @@ def parse_memory(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", text, re.IGNORECASE)
     if match is None:
         raise ArgumentError(f"`--memory {text}` is not a size: write for example 80GB.")
-
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
@@ -170,7 +167,6 @@ def devices_of_the_environment() -> int:
     """How many ranks the environment asks for, as the host's launcher reads it: torchrun's, or one per device."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-
     per_node = int(os.environ.get("NPROC_PER_NODE") or max(torch.cuda.device_count(), 1))
     return int(os.environ.get("NNODES") or 1) * per_node
 
@@ -193,11 +189,9 @@ def price(
     for remedy in remedies_for(config, run):
         if "teacher_cache" in gathered and any(key.startswith("teacher_") for key in remedy.keys):
             continue  # the teacher is gone already
-
         alone = plan(_changed(config, remedy.keys)).device
         if alone > 0.99 * needed:
             continue
-
         gathered.update(remedy.keys)
         together = alone if gathered == remedy.keys else plan(_changed(config, gathered)).device
         yield Priced(remedy, alone, together)
@@ -226,7 +220,6 @@ def _of_training(config: Mapping[str, Any], run: Run) -> Iterator[Remedy]:
 
     if run.student.quantization_bit is not None or config.get("teacher_model_device", AUTO) != AUTO:
         return  # no ZeRO-3: it takes neither a quantized student nor a teacher on a device of its own
-
     if run.devices > 1 and (run.sharding is None or run.sharding.stage != 3):
         yield Remedy({"deepspeed": _zero_3()}, "deepspeed: a file with ZeRO-3", "communication")
 
@@ -239,7 +232,6 @@ def _of_training(config: Mapping[str, Any], run: Run) -> Iterator[Remedy]:
 def _of_teacher(config: Mapping[str, Any], run: Run) -> Iterator[Remedy]:
     if run.teacher is None:
         return
-
     if run.place.kind != "student":
         keys = {**{key: None for key in config if key.startswith("teacher_model")}, "teacher_cache": "teacher_cache"}
         keys.update(teacher_offload=None, teacher_deepspeed=None)

@@ -137,7 +137,6 @@ class _Stage:
         """Run a forward pass as accelerate wraps it: autocast around it, results in float32."""
         if self.run.autocast is None:
             return model(**self.inputs, **inputs, use_cache=False)
-
         with torch.autocast("cpu", torch.bfloat16):  # float16 takes the same room
             outputs = model(**self.inputs, **inputs, use_cache=False)
 
@@ -172,7 +171,6 @@ class _Stage:
         if keys is None:
             labels = torch.zeros(self.run.batch_size, self.run.length, dtype=torch.int64)
             return self._forward(self.student, labels=labels).loss
-
         return self._fused_loss(keys) if fused else self._plain_loss(keys)
 
     def _fused_loss(self, keys: DistillationArguments) -> torch.Tensor:
@@ -210,7 +208,6 @@ class _Stage:
             if self.teacher is None:
                 weight = student_head.weight.detach()
                 return torch.empty(self.tokens, weight.shape[1], dtype=weight.dtype), weight
-
             teacher, head = self.teacher, self.teacher.get_output_embeddings()  # type: ignore[operator]
             with torch.no_grad():
                 return hidden_states_of(head, lambda: self._forward(teacher), self._responses), head.weight

@@ -59,13 +59,11 @@ def check_model_files(model: str, key: str, adapters_key: str, error: type[SekdE
             remedy = _near(model) or "give a folder with a model, or a hub id."
             raise error(f"`{key}: {model}` does not exist: {remedy}")
         return
-
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise error(
             f"`{key}: {model}` holds only an adapter: put the base model there and the adapter's path "
             f"under `{adapters_key}`."
         )
-
     if not (path / "config.json").is_file():
         raise error(f"`{key}: {model}` holds no config.json: give the folder of a saved model.")
 
@@ -82,7 +80,6 @@ def check_adapter_files(
         path = Path(name).expanduser()
         if path.is_dir() and not (path / "adapter_config.json").is_file():
             raise error(f"`{key}: {name}` holds no adapter_config.json: give the folder of a saved adapter.")
-
         if not path.is_dir() and _is_path(name):
             remedy = _near(name) or "give the folder of a saved adapter."
             raise error(f"`{key}: {name}` does not exist: {remedy}")
@@ -271,7 +268,6 @@ def common_vocabulary(student_tokenizer: Any, student_rows: int, *teachers_rows:
     if not others:
         _check_tokens_of_every_response(student_tokenizer, student_rows)
         return None, ""
-
     used = used_ids(student_tokenizer)
     teacher_rows = min(others)
     for who, rows in (("student", student_rows), ("teacher", teacher_rows)):

@@ -92,7 +92,6 @@ def place(model: nn.Module, head: nn.Module, accelerator: Any, placement: Placem
     """
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         return model  # bitsandbytes has put it on its device already
-
     is_apart = placement.device is not None or placement.offload
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None:
@@ -104,15 +103,12 @@ def place(model: nn.Module, head: nn.Module, accelerator: Any, placement: Placem
 
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
         return _shard_by_fsdp(model, accelerator)
-
     if not is_apart:
         return accelerator.prepare_model(model, evaluation_mode=True)
-
     device = placement.device or accelerator.device
     model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
     if not placement.offload:
         return model.to(device)
-
     # A rank without an accelerator is called `cpu:0`, which its tensors' device is not equal to.
     _rest_in_main_memory(model, head, torch.device("cpu") if device.type == "cpu" else device)
     return model
@@ -138,7 +134,6 @@ def _shard_by_fsdp(model: nn.Module, accelerator: Any) -> nn.Module:
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
         return fsdp2_prepare_model(accelerator, model)
-
     from trl.models.utils import prepare_fsdp
 
     return prepare_fsdp(model, accelerator)
@@ -261,7 +256,6 @@ def add_teacher_adapters(student: nn.Module, adapters: Sequence[str], **hub: Any
             "`teacher_model: self` needs the student's adapter apart from its base, and evaluation without training "
             "merges them: name the base under `teacher_model` instead."
         )
-
     own = student.active_adapter
     student.save_pretrained = partial(student.save_pretrained, selected_adapters=[own])
     trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
@@ -285,7 +279,6 @@ def add_teacher_adapters(student: nn.Module, adapters: Sequence[str], **hub: Any
             f"`teacher_model_adapters: {','.join(adapters)}` cannot be added up, as one of them uses DoRA or saves "
             "complete modules: merge them into a model and name it under `teacher_model`."
         )
-
     return names
 
 

@@ -149,15 +149,12 @@ class MixedLogits:
             here = knows[:, number].nonzero().squeeze(-1)
             if len(here) == 0:
                 continue
-
             if len(here) == len(out) and not self.is_mixed and source.dtype == out.dtype:
                 return source.logits(places[:, number], out)  # no copy where a chunk has one teacher
-
             logits = source.logits(places[here, number], out.new_empty(len(here), self.vocab_size, dtype=source.dtype))
             if not self.is_mixed:
                 out[here] = logits.to(out.dtype)
                 continue
-
             share = self.log_shares[tokens][here, number].unsqueeze(-1)
             out[here] = torch.logaddexp(out[here], logits.to(out.dtype).log_softmax(-1) + share.to(out.dtype))
 

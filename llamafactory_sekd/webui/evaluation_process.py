@@ -195,7 +195,6 @@ class EvaluationProcess:
         """Return the lines printed so far, each as a terminal would show it after its last carriage return."""
         if self.save_dir is None or not self._log_path(self.save_dir).is_file():
             return []
-
         text = self._log_path(self.save_dir).read_bytes()[-_TAIL:].decode("utf-8", errors="replace")
         return [line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n")]
 
@@ -223,7 +222,6 @@ def report_files(save_dir: Path) -> list[str]:
     folder = save_dir.resolve()
     if not any(folder.is_relative_to(root.resolve()) for root in (Path.cwd(), Path(tempfile.gettempdir()))):
         return []
-
     own = [folder / name for name in ("report.html", "report.md", "report.tex", "results.json")]
     beyond = [folder.parent / f"{folder.name}{suffix}" for suffix in (".yaml", ".log")]
     return [str(path) for path in (*own, *beyond) if path.is_file()]
@@ -234,7 +232,6 @@ def draw_report(save_dir: Path) -> Figure | None:
     path = save_dir / "results.json"
     if not path.is_file():
         return None
-
     results = json.loads(path.read_text(encoding="utf-8"))
     tables = _tables(results)
     systems = dict(zip(results["systems"], itertools.cycle(distinct_looks()), strict=False))

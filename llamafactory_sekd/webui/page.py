@@ -150,19 +150,14 @@ def distillation_keys(values: Mapping[str, Any]) -> dict[str, Any]:
 def _plain(key: str, value: Any) -> Any:
     if key == "teacher_model_quantization_bit":
         return None if value == NO_QUANTIZATION else int(value)
-
     if key == "kd_compile":
         return COMPILE[value]
-
     if key in _MAPPINGS:
         return _mapping(key, value)
-
     if isinstance(value, list):
         return ",".join(value)
-
     if not isinstance(value, str):
         return value
-
     text = value.strip()
     # Not the field's own `type`: the host's parser resolves that in place, once it has run in this process.
     hint = get_type_hints(DistillationArguments)[key]

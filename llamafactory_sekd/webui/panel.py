@@ -251,7 +251,6 @@ def _texts(key: str) -> dict[str, Any]:
     labels = element_labels().get(key)
     if labels is None:
         return {"label": key, "info": DistillationArguments.__dataclass_fields__[key].metadata["help"]}
-
     return labels["en"]
 
 

@@ -161,7 +161,6 @@ class _Events:
         config, error = self._config(data)
         if error:
             return self._warn(error)
-
         path = self.process.config_path(Path(config["save_dir"]))
         return {self.output: f"```bash\nllamafactory-cli eval {path}\n```\n\n```yaml\n# {path}\n{as_yaml(config)}```"}
 
@@ -175,7 +174,6 @@ class _Events:
         if error:
             yield self._warn(error)
             return
-
         yield {part: gr.update(visible=False) for part in (self.plot, self.files, self.report)}
         self.process.start(as_yaml(config), Path(config["save_dir"]))
         yield from self._watch(language)
@@ -200,7 +198,6 @@ class _Events:
             gr.Info(message) if self.process.stopped else gr.Warning(message)
             yield {**hidden, self.output: f"{message}\n\n{self._log()}"}
             return
-
         message = self.page.alert("info_finished", language)
         gr.Info(message)
         paths = report_files(self.process.save_dir)
@@ -220,7 +217,6 @@ class _Events:
         progress = self.process.progress()
         if progress is None or not progress.total:
             return gr.Slider(visible=False)
-
         percentage = round(100 * progress.done / progress.total, 1)
         return gr.Slider(label=f"{progress.label}: {progress.done}/{progress.total}", value=percentage, visible=True)
 
@@ -236,7 +232,6 @@ class _Events:
         values, language = self.page.values(data), self._language(data)
         if not values["top.model_path"]:
             return {}, self.page.alert("err_no_path", language)
-
         systems: dict[str, Any] = {}
         for name, checkpoint in self._names(data).items():
             arguments = self.page.teacher_arguments(values) if name == TEACHER else None

@@ -159,12 +159,10 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
             texts.append(str(tokenizer.convert_ids_to_tokens(token_id)))
             start, shown = index + 1, ""
             continue
-
         text = tokenizer.decode(ids[start : index + 1])
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             texts.append("…")
             continue
-
         texts.append(text[len(shown) :])
         shown = text
 

@@ -128,7 +128,6 @@ class _Events:
         if error:
             gr.Warning(error)
             return gr.skip()
-
         keys = distillation_keys({key: values[f"train.{key}"] for key in KEYS})
         before = self.page.student_arguments(values, None)
         after = self.page.student_arguments(values, values["top.checkpoint_path"])
@@ -155,13 +154,10 @@ class _Events:
     def _missing(self, values: Mapping[str, Any], source: str, reference: str, no_teacher: bool, language: str) -> str:
         if self.page.is_demo or not values["top.model_path"]:
             return self.page.alert("err_demo" if self.page.is_demo else "err_no_path", language)
-
         if not values["top.checkpoint_path"]:
             return alert("no_checkpoint", language)
-
         if no_teacher:
             return alert("no_teacher", language)
-
         return "" if source and reference else alert("no_sentence", language)
 
     def _load(self, arguments: list[dict[str, Any]], template: str) -> list[LoadedModel]:

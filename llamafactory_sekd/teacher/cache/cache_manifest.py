@@ -86,7 +86,6 @@ class Manifest:
                 f"`sekd cache X.yaml --out {directory}`, or name the teacher under `teacher_model` as "
                 "well, to fill it while training."
             )
-
         content = read_json(path)
         known = {item.name for item in fields(cls)}
         if content.get("version") != VERSION or set(content) | {"transform"} != known:
@@ -94,14 +93,12 @@ class Manifest:
                 f"`teacher_cache: {directory}` has the layout {content.get('version')} and this version reads "
                 f"{VERSION}: build it again."
             )
-
         return cls(**content)
 
     def kept(self) -> Format:
         """Return the format with its settings."""
         if self.format == HiddenFormat.name:
             return HiddenFormat(int(self.width or 0), DTYPES[self.dtype], read_transform(self.transform))
-
         return TopKFormat(int(self.k or 0), DTYPES[self.dtype], self.vocab_size)
 
     def check(self, directory: Path, part: str, wanted: dict[str, Any], remedy: str) -> None:
@@ -159,7 +156,6 @@ class Settings:
         """
         if rows < vocab_size:
             raise TeacherError(f"the teacher's head has {rows:,} rows and the tokenizer uses {vocab_size:,} ids.")
-
         if self.format == TopKFormat.name:
             manifest = Manifest(self.format, self.dtype or "float16", vocab_size, k=self.k, **more)
         else:
@@ -225,7 +221,6 @@ def open_for_writing(directory: Path, run: Fingerprints, settings: Settings | No
         for path in directory.glob("index-*.json"):
             path.unlink()
         return None
-
     manifest = Manifest.load(directory)
     if settings is not None:
         _check_settings(directory, manifest, settings)

@@ -97,7 +97,6 @@ class Session:
                 "the teacher's logits are more than a product of its LM head, scaled or capped (adapter, "
                 "quantization), so hidden states do not keep them: build the cache with `sekd cache … --format topk`."
             )
-
         if not self.head_is_intact:
             with teacher.head_parameters() as (weight, bias):
                 if self.rank == 0:
@@ -197,12 +196,10 @@ def make_plan(
             for part, (key, segment) in enumerate(questions(example, asked)):
                 if key in seen:
                     continue
-
                 seen.add(key)
                 if key in known:
                     plan.present += 1
                     continue
-
                 plan.places.append((number, index, part))
                 plan.lengths.append(len(segment.ids))
                 plan.response_tokens += segment.tokens

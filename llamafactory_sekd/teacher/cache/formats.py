@@ -107,7 +107,6 @@ class TopKFormat:
                 f"`--k {k}` cannot be used: keep {low} to {high} probabilities per token, "
                 "fewer than the vocabulary has."
             )
-
         self.k = k
         self.dtype = dtype
         self.vocab_size = vocab_size

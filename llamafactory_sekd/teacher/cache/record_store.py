@@ -45,11 +45,9 @@ def damage(directory: Path, entry: dict[str, Any]) -> str | None:
     path = directory / entry["file"]
     if not path.is_file():
         return f"{path} is missing"
-
     size = path.stat().st_size
     if size != entry["bytes"]:
         return f"{path} has {size:,} bytes instead of {entry['bytes']:,}"
-
     return None if xxh3_of(path) == entry["xxh3"] else f"{path} does not match its checksum"
 
 
@@ -74,7 +72,6 @@ def read_json(path: Path) -> Any:
 
     if not intact:
         raise TeacherError(f"{path} is damaged: delete it and run `sekd cache` again.")
-
     return content
 
 
@@ -125,7 +122,6 @@ class ShardWriter:
         """Write what waits and list it; returns whether there was anything."""
         if not self.waiting:
             return False
-
         records = list(self.waiting.values())
         lengths = [len(next(iter(record.values()))) for record in records]
         tensors = {name: torch.cat([record[name] for record in records]) for name in records[0]}
@@ -173,7 +169,6 @@ class ShardReader:
         state = [(path.name, path.stat().st_mtime_ns) for path in sorted(self.directory.glob("index-*.json"))]
         if state == self._state:
             return False
-
         self._state = state
         self._files, blocks = [], []
         for entry in listed_shards(self.directory):
@@ -193,7 +188,6 @@ class ShardReader:
         place = self._find(key)
         if place is None:
             return None
-
         file, start, stop = place
         shard = self._open(self._files[file])
         return {name: shard.get_slice(name)[start:stop] for name in set(shard.keys()) - _DIRECTORY}

@@ -106,7 +106,6 @@ def unanswered(directories: Sequence[Path], holders: Sequence[int], text: str) -
             f"`teacher_cache`: {names} hold the example {shown}, and each would answer it: set `teacher_mix: mean` to "
             "train on the mean of their distributions, or name one of them."
         )
-
     remedy = (
         "or name the teacher under `teacher_model` as well" if len(directories) == 1 else "into one of the folders"
     )
@@ -188,7 +187,6 @@ def _stacked(found: Sequence[Sequence[Record | None]], tokens: torch.Tensor, cac
         for column, record in enumerate(records):
             if record is None:
                 continue
-
             stop = start + int(tokens[row, column])
             for name, values in record.items():
                 tensors[name][row, start:stop] = as_bits(values)
@@ -246,7 +244,6 @@ class CachedTeacher(TeacherSource):
         records = self._records(inputs, rows)
         if len(records) == 1:
             return lambda vocab_size: nullcontext(self._source(0, records[0], vocab_size))
-
         knows = self.who_answers(inputs, rows)
 
         def sources(vocab_size: int | None) -> LogitsSource:
@@ -282,7 +279,6 @@ class CachedTeacher(TeacherSource):
             numbers = table[sequence, segment, FOUND:].nonzero().squeeze(-1).tolist()
             text = self.describe(inputs["input_ids"][sequence])
             raise TeacherError(unanswered([cache.directory for cache in self.caches], numbers, text))
-
         return self._collated(inputs, rows)
 
     def _collated(self, inputs: dict[str, Any], rows: torch.Tensor) -> list[Record]:
@@ -336,7 +332,6 @@ class FillingTeacher(CachedTeacher):
         lacking = (table[..., TOKENS] > 0) & (table[..., FOUND] == 0)
         if not on_any_rank(lacking.any()):
             return self._collated(inputs, rows)
-
         plain = {name: value for name, value in inputs.items() if name not in self.collated_keys}
         record = self.cache.kept.encode(self.online, plain, rows)
         start = 0

@@ -98,7 +98,6 @@ def _array(values: Sequence[int]) -> np.ndarray:
 def _unusual(positions: Sequence[int] | None, part: slice) -> np.ndarray | None:
     if positions is None:
         return None
-
     cut = _array(positions[part])
     return None if np.array_equal(cut, np.arange(len(cut))) else cut
 
@@ -114,7 +113,6 @@ def questions(example: Mapping[str, Any], informed: Mapping[str, Any] | None = N
     own = segments(example)
     if informed is None or not own:
         return [(segment.key(), segment) for segment in own]
-
     (student,), (teacher,) = own, segments(informed)
     places = np.flatnonzero(teacher.rows)[: student.tokens]  # the student's response may have been cut
     rows = np.zeros_like(teacher.rows)
@@ -142,7 +140,6 @@ def check_responses(
             f"the teacher's data sets have {len(teachers):,} examples and the student's {len(students):,}: each of "
             "the student's needs one with the same response, in the same order."
         )
-
     digest = hashlib.blake2b(digest_size=16)
     for number, (student, teacher) in enumerate(zip(students, teachers, strict=True), 1):
         ours, theirs = _response(student), _response(teacher)
@@ -152,14 +149,12 @@ def check_responses(
                 f"example {number:,} has different responses for the student and for the teacher, {shown}: the "
                 "teacher's data set needs the student's responses in the same order, and a template with the same end."
             )
-
         length = len(teacher["input_ids"])
         if longest is not None and length > longest:
             raise TeacherError(
                 f"example {number:,} has {length:,} tokens with the teacher's prompt, and the teacher reads "
                 f"{longest:,}: shorten the prompt."
             )
-
         digest.update(np.asarray(teacher["input_ids"], dtype="<i4").tobytes())
         digest.update(len(theirs).to_bytes(8, "little"))
 

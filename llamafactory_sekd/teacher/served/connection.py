@@ -76,7 +76,6 @@ class HttpConnection:
             raise TeacherError(
                 f"`teacher_server: {url}` is no address: use http://HOST:PORT, and {TOKEN} for its token."
             )
-
         self.url = url.rstrip("/")
         self.patience = patience
         self.say = say
@@ -158,7 +157,6 @@ class HttpConnection:
                     "this command, which resumes where it stopped.",
                     problem,
                 )
-
             self.say(f"The teacher's server {self.url} {problem}; the next try is in {pause:.0f} s.")
             if self._closed.wait(pause):
                 raise TeacherError(f"`teacher_server: {self.url}` is no longer needed.")

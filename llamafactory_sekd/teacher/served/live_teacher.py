@@ -118,7 +118,6 @@ class ServedTeacher(TeacherSource):
         if not info.hidden:  # its size alone: a top-k cache keeps no head
             yield torch.empty(info.rows, info.width, device="meta"), None
             return
-
         head = self._own_head()
         yield head["weight"], head.get("bias")
 
@@ -133,7 +132,6 @@ class ServedTeacher(TeacherSource):
         numbers = [] if ticket is None else ticket[:, 0].unique().tolist()
         if ticket is None or len(numbers) != 1 or numbers[0] not in self._requests:
             return self._asked_now(inputs, rows)
-
         tokens, future = self._requests.pop(numbers[0])
         parts = {name: values.split(tokens) for name, values in future.result().items()}
         # Rows that only fill up the epoch's last batch have lost their labels since.
@@ -154,7 +152,6 @@ class ServedTeacher(TeacherSource):
                 name: torch.zeros(0, *shape, dtype=dtype, device=self.device)
                 for name, (dtype, shape) in self.kept.fields().items()
             }
-
         records = self.server.ask(parts, self.kept, together=True)
         return {name: values.to(self.device) for name, values in records.items()}
 
@@ -166,7 +163,6 @@ class ServedTeacher(TeacherSource):
                 f"`teacher_server: {self.server.url}` has been asked about a batch that was packed by another "
                 "process: set `packing: false`, or `dispatch_batches: false`."
             )
-
         found = []
         for ids, length, marked in zip(inputs["input_ids"], mask.sum(-1).tolist(), rows, strict=True):
             cut = slice(0, length)

@@ -84,7 +84,6 @@ class ServerInfo:
         """Read :meth:`to_json`; :class:`ValueError` for anything else."""
         if not isinstance(content, dict) or content.get("version") != VERSION:
             raise ValueError(f"speaks version {content.get('version') if isinstance(content, dict) else content!r}")
-
         known = {name: value for name, value in content.items() if name != "fingerprint"}
         try:
             info = cls(**known)
@@ -93,7 +92,6 @@ class ServerInfo:
 
         if info.fingerprint != content.get("fingerprint"):
             raise ValueError("describes its teacher with a fingerprint that does not match")
-
         return info
 
 
@@ -137,12 +135,10 @@ class Question(BaseModel):
             raise ArgumentError(
                 f"format {self.format!r} with dtype {self.dtype!r} is unknown: use {', '.join(FORMATS)}"
             )
-
         if self.format == HiddenFormat.name:
             if not info.hidden:
                 raise ArgumentError("this teacher's logits are more than its head's product: ask for topk")
             return info.hidden_format(self.dtype)
-
         if self.k is None or self.vocab_size is None or not 0 < self.vocab_size <= info.rows or self.k > info.max_k:
             raise ArgumentError(
                 f"topk needs k up to {info.max_k} and a vocab_size up to {info.rows}, not {self.k} and "
@@ -163,13 +159,11 @@ def _segment(number: int, sequence: Asked, info: ServerInfo) -> Segment:
     length = len(sequence.ids)
     if length > info.max_length:
         raise ArgumentError(f"sequence {number} has {length} tokens and this teacher reads up to {info.max_length}")
-
     low, high = min(sequence.ids), max(sequence.ids)
     if low < 0 or high >= info.rows:
         raise ArgumentError(
             f"sequence {number} holds the token id {low if low < 0 else high}: use 0 to {info.rows - 1}"
         )
-
     rows, end = np.zeros(length, dtype=bool), 0
     for run in sequence.runs:
         if len(run) != 2 or not end <= run[0] < run[1] < length:
@@ -238,7 +232,6 @@ def read_answer(data: bytes, checksum: str | None, kept: Format, tokens: int) ->
     """
     if checksum != xxh3(data):
         raise GarbageError(f"its {len(data):,} bytes do not match their checksum")
-
     try:
         records = load(data)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -247,7 +240,6 @@ def read_answer(data: bytes, checksum: str | None, kept: Format, tokens: int) ->
     fields = kept.fields()
     if records.keys() != fields.keys():
         raise GarbageError(f"it holds {sorted(records)} and not {sorted(fields)}")
-
     for name, (dtype, shape) in fields.items():
         found = records[name]
         if found.dtype != dtype or tuple(found.shape) != (tokens, *shape):

@@ -119,7 +119,6 @@ class Worker:
             jobs = [job for job in self._next() if job.future.set_running_or_notify_cancel()]
             if not jobs:
                 continue
-
             try:
                 self._answer(jobs)
             except Exception as error:  # of the model or the device: the question fails, and the server goes on
@@ -148,7 +147,6 @@ class Worker:
             if not job.together or job.kind != first.kind or (count + more) * width > self.budget:
                 self._held = job
                 break
-
             jobs.append(job)
             count, longest = count + more, width
 
@@ -268,7 +266,6 @@ def make_app(
     async def answers(request: Request) -> Response:
         if request.headers.get("Content-Type", "").split(";")[0] != "application/json":
             raise _RefusedError(415, "a question is JSON (Content-Type: application/json)")
-
         question = _parsed(await _body(request, max_bytes))
         if question.teacher != info.fingerprint:
             raise _RefusedError(

@@ -74,7 +74,6 @@ def read_last_layers(model: str, dtype: torch.dtype) -> LastLayers:
                 f"{model} ({config.model_type}) does not end with a norm and an LM head that can be applied here: ask "
                 "for top-k (`--format topk`, `teacher_server_topk`)."
             )
-
         names = {part: name for name, part in skeleton.named_modules()}
         tied = names[skeleton.get_input_embeddings()] if config.get_text_config().tie_word_embeddings else None
         files = _WeightFiles(model)
@@ -142,7 +141,6 @@ def read_hidden_file(path: Path, ids: list[int], url: str, patience: float) -> t
             f"`teacher_server: {url}` gives hidden states {list(hidden.shape)} for {len(ids)} tokens and not "
             f"[{len(ids)}, layers, width]: start vLLM with `--no-enable-chunked-prefill`, or use a newer version."
         )
-
     return hidden[:, -1]
 
 
@@ -200,7 +198,6 @@ class _WeightFiles:
         if index is not None:
             self.file_of: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
             return
-
         weights = self._file(SAFE_WEIGHTS_NAME)
         if weights is None:
             raise FileNotFoundError(f"no {SAFE_WEIGHTS_NAME}")

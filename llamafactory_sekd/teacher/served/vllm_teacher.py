@@ -94,7 +94,6 @@ class VllmConnection(HttpConnection):
         dtype = next((name for name, known in DTYPES.items() if known == hidden.dtype), None)
         if dtype is None:
             raise TeacherError(f"`teacher_server: {self.url}` returns hidden states in {hidden.dtype}: use bfloat16.")
-
         layers = read_last_layers(model or self.root, hidden.dtype)
         rows, width = layers.head["weight"].shape
         if hidden.shape[1] != width:
@@ -102,7 +101,6 @@ class VllmConnection(HttpConnection):
                 f"`teacher_server: {self.url}` returns hidden states of width {hidden.shape[1]}, and the LM head of "
                 f"{model or self.root} has {width}: name the served model as `teacher_model`."
             )
-
         told = self._rows(part, choice.get("prompt_logprobs"), TopKFormat(_PROBED, torch.float32, rows))
         log_probs, largest = layers.log_probs(layers.norm(hidden[torch.from_numpy(part.rows)]))
         tokens = torch.tensor([[token for token, _ in row] for row in told])
@@ -117,7 +115,6 @@ class VllmConnection(HttpConnection):
                 f"{allowed:.2g}): let the last of `eagle_aux_hidden_state_layer_ids` be the number of layers, and "
                 "name the served model as `teacher_model`."
             )
-
         self._last_layers = layers
         size = sum(tensor.nbytes for tensor in layers.head.values())
         self.info = replace(
@@ -186,7 +183,6 @@ class VllmConnection(HttpConnection):
                 "with `extract_hidden_states` (docs/teacher.md), or ask for top-k (`--format topk`, "
                 "`teacher_server_topk: 64`)."
             )
-
         path = Path(name)
         hidden = read_hidden_file(path, ids, self.url, self.patience)
         try:
@@ -218,7 +214,6 @@ class VllmConnection(HttpConnection):
                 f"`teacher_server: {self.url}` gives {found} of `prompt_logprobs` for {len(ids)} tokens, the first of "
                 "which must be null: use vLLM from 0.11 on, and token ids as they are."
             )
-
         rows = []
         for place in part.rows.nonzero()[0].tolist():
             entry = {int(token): value["logprob"] for token, value in (entries[place + 1] or {}).items()}
@@ -227,7 +222,6 @@ class VllmConnection(HttpConnection):
                     f"`teacher_server: {self.url}` gives log-probabilities that do not belong to their tokens: token "
                     f"{ids[place + 1]} is not in its own entry (an answer that is off by one)."
                 )
-
             known = [(token, value) for token, value in entry.items() if token < kept.vocab_size]
             largest = sorted(known, key=lambda item: -item[1])[: kept.k]
             if len(largest) < kept.k:
@@ -235,7 +229,6 @@ class VllmConnection(HttpConnection):
                     f"`teacher_server: {self.url}` gives {len(known)} log-probabilities per token and not {kept.k}: "
                     "start vLLM with `--max-logprobs 512`, or ask for fewer (`teacher_server_topk`, `--k`)."
                 )
-
             mass = math.fsum(math.exp(min(value, 50.0)) for _, value in largest)
             if largest[0][1] > _TOLERANCE or mass > 1.0 + _TOLERANCE:
                 raise TeacherError(
