@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llamafactory_sekd.data.alma_source import DirectorySource
+from llamafactory_sekd.data.alma import DirectorySource
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.prompts import record
 

@@ -7,14 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from llamafactory_sekd.data.alma_source import (
-    TASKS,
-    alma_documents,
-    alma_files,
-    alma_root,
-    is_alma_direction,
-    read_alma,
-)
+from llamafactory_sekd.data.alma import TASKS, alma_documents, alma_files, alma_root, read_alma
 from llamafactory_sekd.data.checks import Findings, Outcome, Pair, Problem, check_languages, clean_pairs
 from llamafactory_sekd.data.languages import Direction, parse_direction
 from llamafactory_sekd.data.products import text_files
@@ -106,7 +99,8 @@ def load_test_set(
 def _find(task: str, directory: Path, direction: Direction) -> _Found:
     root = alma_root(directory)
     found = _read_folder(directory / task, direction)
-    if found is None and task in TASKS and is_alma_direction(direction) and alma_files(root, direction, TASKS[task]):
+    is_almas = task in TASKS and "en" in (direction.source, direction.target)  # one side of all its pairs
+    if found is None and is_almas and alma_files(root, direction, TASKS[task]):
         pairs, documents = read_alma(root, direction, TASKS[task]), alma_documents(root, direction, TASKS[task])
         if len(documents) not in (0, len(pairs)):
             raise DataError(f"{root}: {task} {direction} has {len(documents)} names of documents, not {len(pairs)}.")

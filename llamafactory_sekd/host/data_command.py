@@ -45,8 +45,7 @@ def alma(
     from rich.console import Console
     from rich.progress import Progress
 
-    from llamafactory_sekd.data.alma import make_plan, prepare_alma, splits
-    from llamafactory_sekd.data.alma_source import DirectorySource, HubSource
+    from llamafactory_sekd.data.alma import DirectorySource, HubSource, make_plan, prepare_alma, splits
 
     console = Console()
     plan = make_plan(_listed(pairs), _listed(directions) if directions is not None else None)

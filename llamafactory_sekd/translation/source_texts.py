@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.data.alma_source import alma_files, alma_root, read_alma
+from llamafactory_sekd.data.alma import alma_files, alma_root, read_alma
 from llamafactory_sekd.data.checks import Problem, unusable_text
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.products import DATASET_INFO

@@ -10,8 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from llamafactory_sekd.data.alma import DEFAULT_OUT
-from llamafactory_sekd.data.alma_source import TASKS
+from llamafactory_sekd.data.alma import DEFAULT_OUT, TASKS
 from llamafactory_sekd.errors import SekdError
 from llamafactory_sekd.evaluation.evaluation_settings import METRICS
 from llamafactory_sekd.webui.evaluation_process import (

@@ -12,8 +12,7 @@ from typing import Any
 import gradio as gr
 
 from llamafactory_sekd.arguments import KEYS, DistillationArguments
-from llamafactory_sekd.data.alma import DEFAULT_OUT
-from llamafactory_sekd.data.alma_source import TASKS
+from llamafactory_sekd.data.alma import DEFAULT_OUT, TASKS
 from llamafactory_sekd.data.languages import parse_direction
 from llamafactory_sekd.data.prompts import prompt_named
 from llamafactory_sekd.data.testsets import load_test_set

@@ -24,6 +24,8 @@ from llamafactory_sekd.data.alma import (
     DEFAULT_LANGUAGES,
     VALIDATION,
     VALIDATION_NAME,
+    DirectorySource,
+    HubSource,
     alma_name,
     command_for,
     joint_alma_name,
@@ -32,7 +34,6 @@ from llamafactory_sekd.data.alma import (
     wmt21_name,
     wmt22_name,
 )
-from llamafactory_sekd.data.alma_source import DirectorySource, HubSource
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.errors import ArgumentError, DataError
@@ -371,7 +372,7 @@ def test_unreachable_hub_gives_one_line_with_the_remedy(tmp_path: Path, monkeypa
 
 
 def test_hub_revision_is_read_from_the_loaded_addresses() -> None:
-    from llamafactory_sekd.data.alma_source import _hub_revision
+    from llamafactory_sekd.data.alma import _hub_revision
 
     commit = "0123456789abcdef0123456789abcdef01234567"
     address = f"hf://datasets/haoranxu/WMT22-Test@{commit}/en-de/test-00000-of-00001-1a83a591805d9178.parquet"

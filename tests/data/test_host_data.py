@@ -15,8 +15,7 @@ from jinja2 import Environment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llamafactory_sekd.data.alma import make_plan, prepare_alma
-from llamafactory_sekd.data.alma_source import DirectorySource
+from llamafactory_sekd.data.alma import DirectorySource, make_plan, prepare_alma
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.prompts import PARROT
 from llamafactory_sekd.errors import DataError, HostError

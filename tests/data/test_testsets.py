@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from helpers.alma_files import TRICKY, write_alma
 
-from llamafactory_sekd.data.alma import make_plan, prepare_alma
-from llamafactory_sekd.data.alma_source import DirectorySource
+from llamafactory_sekd.data.alma import DirectorySource, make_plan, prepare_alma
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.testsets import load_test_set
 from llamafactory_sekd.errors import DataError, EvaluationError

@@ -172,11 +172,7 @@ FORMATS: tuple[str, ...] = (HiddenFormat.name, TopKFormat.name)
 
 def bytes_per_token(kept: Format) -> int:
     """Return what one response token takes on disk."""
-    total = 0
-    for dtype, shape in kept.fields().values():
-        total += dtype.itemsize * int(torch.Size(shape).numel())
-
-    return total
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in kept.fields().values())
 
 
 def as_bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -207,7 +207,7 @@ def fill_from_server(
     progress: Callable[[int], None] = lambda _: None,
     informed: Sequence[Any] | None = None,
 ) -> None:
-    """Let a server compute the plan's segments and write them; see :func:`llamafactory_sekd.teacher.cache.fill`.
+    """Let a server compute the plan's segments and write them, as `cache.filling.fill` lets a local teacher do it.
 
     A request is a batch of the local build, so a server on the same kind of machine gives its answers to the bit.
     Where a request fails in the end, what has arrived before it is written first.
