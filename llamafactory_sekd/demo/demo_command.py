@@ -30,18 +30,19 @@ def demo(
 
     from rich.console import Console
 
-    from llamafactory_sekd.demo.demo_plan import (
+    from llamafactory_sekd.demo.demo_report import print_scores
+    from llamafactory_sekd.demo.steps import (
         REPORT_SECONDS,
         STUDY_SECONDS,
         Places,
+        Progress,
         contents,
         environment,
         preparation,
         reporting,
+        run_steps,
         write_yamls,
     )
-    from llamafactory_sekd.demo.demo_report import print_scores
-    from llamafactory_sekd.demo.steps import Progress, run_steps
     from llamafactory_sekd.files import locked
     from llamafactory_sekd.study.engine import find_inputs, open_study, report, run_study
     from llamafactory_sekd.study.jobs import is_done

@@ -28,8 +28,8 @@ from llamafactory_sekd.reporting.document import (
     Section,
     Span,
     Table,
+    render_html,
 )
-from llamafactory_sekd.reporting.document_files import render_html
 from llamafactory_sekd.reporting.figures import BASELINE, INK, canvas, finish
 from llamafactory_sekd.reporting.metric_labels import number, p_text
 from llamafactory_sekd.reporting.terminal import print_document
@@ -37,7 +37,7 @@ from llamafactory_sekd.study.matrix import expand
 from llamafactory_sekd.study.report.cells import Group, Study, read_study
 from llamafactory_sekd.study.report.score_plots import differences_plot
 from llamafactory_sekd.study.report.text_statistics import Difference
-from llamafactory_sekd.study.report.training_sections import Runs, gate_plot
+from llamafactory_sekd.study.report.training_sections import Histories, Runs, gate_plot
 from llamafactory_sekd.study.report.views import Views, score_table
 from llamafactory_sekd.study.spec import Spec
 from llamafactory_sekd.study.study_results import JSON
@@ -287,7 +287,7 @@ def _gate(contents: Contents) -> tuple[Plot, ...]:
         {group: group.system for group in groups},
         dict.fromkeys(groups),
         {group: contents.views.looks[group.system] for group in groups},
-        contents.views.histories,
+        Histories(contents.study.root),
     )
     plot = gate_plot("", runs)
     return (plot,) if plot is not None else ()

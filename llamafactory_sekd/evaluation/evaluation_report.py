@@ -20,8 +20,18 @@ from llamafactory_sekd.evaluation.evaluation_tables import (
     similarity_section,
 )
 from llamafactory_sekd.files import write_json
-from llamafactory_sekd.reporting.document import Column, Document, Entry, Line, Passage, Row, Section, Span, Table
-from llamafactory_sekd.reporting.document_files import write_document
+from llamafactory_sekd.reporting.document import (
+    Column,
+    Document,
+    Entry,
+    Line,
+    Passage,
+    Row,
+    Section,
+    Span,
+    Table,
+    write_document,
+)
 from llamafactory_sekd.reporting.metric_labels import MARKS, metric_label
 from llamafactory_sekd.reporting.terminal import print_document
 

@@ -1,15 +1,21 @@
-"""What goes wrong with machine translation that a corpus score hides, as shares of the sentences."""
+"""What a corpus score hides: what goes wrong, as shares of the sentences, and the scores of parts of the test set."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import statistics as moments
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llamafactory_sekd.data.languages import is_identifiable, is_other_language
+from llamafactory_sekd.data.languages import Direction, is_identifiable, is_other_language, script_of
+from llamafactory_sekd.data.testsets import TestSet
+from llamafactory_sekd.evaluation.scores import UNSPACED_SCRIPTS
+from llamafactory_sekd.evaluation.significance import Statistics
+from llamafactory_sekd.evaluation.systems import documents_in
 
 
 # A phrase repeated this often in a row is a loop. Without a letter in it it must be more: "3 3 3 3" may be a score.
@@ -149,3 +155,81 @@ def _longest_run(same: NDArray[np.bool_]) -> tuple[int, int]:
         return 0, 0
     longest = int((stops - starts).argmax())
     return int(stops[longest]), int(stops[longest] - starts[longest])
+
+
+# The longest source of each band, in words.
+BANDS = {"1–10 words": 10, "11–20": 20, "21–30": 30, "31–50": 50}
+REST = "51 or more"
+
+# metric, then system, to the statistics of each direction.
+_Statistics = Mapping[str, Mapping[str, Sequence[Statistics]]]
+_Places = Sequence[int]
+
+
+def by_part(test_sets: Mapping[Direction, TestSet], found: _Statistics) -> dict[str, dict[str, Any]]:
+    """Return what results.json says of parts: ``by_domain``, ``by_document`` and ``by_length``, each by direction.
+
+    A corpus score is made of sums over sentences, so a part is scored by its own sums, exactly as if it were a test
+    set by itself.
+
+    ``by_domain`` and ``by_length`` map a part to ``{"sentences": …, "scores": {system: {metric: …}}}``;
+    ``by_document`` holds ``documents``, their number, and ``scores`` as mean and standard deviation over them.
+    """
+    domains: dict[str, Any] = {}
+    documents: dict[str, Any] = {}
+    lengths: dict[str, Any] = {}
+    for index, (direction, test_set) in enumerate(test_sets.items()):
+        if test_set.domains:
+            domains[str(direction)] = _scored_parts(_places(test_set.domains), found, index)
+        lengths[str(direction)] = _scored_parts(_in_order(_places(_bands(test_set.sources, direction))), found, index)
+        named = [places for places in documents_in(test_set.documents) if test_set.documents[places[0]]]
+        if len(named) > 1:
+            documents[str(direction)] = {"documents": len(named), "scores": _over_documents(named, found, index)}
+    return {"by_domain": domains, "by_document": documents, "by_length": lengths}
+
+
+def _places(names: Sequence[str]) -> dict[str, list[int]]:
+    places: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        places.setdefault(name, []).append(index)
+    return places
+
+
+def _in_order(places: dict[str, list[int]]) -> dict[str, list[int]]:
+    return {band: places[band] for band in (*BANDS, REST) if band in places}
+
+
+def _bands(sources: Sequence[str], direction: Direction) -> list[str]:
+    unspaced = script_of(direction.source) in UNSPACED_SCRIPTS
+    lengths = [-(-len("".join(source.split())) // 2) if unspaced else len(source.split()) for source in sources]
+    return [next((band for band, longest in BANDS.items() if length <= longest), REST) for length in lengths]
+
+
+def _part_score(statistics: Statistics, places: _Places) -> float:
+    return statistics.score(statistics.rows[list(places)].sum(0))
+
+
+def _scored_parts(parts: Mapping[str, _Places], found: _Statistics, index: int) -> dict[str, dict[str, Any]]:
+    names = list(next(iter(found.values()), {}))
+    return {
+        part: {
+            "sentences": len(places),
+            "scores": {
+                name: {metric: _part_score(by_system[name][index], places) for metric, by_system in found.items()}
+                for name in names
+            },
+        }
+        for part, places in parts.items()
+    }
+
+
+def _over_documents(
+    documents: Sequence[_Places], found: _Statistics, index: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for metric, by_system in found.items():
+        for name, statistics in by_system.items():
+            scores = [_part_score(statistics[index], places) for places in documents]
+            entry = {"mean": moments.fmean(scores), "sd": moments.stdev(scores)}
+            result.setdefault(name, {})[metric] = entry
+    return result

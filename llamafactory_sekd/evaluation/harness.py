@@ -16,8 +16,7 @@ from llamafactory_sekd.errors import EvaluationError, suggestion
 from llamafactory_sekd.evaluation.evaluation_results import SCHEMA_VERSION
 from llamafactory_sekd.evaluation.evaluation_settings import Settings, System, parse_settings
 from llamafactory_sekd.files import read_json, write_json
-from llamafactory_sekd.reporting.document import NOTHING, Column, Document, Entry, Row, Section, Table
-from llamafactory_sekd.reporting.document_files import write_document
+from llamafactory_sekd.reporting.document import NOTHING, Column, Document, Entry, Row, Section, Table, write_document
 from llamafactory_sekd.reporting.metric_labels import number
 from llamafactory_sekd.reporting.terminal import print_document
 

@@ -16,7 +16,7 @@ import typer
 from llamafactory_sekd.data.languages import base_code
 from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.files import read_json, write_atomic
-from llamafactory_sekd.reporting.document_files import escape_markdown
+from llamafactory_sekd.reporting.document import escape_markdown
 from llamafactory_sekd.reporting.metric_labels import AVERAGE, metric_label, metric_look, number
 
 

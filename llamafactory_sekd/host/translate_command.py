@@ -89,9 +89,8 @@ def translate(
     from llamafactory_sekd.data.prompts import prompt_named
     from llamafactory_sekd.host.translating import Inputs, Outputs, Weights, run_translate
     from llamafactory_sekd.translation.candidates import check_name, make_plan, parse_shard, work_folder
-    from llamafactory_sekd.translation.choosing import parse_filters
+    from llamafactory_sekd.translation.choosing import form_of, parse_filters
     from llamafactory_sekd.translation.source_texts import SPLITS
-    from llamafactory_sekd.translation.writing import form_of
 
     if not model:
         raise ArgumentError("Name the model: --model FOLDER or a hub id.")

@@ -44,9 +44,8 @@ from llamafactory_sekd.host.evaluate import (
 from llamafactory_sekd.host.templates import encoder, text_arguments, thought_tokens
 from llamafactory_sekd.ranks import Ranks, join_ranks
 from llamafactory_sekd.translation.candidates import Generation, Model, Plan, Shard, collect, generate, work_folder
-from llamafactory_sekd.translation.choosing import Result, findings, select, signature
+from llamafactory_sekd.translation.choosing import Result, findings, select, signature, write_dataset, write_text
 from llamafactory_sekd.translation.source_texts import STDIN, Texts, mixed, read_alma_split, read_dataset, read_file
-from llamafactory_sekd.translation.writing import write_dataset, write_text
 
 
 logger = logging.getLogger(__name__)

@@ -30,8 +30,16 @@ from llamafactory_sekd.study.jobs import (
     with_test_sets,
 )
 from llamafactory_sekd.study.matrix import Cell, TeacherText, expand
-from llamafactory_sekd.study.preparation import Preparation, cache_commands, prepare_commands, remaining, text_commands
-from llamafactory_sekd.study.runner import environments, run_job, typed_commands
+from llamafactory_sekd.study.running import (
+    Preparation,
+    cache_commands,
+    environments,
+    prepare_commands,
+    remaining,
+    run_job,
+    text_commands,
+    typed_commands,
+)
 from llamafactory_sekd.study.spec import Spec
 from llamafactory_sekd.study.study_progress import View
 from llamafactory_sekd.study.study_results import CSV, JSON, collect, write_results

@@ -38,8 +38,7 @@ def study(
 
     from llamafactory_sekd.study import engine
     from llamafactory_sekd.study.matrix import check_keys
-    from llamafactory_sekd.study.preparation import training_keys
-    from llamafactory_sekd.study.runner import parse_devices
+    from llamafactory_sekd.study.running import parse_devices, training_keys
     from llamafactory_sekd.study.spec import read_spec
 
     logging.disable(logging.WARNING)  # the libraries' chatter would break the progress bars

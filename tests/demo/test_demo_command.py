@@ -17,7 +17,7 @@ from helpers.fake_wheel import save_wheel
 from helpers.runs import CLI, command
 
 from llamafactory_sekd.config import read_config
-from llamafactory_sekd.demo import data, demo_plan
+from llamafactory_sekd.demo import data, steps
 from llamafactory_sekd.evaluation.evaluation_settings import parse_settings
 from llamafactory_sekd.files import locked
 
@@ -33,10 +33,10 @@ DRIVER = """
 import sys
 from functools import partial
 from pathlib import Path
-from llamafactory_sekd.demo import data, demo_plan
+from llamafactory_sekd.demo import data, steps
 data.SHA256 = sys.argv.pop(1)
 data.split_pairs = partial(data.split_pairs, test_size=30, valid_size=10, student_size=60)
-demo_plan.example_folder = lambda: Path("examples")
+steps.example_folder = lambda: Path("examples")
 from llamafactory_sekd.cli import main
 main()
 """
@@ -57,8 +57,8 @@ def folder(tmp_path):
     (tmp_path / "examples" / "yamls" / "demo_eval.yaml").write_text(
         yaml.safe_dump({**evaluation, "max_new_tokens": 4})
     )
-    study = yaml.safe_load((EXAMPLES / "studies" / demo_plan.STUDY).read_text())
-    (tmp_path / "examples" / "studies" / demo_plan.STUDY).write_text(yaml.safe_dump({**study, "seeds": [1]}))
+    study = yaml.safe_load((EXAMPLES / "studies" / steps.STUDY).read_text())
+    (tmp_path / "examples" / "studies" / steps.STUDY).write_text(yaml.safe_dump({**study, "seeds": [1]}))
     return tmp_path
 
 
@@ -139,12 +139,12 @@ def test_the_students_are_trained_alike_but_for_their_objective():
         for key in ("stage", "output_dir", "teacher_model", "kd_loss", "kd_lambda", "kd_beta", "kd_gamma"):
             config.pop(key, None)
     assert students[0] == students[1] == students[2]
-    study = yaml.safe_load((EXAMPLES / "studies" / demo_plan.STUDY).read_text())
+    study = yaml.safe_load((EXAMPLES / "studies" / steps.STUDY).read_text())
     assert {key for system in study["systems"].values() for key in system} == {"train", "kd_lambda", "text"}
 
 
 def test_the_yaml_files_name_what_the_demo_makes():
-    places = demo_plan.Places(Path(demo_plan.HOME))
+    places = steps.Places(Path(steps.HOME))
     prepared = [str(places.model(name)) for name in ("teacher_init", "teacher", "student_init")]
     for name, config in TRAININGS.items():
         text = data.TEACHER if name == "demo_sft_teacher" else data.TRAIN
@@ -162,7 +162,7 @@ def test_the_yaml_files_name_what_the_demo_makes():
 
 def test_all_of_the_demo_can_be_moved_to_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent)
-    spec = demo_plan.write_yamls(tmp_path / "d")
+    spec = steps.write_yamls(tmp_path / "d")
     written = "".join(path.read_text() for path in (tmp_path / "d" / "yamls").glob("*.yaml"))
     assert not re.search(r"(?<![\w/.])demo/", written)
     assert spec.output_dir == tmp_path / "d" / "study"

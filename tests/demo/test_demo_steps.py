@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from llamafactory_sekd import checkpoints, children
-from llamafactory_sekd.demo import demo_plan
+from llamafactory_sekd.demo import steps
 from llamafactory_sekd.demo.steps import Progress, RemainingTime, Step, run_steps
 from llamafactory_sekd.errors import HostError
 from llamafactory_sekd.reporting.terminal import show_seconds
@@ -185,8 +185,8 @@ def test_another_folder_moves_every_path_of_a_yaml_file_and_nothing_else():
         "output_dir": "demo/models/x",
         "systems": {"a": {"model_name_or_path": "demo/models/a"}},
     }
-    assert demo_plan.moved(config, "demo", Path("demo")) == config
-    assert demo_plan.moved(config, "demo", Path("/data/d")) == {
+    assert steps.moved(config, "demo", Path("demo")) == config
+    assert steps.moved(config, "demo", Path("/data/d")) == {
         "stage": "sekd",
         "output_dir": "/data/d/models/x",
         "systems": {"a": {"model_name_or_path": "/data/d/models/a"}},
@@ -196,10 +196,10 @@ def test_another_folder_moves_every_path_of_a_yaml_file_and_nothing_else():
 def test_commands_run_on_the_cores_there_are_and_one_gpu_unless_the_user_says_otherwise(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    assert demo_plan.environment()["OMP_NUM_THREADS"] == "2"
-    assert demo_plan.environment()["CUDA_VISIBLE_DEVICES"] == "0"
+    assert steps.environment()["OMP_NUM_THREADS"] == "2"
+    assert steps.environment()["CUDA_VISIBLE_DEVICES"] == "0"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert demo_plan.environment()["CUDA_VISIBLE_DEVICES"] == "3"
+    assert steps.environment()["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 def test_the_remaining_time_follows_the_machines_pace_and_ignores_what_was_done_before():

@@ -20,7 +20,7 @@ from llamafactory_sekd.evaluation.harness import (
     scores_of,
 )
 from llamafactory_sekd.host.evaluate import evaluate_on_tasks, run_eval
-from llamafactory_sekd.reporting.document_files import render_markdown
+from llamafactory_sekd.reporting.document import render_markdown
 
 
 TASK = {

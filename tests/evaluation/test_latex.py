@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from helpers.latex_tables import faults_of
 
-from llamafactory_sekd.reporting.document import Column, Document, Entry, Row, Section, Table
-from llamafactory_sekd.reporting.document_files import render_latex
+from llamafactory_sekd.reporting.document import Column, Document, Entry, Row, Section, Table, render_latex
 
 
 LATIN = (

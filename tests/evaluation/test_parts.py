@@ -14,14 +14,14 @@ from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.metrics.ter import TER
 
 from llamafactory_sekd.evaluation.evaluation_report import build_document
-from llamafactory_sekd.evaluation.evaluation_results import REST, Evaluated, build_results, by_part
+from llamafactory_sekd.evaluation.evaluation_results import Evaluated, build_results
 from llamafactory_sekd.evaluation.evaluation_run import collect_hypotheses, prepare
 from llamafactory_sekd.evaluation.evaluation_settings import Settings, parse_settings
-from llamafactory_sekd.evaluation.noticed import MODEL_RELATIONS, RELATIONS, noticed, share
-from llamafactory_sekd.evaluation.significance import segment_statistics
+from llamafactory_sekd.evaluation.guards import REST, by_part
+from llamafactory_sekd.evaluation.significance import MODEL_RELATIONS, RELATIONS, noticed, segment_statistics, share
 from llamafactory_sekd.host.evaluate import build_host
 from llamafactory_sekd.ranks import Ranks
-from llamafactory_sekd.reporting.document_files import render_html
+from llamafactory_sekd.reporting.document import render_html
 
 
 SECOND = [line.replace("ist", "sind").replace("wurde", "ward") for line in GERMAN]

@@ -22,8 +22,15 @@ from llamafactory_sekd.evaluation.evaluation_report import EXAMPLES, build_docum
 from llamafactory_sekd.evaluation.evaluation_results import Evaluated, build_results
 from llamafactory_sekd.evaluation.evaluation_settings import parse_settings
 from llamafactory_sekd.evaluation.translation_store import Hypotheses
-from llamafactory_sekd.reporting.document import Document, Entry, Section
-from llamafactory_sekd.reporting.document_files import escape_markdown, render_html, render_latex, render_markdown
+from llamafactory_sekd.reporting.document import (
+    Document,
+    Entry,
+    Section,
+    escape_markdown,
+    render_html,
+    render_latex,
+    render_markdown,
+)
 from llamafactory_sekd.reporting.metric_labels import significance_mark
 from llamafactory_sekd.reporting.terminal import print_document
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llamafactory_sekd.errors import StudyError
 from llamafactory_sekd.study.jobs import difference, model_of, read_evaluation
 from llamafactory_sekd.study.matrix import cell_id, check_keys, expand, has_effect, slug
-from llamafactory_sekd.study.runner import environments, parse_devices
+from llamafactory_sekd.study.running import environments, parse_devices
 from llamafactory_sekd.study.spec import parse_spec, read_spec
 
 

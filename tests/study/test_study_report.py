@@ -17,7 +17,7 @@ from helpers.study_results import SEEDS, SYSTEMS, without_select, write_study
 from sacrebleu.metrics.bleu import BLEU
 
 from llamafactory_sekd.evaluation.evaluation_settings import parse_settings
-from llamafactory_sekd.evaluation.noticed import noticed
+from llamafactory_sekd.evaluation.significance import noticed
 from llamafactory_sekd.reporting.document import Document, Section, Table
 from llamafactory_sekd.study.report.cells import read_study
 from llamafactory_sekd.study.report.study_report import build_document, write

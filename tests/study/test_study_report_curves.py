@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llamafactory_sekd.study.report.cells import Group, short_names
-from llamafactory_sekd.study.report.training_logs import POINTS, Histories
+from llamafactory_sekd.study.report.training_sections import POINTS, Histories
 
 
 def cell(folder: Path, name: str, log: list[dict[str, float]], stage: str = "sekd") -> dict[str, Any]:

@@ -11,7 +11,7 @@ from helpers.study_results import RATES, SYSTEMS, write_study
 from llamafactory_sekd.arguments import TOKEN_TABLE
 from llamafactory_sekd.study.report.cells import read_study
 from llamafactory_sekd.study.report.study_report import build_document
-from llamafactory_sekd.study.report.training_logs import token_classes
+from llamafactory_sekd.study.report.training_sections import token_classes
 
 
 # id -> occurrences: 100 in all, so that each class has about 20 of them.

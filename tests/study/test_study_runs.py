@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 
 from llamafactory_sekd.errors import HostError, StudyError
-from llamafactory_sekd.study import preparation, runner
+from llamafactory_sekd.study import running
 from llamafactory_sekd.study.engine import (
     find_inputs,
     list_commands,
@@ -59,7 +59,7 @@ def place(tmp_path, monkeypatch):
     """A working directory with a study's files and the stand-in."""
     monkeypatch.chdir(tmp_path)
     Path("fake.py").write_text(FAKE.read_text())
-    monkeypatch.setattr(runner, "host_command", lambda *words: [sys.executable, str(tmp_path / "fake.py"), *words])
+    monkeypatch.setattr(running, "host_command", lambda *words: [sys.executable, str(tmp_path / "fake.py"), *words])
     for model in ("student", "teacher"):
         Path(model).mkdir()
         Path(model, "config.json").write_text("{}")
@@ -368,10 +368,10 @@ DRIVER = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from llamafactory_sekd.study import preparation, runner
+from llamafactory_sekd.study import running
 from llamafactory_sekd.study.engine import open_study, run_study
 from llamafactory_sekd.study.spec import read_spec
-runner.host_command = lambda *words: [sys.executable, str(Path("fake.py").resolve()), *words]
+running.host_command = lambda *words: [sys.executable, str(Path("fake.py").resolve()), *words]
 print(run_study(open_study(read_spec(Path("study.yaml"))), jobs=2, devices=(), console=Console()))
 """
 
@@ -458,7 +458,7 @@ def test_cells_with_several_teachers_cannot_share_a_cache():
 
 
 def test_the_cache_is_made_on_all_devices_once_per_set_of_examples(monkeypatch):
-    monkeypatch.setattr(preparation, "tool", lambda *words: list(words))
+    monkeypatch.setattr(running, "tool", lambda *words: list(words))
     systems = {"A": {}, "B": {"kd_loss": "skew"}, "C": {"dataset": "others"}}
     write({**STUDY, "systems": systems, "teacher_cache": {"folder": "cache", "format": "topk", "batch_size": 4}})
     study = opened()
@@ -467,7 +467,7 @@ def test_the_cache_is_made_on_all_devices_once_per_set_of_examples(monkeypatch):
         (("0",), ["sekd"]),
         (("0", "1"), ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "llamafactory_sekd.cli"]),
     ):
-        commands = preparation.cache_commands(study.spec, study.cells, devices)
+        commands = running.cache_commands(study.spec, study.cells, devices)
         assert [words for _, words in commands.values()] == [
             [*launcher, "cache", "out/teacher_cache.yaml", *options],
             [*launcher, "cache", "out/teacher_cache-2.yaml", *options],
@@ -478,10 +478,10 @@ def test_the_cache_is_made_on_all_devices_once_per_set_of_examples(monkeypatch):
 
 
 def test_deepspeed_wants_torchrun_on_one_device_too(monkeypatch):
-    monkeypatch.setattr(preparation, "tool", lambda *words: list(words))
+    monkeypatch.setattr(running, "tool", lambda *words: list(words))
     write({**STUDY, "overrides": {"deepspeed": "ds.json"}, "teacher_cache": "cache"})
     study = opened()
-    ((_, words),) = preparation.cache_commands(study.spec, study.cells, ("0",)).values()
+    ((_, words),) = running.cache_commands(study.spec, study.cells, ("0",)).values()
     assert words[:4] == ["torchrun", "--standalone", "--nproc-per-node", "1"]
     line = list(list_commands(opened("teacher_cache=null"), find_inputs(opened("teacher_cache=null"))))[-1]
     assert line.startswith("FORCE_TORCHRUN=1 ")

@@ -15,7 +15,7 @@ from rich.console import Console
 from llamafactory_sekd.data.languages import parse_direction
 from llamafactory_sekd.data.prompts import PARROT
 from llamafactory_sekd.errors import StudyError
-from llamafactory_sekd.study import runner
+from llamafactory_sekd.study import running
 from llamafactory_sekd.study.engine import find_inputs, list_commands, open_study, run_study
 from llamafactory_sekd.study.spec import read_spec
 
@@ -48,7 +48,7 @@ RECORDS = [PARROT.record(s, t, parse_direction("en-de")) for s, t in zip(ENGLISH
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("fake.py").write_text(FAKE.read_text())
-    monkeypatch.setattr(runner, "host_command", lambda *words: [sys.executable, str(tmp_path / "fake.py"), *words])
+    monkeypatch.setattr(running, "host_command", lambda *words: [sys.executable, str(tmp_path / "fake.py"), *words])
     save_length_model(Path("teacher"), ENGLISH)
     Path("data").mkdir()
     Path("data/dataset_info.json").write_text(json.dumps({"words": {"file_name": "words.json"}}))

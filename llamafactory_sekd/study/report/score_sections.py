@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from llamafactory_sekd.evaluation.noticed import noticed_section
+from llamafactory_sekd.evaluation.evaluation_tables import noticed_section
 from llamafactory_sekd.evaluation.significance import SAMPLES
 from llamafactory_sekd.reporting.document import NOTHING, Column, Entry, Row, Section, Table
 from llamafactory_sekd.reporting.metric_labels import AVERAGE, BETTER, MARKS, WORSE, metric_label, number

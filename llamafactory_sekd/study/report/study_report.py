@@ -8,8 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from llamafactory_sekd.reporting.document import Column, Document, Entry, Row, Section, Table
-from llamafactory_sekd.reporting.document_files import write_document
+from llamafactory_sekd.reporting.document import Column, Document, Entry, Row, Section, Table, write_document
 from llamafactory_sekd.reporting.terminal import print_document
 from llamafactory_sekd.study.report.cells import Study, read_study, short_names, shown
 from llamafactory_sekd.study.report.score_sections import score_sections, validation_sections

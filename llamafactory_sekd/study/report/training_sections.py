@@ -1,18 +1,166 @@
-"""Training: what the gate does, how the systems learn, where they end, what they cost."""
+"""Training: what the gate does, how the systems learn, where they end, what they cost, by what the runs logged."""
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
-from llamafactory_sekd.arguments import TOKEN_TABLE
+from llamafactory_sekd.arguments import STAGE, TOKEN_TABLE
+from llamafactory_sekd.files import read_json
 from llamafactory_sekd.reporting.document import NOTHING, Column, Entry, Plot, Section
 from llamafactory_sekd.reporting.figures import BASELINE, Look, canvas, finish, name_below
 from llamafactory_sekd.reporting.metric_labels import number
-from llamafactory_sekd.study.report.cells import Group, Summary, short_names, summarize
-from llamafactory_sekd.study.report.training_logs import CLASSES, Curve, Histories, TokenClasses, token_classes
+from llamafactory_sekd.study.report.cells import (
+    Cell,
+    Group,
+    Study,
+    Summary,
+    is_number,
+    paired_cells,
+    short_names,
+    summarize,
+)
 from llamafactory_sekd.study.report.views import LAST_METRICS, MOST_LINES, Views, entry, group_table, summary_table
+
+
+# Logged points of one curve; more of them are averaged in equal windows.
+POINTS = 50
+
+
+@dataclass(frozen=True)
+class Curve:
+    """``summaries`` over the seeds at each of ``steps``."""
+
+    steps: tuple[float, ...]
+    summaries: tuple[Summary, ...]
+
+
+class Histories:
+    """Read the cells' ``trainer_state.json`` once; a cell without one has no curves."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._logs: dict[str, list[dict[str, Any]]] = {}
+
+    def curve(self, group: Group, metric: str, baseline: Group | None = None) -> Curve | None:
+        """Return the curve of a metric at the steps that all seeds have, None without any.
+
+        With ``baseline`` it is the difference to that group, seed by seed.
+        """
+        if baseline is None:
+            seeds = [self._series(cell, metric) for cell in group.cells.values()]
+        else:
+            pairs = paired_cells(group, baseline)
+            seeds = [_minus(self._series(one, metric), self._series(other, metric)) for one, other in pairs]
+        seeds = [series for series in seeds if series]
+        if not seeds:
+            return None
+        steps = sorted(set.intersection(*(set(series) for series in seeds)))
+        if not steps:
+            return None
+        windows = _windows(steps)
+        means = [[_mean([series[step] for step in window]) for series in seeds] for window in windows]
+        summaries = tuple(summary for values in means if (summary := summarize(values)) is not None)
+        return Curve(tuple(_mean(window) for window in windows), summaries)
+
+    def _series(self, cell: Cell, metric: str) -> dict[int, float]:
+        """Return step -> value. The NLL of the host's SFT, which has no ``kd/*``, is its loss."""
+        log = self._log(cell)
+        if metric.endswith("kd/ce") and (cell.get("config") or {}).get("stage") != STAGE:
+            metric = metric.replace("_kd/ce", "_loss").replace("kd/ce", "loss")
+        return {entry["step"]: entry[metric] for entry in log if "step" in entry and is_number(entry.get(metric))}
+
+    def _log(self, cell: Cell) -> list[dict[str, Any]]:
+        path = cell.get("history")
+        if not path:
+            return []
+        if path not in self._logs:
+            state = read_json(self._root / path)
+            self._logs[path] = state.get("log_history", []) if isinstance(state, dict) else []
+        return self._logs[path]
+
+
+def _minus(series: Mapping[int, float], other: Mapping[int, float]) -> dict[int, float]:
+    return {step: value - other[step] for step, value in series.items() if step in other}
+
+
+def _windows(steps: Sequence[int]) -> list[Sequence[int]]:
+    size = -(-len(steps) // POINTS)
+    return [steps[start : start + size] for start in range(0, len(steps), size)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+# Each class of tokens makes up about this share of the training's response tokens.
+CLASSES = 5
+METRICS = ("difficulty", "hard")
+_Table = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class TokenClasses:
+    """The tokens of the training text in classes of equal mass, the most frequent first.
+
+    Attributes:
+        sizes: how many different tokens each class has.
+        means: group -> metric -> class, the mean over the tokens' occurrences, over seeds; absent without a table.
+    """
+
+    sizes: tuple[int, ...]
+    means: Mapping[Group, Mapping[str, tuple[Summary | None, ...]]]
+
+
+def token_classes(study: Study, groups: Sequence[Group]) -> TokenClasses | None:
+    """Return the means of all groups that have tables; None where no group has one."""
+    tables = {group: [_read(study.root, cell) for cell in group.cells.values()] for group in groups}
+    tables = {group: found for group, seeds in tables.items() if (found := [table for table in seeds if table])}
+    if not tables:
+        return None
+    # The text is the same for all of them, so one table tells the frequencies.
+    counts = {token: row["count"] for token, row in next(iter(tables.values()))[0].items()}
+    class_of = _classes(counts)
+    sizes = tuple(sum(one == index for one in class_of.values()) for index in range(CLASSES))
+    means = {
+        group: {
+            metric: tuple(
+                summarize(_mean_of_class(table, class_of, index, metric) for table in seeds)
+                for index in range(CLASSES)
+            )
+            for metric in METRICS
+        }
+        for group, seeds in tables.items()
+    }
+    return TokenClasses(sizes, means)
+
+
+def _read(root: Path, cell: Cell) -> _Table:
+    path = root / cell["model"] / TOKEN_TABLE
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", errors="surrogatepass", newline="") as file:
+        return {row["id"]: {key: float(row[key]) for key in ("count", *METRICS)} for row in csv.DictReader(file)}
+
+
+def _classes(counts: Mapping[str, float]) -> dict[str, int]:
+    """Return token -> class. A token belongs where the middle of its mass is."""
+    ordered = sorted(counts, key=lambda token: (-counts[token], int(token)))
+    ends = accumulate(counts[token] for token in ordered)
+    total = sum(counts.values())
+    return {token: int(CLASSES * (end - counts[token] / 2) / total) for token, end in zip(ordered, ends, strict=True)}
+
+
+def _mean_of_class(
+    table: Mapping[str, Mapping[str, float]], class_of: Mapping[str, int], index: int, metric: str
+) -> float | None:
+    rows = [row for token, row in table.items() if class_of.get(token, CLASSES - 1) == index]
+    mass = sum(row["count"] for row in rows)
+    return sum(row["count"] * row[metric] for row in rows) / mass if mass else None
 
 
 def training_sections(views: Views) -> Iterator[Section | None]:
@@ -20,19 +168,22 @@ def training_sections(views: Views) -> Iterator[Section | None]:
     groups = [group for group in views.groups if group.trained]
     if not groups:
         return
-    yield _gate(views, groups)
+    histories = Histories(views.study.root)
+    yield _gate(views, groups, histories)
     yield _tokens(views, groups)
-    yield _learning(views, groups)
+    yield _learning(views, groups, histories)
     yield _cost(views, groups)
 
 
-def _drawn(views: Views, groups: Sequence[Group], draw: Callable[[str, Runs], Plot | None]) -> tuple[Plot, ...]:
+def _drawn(
+    views: Views, groups: Sequence[Group], histories: Histories, draw: Callable[[str, Runs], Plot | None]
+) -> tuple[Plot, ...]:
     """Draw all groups in one plot, or one plot per system where they are too many or a system has several."""
     baselines = {group: views.baseline_of(group) for group in groups}
     by_system = {system: [group for group in groups if group.system == system] for system in views.study.systems}
     looks = {group: views.looks[group.system] for group in groups}
     if len(groups) <= MOST_LINES and all(len(own) <= 1 for own in by_system.values()):
-        plots = [draw("", Runs(short_names(groups), baselines, looks, views.histories))]
+        plots = [draw("", Runs(short_names(groups), baselines, looks, histories))]
     else:
         plots = []
         # A baseline on which the matrix has no effect appears in every system's plot.
@@ -42,12 +193,12 @@ def _drawn(views: Views, groups: Sequence[Group], draw: Callable[[str, Runs], Pl
             if own and own != reference:
                 names = {**short_names(own), **{group: group.system for group in reference}}
                 own_looks = {**_point_looks(own), **{group: looks[group] for group in reference}}
-                plots.append(draw(f"_{index}", Runs(names, baselines, own_looks, views.histories, title=system)))
+                plots.append(draw(f"_{index}", Runs(names, baselines, own_looks, histories, title=system)))
     return tuple(plot for plot in plots if plot is not None)
 
 
-def _gate(views: Views, groups: Sequence[Group]) -> Section | None:
-    plots = _drawn(views, groups, gate_plot)
+def _gate(views: Views, groups: Sequence[Group], histories: Histories) -> Section | None:
+    plots = _drawn(views, groups, histories, gate_plot)
     note = (
         "Hard are the tokens with d > Γ, or the top K. All objectives of the stage log them, also those that treat "
         "all tokens alike. d depends on λ. Means over response tokens of each logging window, in 50 windows at most."
@@ -78,13 +229,13 @@ def _tokens(views: Views, groups: Sequence[Group]) -> Section | None:
     return Section("Rare and frequent tokens in training", note, tables=(table,), plots=plots)
 
 
-def _learning(views: Views, groups: Sequence[Group]) -> Section | None:
+def _learning(views: Views, groups: Sequence[Group], histories: Histories) -> Section | None:
     columns = {
         name: (lambda group, of=of: entry(group.validation(of[0]), of[1], of[2])) for name, of in LAST_METRICS.items()
     }
     # Without an evaluation, it is the study's main table already.
     table = summary_table(views.study, groups, columns) if views.study.directions else None
-    plots = _drawn(views, groups, learning_plot)
+    plots = _drawn(views, groups, histories, learning_plot)
     if table is None and not plots:
         return None
     note = (

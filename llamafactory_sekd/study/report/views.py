@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import track
 
 from llamafactory_sekd.errors import SekdError
-from llamafactory_sekd.evaluation.noticed import noticed_entry, relations, share
-from llamafactory_sekd.evaluation.significance import holm
+from llamafactory_sekd.evaluation.evaluation_tables import noticed_entry
+from llamafactory_sekd.evaluation.significance import holm, relations, share
 from llamafactory_sekd.reporting.document import NOTHING, Column, Entry, Row, Table
 from llamafactory_sekd.reporting.figures import BASELINE, SOFT, Look, distinct_looks
 from llamafactory_sekd.reporting.metric_labels import (
@@ -24,7 +24,6 @@ from llamafactory_sekd.reporting.metric_labels import (
 )
 from llamafactory_sekd.study.report.cells import Choice, Group, Study, Summary, choices, chosen_baseline, shown, symbol
 from llamafactory_sekd.study.report.text_statistics import Difference, PairedBootstrap, Texts
-from llamafactory_sekd.study.report.training_logs import Histories
 
 
 # Decimals of scores and differences.
@@ -100,11 +99,6 @@ class Views:
         except SekdError as error:
             return str(error)
         return None
-
-    @cached_property
-    def histories(self) -> Histories:
-        """Return the logs of the trainings."""
-        return Histories(self.study.root)
 
     @cached_property
     def _bootstrap(self) -> PairedBootstrap:
