@@ -53,6 +53,11 @@ def tool(name: str, *arguments: str) -> list[str]:
     return [found, *arguments]
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def host_command(*arguments: str) -> list[str]:
     """Return ``llamafactory-cli …`` of this environment."""
     return tool("llamafactory-cli", *arguments)

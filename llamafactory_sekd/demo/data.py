@@ -27,9 +27,10 @@ from zipfile import BadZipFile, ZipFile
 
 from llamafactory_sekd.data.languages import Direction
 from llamafactory_sekd.data.noise import Pair, spoil
+from llamafactory_sekd.data.products import DATASET_INFO
 from llamafactory_sekd.data.prompts import record
 from llamafactory_sekd.errors import DataError, one_line
-from llamafactory_sekd.files import write_atomic
+from llamafactory_sekd.files import write_atomic, write_lines
 from llamafactory_sekd.fingerprints import sha256_of
 
 
@@ -251,10 +252,10 @@ def divide(
     return parts
 
 
-def clusters(sources: Sequence[str], threshold: float = SIMILARITY) -> list[list[int]]:
-    """Return the connected groups of indices whose strings have word sets with a Jaccard similarity of ``threshold``.
+def clusters(sources: Sequence[str]) -> list[list[int]]:
+    """Return the connected groups of indices whose word sets have a Jaccard similarity s of :data:`SIMILARITY`.
 
-    Two such sets share one of the ``n - ceil(threshold · n) + 1`` rarest words of each (n words), so only strings
+    Two such sets share one of the ``n - ceil(s · n) + 1`` rarest words of each (n words), so only strings
     that do are compared (Chaudhuri et al., "A primitive operator for similarity joins", 2006).
     """
     from networkx.utils import UnionFind
@@ -265,9 +266,9 @@ def clusters(sources: Sequence[str], threshold: float = SIMILARITY) -> list[list
     having: defaultdict[str, list[int]] = defaultdict(list)
     for index, own in enumerate(sets):
         rarest = sorted(own, key=lambda word: (frequency[word], word))
-        prefix = rarest[: len(own) - math.ceil(threshold * len(own)) + 1]
+        prefix = rarest[: len(own) - math.ceil(SIMILARITY * len(own)) + 1]
         for other in {other for word in prefix for other in having[word]}:
-            if len(own & sets[other]) >= threshold * len(own | sets[other]):
+            if len(own & sets[other]) >= SIMILARITY * len(own | sets[other]):
                 joined.union(index, other)
         for word in prefix:
             having[word].append(index)
@@ -292,8 +293,7 @@ def write_data(split: Split, sources: Sequence[str], folder: Path) -> None:
 
     The student's references are spoiled on the way; ``noise.json`` says which ones, and how.
     """
-    text = "".join(f"{source}\n" for source in monolingual_text(split, sources))
-    write_atomic(folder / MONOLINGUAL_FILE, text.encode("utf-8"))
+    write_lines(folder / MONOLINGUAL_FILE, monolingual_text(split, sources))
     student, wrong = spoil(split.student, NOISE_SHARE, NOISE_KIND, SEED)
     noise = {"kind": NOISE_KIND, "share": NOISE_SHARE, "wrong": [index for index, is_so in enumerate(wrong) if is_so]}
     _write_json(folder / NOISE_FILE, noise)
@@ -305,14 +305,13 @@ def write_records(parts: Mapping[str, Sequence[Pair]], folder: Path) -> None:
     """Write each part as instruction records that the host knows by the part's name."""
     for name, pairs in parts.items():
         _write_json(folder / f"{name}.json", [record(source, target, DIRECTION) for source, target in pairs])
-    _write_json(folder / "dataset_info.json", {name: {"file_name": f"{name}.json"} for name in parts})
+    _write_json(folder / DATASET_INFO, {name: {"file_name": f"{name}.json"} for name in parts})
 
 
 def write_test_set(pairs: Sequence[Pair], folder: Path) -> None:
     """Write the two plain files that the evaluation knows as the test set `homeassistant` in ``folder``."""
     for side, language in enumerate((DIRECTION.source, DIRECTION.target)):
-        text = "".join(f"{pair[side]}\n" for pair in pairs)
-        write_atomic(folder / TASK / f"{DIRECTION}.{language}", text.encode("utf-8"))
+        write_lines(folder / TASK / f"{DIRECTION}.{language}", [pair[side] for pair in pairs])
 
 
 def read_test_set(folder: Path) -> tuple[list[str], list[str]]:

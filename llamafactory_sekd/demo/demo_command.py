@@ -83,5 +83,6 @@ def demo(
 
 def _jobs() -> int:
     """Return how many students are trained at a time: models this small gain more from a core each than from two."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(2, cores)
+    from llamafactory_sekd.children import cores
+
+    return min(2, cores())

@@ -14,7 +14,7 @@ from rich.console import Console
 from llamafactory_sekd.data.noise import KINDS, Pair
 from llamafactory_sekd.demo import data
 from llamafactory_sekd.demo.references import MOST, Difficulties, References, measure
-from llamafactory_sekd.evaluation.evaluation_report import differing
+from llamafactory_sekd.evaluation.evaluation_report import differing, texts_table
 from llamafactory_sekd.evaluation.significance import holm
 from llamafactory_sekd.files import read_json, write_atomic
 from llamafactory_sekd.reporting.document import (
@@ -187,7 +187,11 @@ def write_page(path: Path, contents: Contents, spec: Spec, yamls: Path) -> None:
             Section("Hard tokens over training", GATE, plots=_gate(contents)),
             _references_section(references),
             Section("Five translations", CHOICE.format(EXAMPLES), passages=_passages(contents)),
-            Section("How this was made", ORIGIN, tables=(_commands(commands),)),
+            Section(
+                "How this was made",
+                ORIGIN,
+                tables=(texts_table("Commands", ("step",), list(enumerate(commands, start=1))),),
+            ),
         ),
     )
     write_atomic(path, render_html(document).encode("utf-8"))
@@ -363,11 +367,6 @@ def _passages(contents: Contents) -> tuple[Passage, ...]:
         )
         for place, index in enumerate(long[:EXAMPLES], start=1)
     )
-
-
-def _commands(commands: Sequence[str]) -> Table:
-    rows = tuple(Row((str(step),), (Entry(command),)) for step, command in enumerate(commands, start=1))
-    return Table(("step",), (Column("command", is_code=True),), rows, title="Commands", folded=True)
 
 
 def _sentences(contents: Contents) -> int:

@@ -31,6 +31,7 @@ from llamafactory_sekd.examples import shipped_root
 from llamafactory_sekd.files import read_json, write_json
 from llamafactory_sekd.fingerprints import sha256, sha256_of
 from llamafactory_sekd.reporting.terminal import ProgressView, show_seconds
+from llamafactory_sekd.study.running import few_threads
 from llamafactory_sekd.study.spec import Spec, parse_spec
 from llamafactory_sekd.study.study_results import JSON
 
@@ -173,17 +174,10 @@ def _code(module: Any) -> str:
     return Path(module.__file__).read_text(encoding="utf-8")
 
 
-# With more threads than this, models of this size get slower.
-MAX_THREADS = 4
-
-
 def environment() -> dict[str, str]:
     """Return what is set for every command: threads that fit these models, one GPU, no look-ups on the hub."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
-        "OMP_NUM_THREADS": str(min(MAX_THREADS, available)),
-        # Threads that spin while they wait run ten times slower where something else wants a core as well.
-        "OMP_WAIT_POLICY": "PASSIVE",
+        **few_threads(1),
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"),
         "HF_HUB_OFFLINE": "1",
     }

@@ -15,7 +15,14 @@ from transformers import GenerationConfig
 
 from llamafactory_sekd.errors import EvaluationError, one_line
 from llamafactory_sekd.evaluation.evaluation_settings import Decoding
-from llamafactory_sekd.evaluation.greedy import batch_size, can_share_cache, greedy_search, last_logits, step_logits
+from llamafactory_sekd.evaluation.greedy import (
+    batch_size,
+    can_share_cache,
+    greedy_search,
+    last_logits,
+    left_pad,
+    step_logits,
+)
 from llamafactory_sekd.evaluation.systems import BatchLimits, Translate, Translation
 from llamafactory_sekd.trainer.sampling import InverseTransform, RowDraws, Sampling, uniforms_of
 
@@ -190,17 +197,6 @@ def plan_batches(lengths: Sequence[int], *, new_tokens: int, beams: int, limits:
         size = batch_size(lengths[order[start]], new_tokens=new_tokens, beams=beams, limits=limits)
         yield order[start : start + size]
         start += size
-
-
-def left_pad(prompts: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``input_ids`` and ``attention_mask``, both int64 ``[batch, longest]``, with the padding on the left."""
-    width = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
-    attention_mask = torch.zeros((len(prompts), width), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, width - len(prompt) :] = 1
-    return input_ids, attention_mask
 
 
 def in_inference_mode(groups: Iterator[_Group]) -> Iterator[_Group]:

@@ -134,21 +134,11 @@ def _triples(nested: Mapping[str, Mapping[str, str]]) -> list[tuple[str, str, st
 
 def _origin(results: Mapping[str, Any]) -> Section:
     """Tell what anyone needs to repeat it."""
-    signatures = _texts(
-        "Signatures",
-        ("direction", "metric"),
-        _triples(results["signatures"]),
-    )
-    prompts = _texts(
-        "Prompts",
-        ("system", "key"),
-        _triples(results["prompts"]),
-    )
-    versions = _texts("Versions", ("package",), list(results["versions"].items()))
-    prints = _texts(
-        "Fingerprints of the translations",
-        ("system", "direction"),
-        _triples(results["fingerprints"]),
+    signatures = texts_table("Signatures", ("direction", "metric"), _triples(results["signatures"]))
+    prompts = texts_table("Prompts", ("system", "key"), _triples(results["prompts"]))
+    versions = texts_table("Versions", ("package",), list(results["versions"].items()))
+    prints = texts_table(
+        "Fingerprints of the translations", ("system", "direction"), _triples(results["fingerprints"])
     )
     note = "What it takes to repeat this evaluation; results.json in this folder has every figure at full precision."
     return Section(
@@ -156,7 +146,8 @@ def _origin(results: Mapping[str, Any]) -> Section:
     )
 
 
-def _texts(title: str, heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
+def texts_table(title: str, heads: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> Table:
+    """Return a folded table of texts to copy, each with the names before it; its column is named after its title."""
     name = title.split()[0].lower().removesuffix("s")
     return Table(
         heads,

@@ -65,11 +65,6 @@ class Prepared:
     scorers: dict[str, SegmentScorer]
     skipped: dict[str, str]
 
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """Return the fingerprint of each direction's test set."""
-        return {str(direction): test_set.fingerprint for direction, test_set in self.test_sets.items()}
-
 
 def prepare(settings: Settings, host: Host) -> Prepared:
     """Find out, before hours of work, whether all of it can be done; nothing is written.
@@ -81,7 +76,7 @@ def prepare(settings: Settings, host: Host) -> Prepared:
         if not test_set.sources:
             raise EvaluationError(f"The test set {settings.task} {direction} in {settings.task_dir} is empty.")
     skipped = _without_references(settings, test_sets)
-    check_workspace(settings, {str(direction): test_set.fingerprint for direction, test_set in test_sets.items()})
+    check_workspace(settings, test_sets)
 
     for system in settings.systems:
         for direction, test_set in test_sets.items():
@@ -155,7 +150,7 @@ def evaluate(settings: Settings, host: Host) -> dict[str, Any] | None:
         prepared = ranks.from_first(prepare(settings, host) if ranks.is_first else None)
         for metric, reason in prepared.skipped.items() if ranks.is_first else ():
             logger.warning("%s is skipped: %s", metric_look(metric).label, reason)
-        hold = open_workspace(settings, prepared.fingerprints) if ranks.is_first else nullcontext()
+        hold = open_workspace(settings, prepared.test_sets) if ranks.is_first else nullcontext()
         with hold:
             hypotheses = collect_hypotheses(settings, prepared.test_sets, host, ranks)
             if not ranks.is_first:
@@ -323,7 +318,7 @@ def translate_pending(
     another number of lines are translated one by one. ``label`` comes before the progress bar, which counts the
     sentences of this rank. The seconds that are recorded hold everything from here on, writing included.
     """
-    clock = _Clock()
+    mark = time.perf_counter()
     missing = set(pending)
     singles = [Document(asked.requests[index], (index,)) for index in pending]
     wanted = [one for one in asked.documents if missing.intersection(one.places)] if asked.documents else singles
@@ -335,61 +330,39 @@ def translate_pending(
     note = f" (rank 1 of {ranks.world})" if ranks.world > 1 else ""
     total = sum(len(missing.intersection(one.places)) for one, _ in mine)
     with tqdm(total=total, desc=f"{label}{note}", unit=" sentences", disable=not ranks.is_first) as progress:
-        alone: dict[int, float] = {}
-        for documents in _translated(translator, mine, limits):
-            share = clock.lap() / len(documents)
-            records, unaligned = _records(documents, missing, share, asked)
-            alone |= unaligned
-            part.append(records)
-            progress.update(len(records))
-        requests = [(index, asked.requests[index]) for index in alone]
-        again = [(Document(request, (index,)), translator.encode(request)) for index, request in requests]
-        for documents in _translated(translator, again, limits):
-            share = clock.lap() / len(documents)
-            found = [
-                Record(one.places[0], made.in_one_line(), share + alone[one.places[0]], unaligned=True)
-                for one, made in documents
-            ]
-            part.append(found)
-            progress.update(len(found))
-
-
-def _translated(
-    translator: Translator, wanted: Sequence[tuple[Document, list[int]]], limits: BatchLimits
-) -> Iterator[list[tuple[Document, Translation]]]:
-    for group in translator.translate([prompt for _, prompt in wanted], limits):
-        yield [(wanted[place][0], translation) for place, translation in group]
+        alone: dict[int, float] = {}  # sentences whose document does not fit, and the seconds that it took for them
+        for again in (False, True):
+            if again:
+                mine = [
+                    (Document(asked.requests[one], (one,)), translator.encode(asked.requests[one])) for one in alone
+                ]
+            for group in translator.translate([prompt for _, prompt in mine], limits):
+                mark, started = time.perf_counter(), mark
+                seconds = (mark - started) / len(group)
+                finished = [
+                    record
+                    for place, made in group
+                    for record in _records(mine[place][0], made, seconds, missing, asked, alone)
+                ]
+                part.append(finished)
+                progress.update(len(finished))
 
 
 def _records(
-    documents: Sequence[tuple[Document, Translation]], missing: set[int], seconds: float, asked: Asked
-) -> tuple[list[Record], dict[int, float]]:
-    """Return what is finished, and the sentences of documents that do not fit, with the seconds that they took."""
-    records: list[Record] = []
-    alone: dict[int, float] = {}
-    for document, made in documents:
-        if not asked.documents:
-            records.append(Record(document.places[0], made.in_one_line(), seconds))
-            continue
-        text, thought = split_thought(made.text, asked.thought_words)
-        lines = aligned(text, len(document.places))
-        share = seconds / len(document.places)
-        for number, place in enumerate(document.places):
-            if place in missing and lines is None:
-                alone[place] = share
-            elif place in missing and lines is not None:
-                # The tokens of a document are counted once, with its first sentence.
-                translation = Translation(lines[number], 0 if number else made.tokens, made.hit_limit)
-                records.append(Record(place, translation, share, thought, unaligned=False))
-    return records, alone
-
-
-class _Clock:
-    """Gives the seconds since it was asked the last time."""
-
-    def __init__(self) -> None:
-        self._mark = time.perf_counter()
-
-    def lap(self) -> float:
-        self._mark, started = time.perf_counter(), self._mark
-        return self._mark - started
+    document: Document, made: Translation, seconds: float, missing: set[int], asked: Asked, alone: dict[int, float]
+) -> Iterator[Record]:
+    """Yield what is finished; the sentences of a document that does not fit go into ``alone``."""
+    first, count = document.places[0], len(document.places)
+    if first in alone or not asked.documents:
+        unaligned = True if first in alone else None
+        yield Record(first, made.in_one_line(), seconds + alone.get(first, 0.0), unaligned=unaligned)
+        return
+    text, thought = split_thought(made.text, asked.thought_words)
+    lines = aligned(text, count)
+    for number, place in enumerate(document.places):
+        if place in missing and lines is None:
+            alone[place] = seconds / count
+        elif place in missing and lines is not None:
+            # The tokens of a document are counted once, with its first sentence.
+            translation = Translation(lines[number], 0 if number else made.tokens, made.hit_limit)
+            yield Record(place, translation, seconds / count, thought, unaligned=False)

@@ -134,12 +134,10 @@ def parse_settings(config: Mapping[str, Any], origin: str) -> Settings:
     if "bleu_tokenizer" in given:
         values["bleu_tokenizer"] = _bleu_tokenizer(given["bleu_tokenizer"])
     if "significance" in given:
-        values["significance"] = given["significance"]
-        if given["significance"] not in TESTS:
-            raise EvaluationError(f"`significance` must be {' or '.join(TESTS)}, not {given['significance']!r}.")
+        values["significance"] = _one_of(given["significance"], "significance", TESTS)
     for key, minimum in (("batch_size", 1), ("batch_tokens", 1), ("seed", 0)):
         if key in given:
-            values[key] = _integer(given, key, minimum)
+            values[key] = integer_of(given, key, minimum)
     for key in ("baseline", "teacher"):
         if key in given:
             values[key] = _among(given, key, systems)
@@ -150,10 +148,24 @@ def _text(given: Mapping[str, Any], key: str) -> str:
     return text_of(given, key, EvaluationError)
 
 
-def _integer(given: Mapping[str, Any], key: str, minimum: int) -> int:
+def integer_of(given: Mapping[str, Any], key: str, minimum: int) -> int:
+    """Return a key's integer; :class:`EvaluationError` for anything else and for one below ``minimum``."""
     value = given[key]
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise EvaluationError(f"`{key}` must be an integer of at least {minimum}, not {value!r}.")
+    return value
+
+
+def truth_of(given: Mapping[str, Any], key: str, where: str = "") -> bool:
+    """Return a key's truth value; :class:`EvaluationError`, which names ``where`` it is, for anything else."""
+    if not isinstance(given[key], bool):
+        raise EvaluationError(f"`{where}{key}` must be true or false, not {given[key]!r}.")
+    return given[key]
+
+
+def _one_of(value: Any, key: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise EvaluationError(f"`{key}` must be {' or '.join(known)}, not {value!r}.")
     return value
 
 
@@ -196,36 +208,35 @@ def _metrics(given: Mapping[str, Any]) -> tuple[tuple[str, ...], frozenset[str],
     asked = _asked_metrics(given.get("metrics", ["bleu", "chrf", "comet?"]))
     locations = {"comet": _models(given, "comet", "comet_model"), "metricx": _models(given, "metricx")}
     for kind, named in locations.items():
-        if kind in given and kind not in asked and f"{kind}?" not in asked:
-            asked.append(kind)
-        if not named and kind in asked:
+        if kind in given:
+            asked.setdefault(kind, False)
+        if not named and asked.get(kind) is False:
             raise EvaluationError(
                 f"`metrics` has {kind}, so `{kind}` must name its model, such as google/metricx-24-hybrid-large-v2p6."
             )
-    metrics: list[str] = [metric for metric in SURFACE_METRICS if metric in asked or f"{metric}?" in asked]
     models: dict[str, str] = {}
     for kind, usual in MODEL_METRICS.items():
-        if kind in asked or f"{kind}?" in asked:
+        if kind in asked:
             # `comet_model` is the COMET of the tables, whatever it is called.
             models |= metric_keys(kind, locations[kind], usual)
-    optional = {metric for metric in (*metrics, *models) if f"{metric.partition(':')[0]}?" in asked}
-    return (*metrics, *models), frozenset(optional), models
+    metrics = (*(metric for metric in SURFACE_METRICS if metric in asked), *models)
+    return metrics, frozenset(metric for metric in metrics if asked[metric.partition(":")[0]]), models
 
 
-def _asked_metrics(value: Any) -> list[str]:
-    names = _list(value, "metrics", "[bleu, chrf, comet?]")
-    for name in names:
+def _asked_metrics(value: Any) -> dict[str, bool]:
+    """Return for each metric that is asked for whether it is left out where it cannot run."""
+    asked: dict[str, bool] = {}
+    for name in _list(value, "metrics", "[bleu, chrf, comet?]"):
         plain = name.removesuffix("?")
         if plain not in METRICS or (name != plain and plain not in OPTIONAL):
             raise EvaluationError(
                 f"`metrics`: unknown metric {name!r}: use {', '.join(METRICS)}; a question mark, as in comet?, skips "
                 f"{', '.join(OPTIONAL)} where it cannot run."
             )
-    plain_names = [name.removesuffix("?") for name in names]
-    twice = next((name for index, name in enumerate(plain_names) if name in plain_names[:index]), None)
-    if twice is not None:
-        raise EvaluationError(f"`metrics` names {twice} twice.")
-    return list(names)
+        if plain in asked:
+            raise EvaluationError(f"`metrics` names {plain} twice.")
+        asked[plain] = name != plain
+    return asked
 
 
 def _models(given: Mapping[str, Any], key: str, single: str | None = None) -> list[str]:
@@ -253,16 +264,14 @@ def _decoding(given: Mapping[str, Any]) -> Decoding:
     values: dict[str, Any] = {}
     for key in ("num_beams", "max_new_tokens"):
         if key in given:
-            values[key] = _integer(given, key, 1)
+            values[key] = integer_of(given, key, 1)
     for key in ("length_penalty", "repetition_penalty"):
         if key in given:
             values[key] = _number(given, key)
     if "repetition_penalty" in values and values["repetition_penalty"] <= 0:
         raise EvaluationError(f"`repetition_penalty` must be above 0, not {values['repetition_penalty']}.")
     if "backend" in given:
-        values["backend"] = given["backend"]
-        if given["backend"] not in BACKENDS:
-            raise EvaluationError(f"`backend` must be hf or vllm, not {given['backend']!r}.")
+        values["backend"] = _one_of(given["backend"], "backend", BACKENDS)
     decoding = Decoding(**values)
     if decoding.backend == "vllm" and decoding.num_beams > 1:
         raise EvaluationError(f"`backend: vllm` decodes greedily: `num_beams` must be 1, not {decoding.num_beams}.")
@@ -317,9 +326,7 @@ def _asking(given: Mapping[str, Any], where: str) -> tuple[Prompt, Examples | No
     if "system_prompt" in given:
         arguments["default_system"] = _text(given, "system_prompt")
     if "enable_thinking" in given:
-        arguments["enable_thinking"] = given["enable_thinking"]
-        if not isinstance(given["enable_thinking"], bool):
-            raise EvaluationError(f"`{where}enable_thinking` must be true or false, not {given['enable_thinking']!r}.")
+        arguments["enable_thinking"] = truth_of(given, "enable_thinking", where)
     try:
         prompt = prompt_named(_text(given, "prompt") if "prompt" in given else None)
     except ArgumentError as error:
@@ -335,10 +342,8 @@ def _examples(value: Any, key: str) -> Examples:
     form = "{from: FOLDER, number: 3, choose: nearest}"
     if not isinstance(value, Mapping) or not {"from", "number"} <= set(value) <= {"from", "number", "choose"}:
         raise EvaluationError(f"`{key}` must be like {form}, not {value!r}.")
-    choose = value.get("choose", "nearest")
-    if choose not in ("nearest", "first"):
-        raise EvaluationError(f"`{key}.choose` must be nearest or first, not {choose!r}.")
-    return Examples(_text(value, "from"), _integer(value, "number", 1), choose == "nearest")
+    choose = _one_of(value.get("choose", "nearest"), f"{key}.choose", ("nearest", "first"))
+    return Examples(_text(value, "from"), integer_of(value, "number", 1), choose == "nearest")
 
 
 def _among(given: Mapping[str, Any], key: str, systems: tuple[System, ...]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from llamafactory_sekd.evaluation.scores import SURFACE_METRICS
@@ -14,13 +14,13 @@ from llamafactory_sekd.reporting.metric_labels import (
     AVERAGE,
     GUARD_LABELS,
     MARKS,
-    MetricLook,
     best_of,
     guard_is_alarming,
     metric_label,
     metric_look,
     number,
     p_text,
+    score_text,
     significance_mark,
 )
 
@@ -85,26 +85,32 @@ def _score_tables(results: Mapping[str, Any], metrics: Sequence[str]) -> Iterato
 
 
 def _score_table(results: Mapping[str, Any], metrics: Sequence[str]) -> Table:
-    pairs = [(column, metric) for column in columns_of(results) for metric in metrics]
-    columns = tuple(Column(metric_label(metric), column) for column, metric in pairs)
-    rows = (
-        row_of(results, name, [score_entry(results, name, *pair) for pair in pairs]) for name in results["systems"]
+    return _by_column(
+        results, results["systems"], metrics, lambda *place: score_entry(results, *place), title=results["task"]
     )
-    return Table(("system",), columns, tuple(rows), title=results["task"])
+
+
+def _by_column(
+    results: Mapping[str, Any],
+    names: Iterable[str],
+    metrics: Iterable[str],
+    entry: Callable[[str, str, str], Entry],
+    prefix: str = "",
+    title: str = "",
+) -> Table:
+    """Return a row for each system of ``names``, with the ``entry`` of each direction and of the average by metric."""
+    pairs = list(itertools.product(columns_of(results), metrics))
+    columns = tuple(Column(f"{prefix}{metric_label(metric)}", column) for column, metric in pairs)
+    rows = tuple(row_of(results, name, [entry(name, *pair) for pair in pairs]) for name in names)
+    return Table(("system",), columns, rows, title)
 
 
 def significance_section(results: Mapping[str, Any]) -> Section | None:
     """List p of every test: hovering over a score does not print."""
     if len(results["significance"]) < 2:
         return None
-    pairs = [(column, metric) for column in columns_of(results) for metric in shown_metrics(results)]
-    rows = tuple(
-        row_of(results, name, [_p_entry(results, name, *pair) for pair in pairs])
-        for name in results["significance"]
-        if name != results["baseline"]
-    )
-    columns = tuple(Column(f"p, {metric_label(metric)}", column) for column, metric in pairs)
-    table = Table(("system",), columns, rows)
+    names = [name for name in results["significance"] if name != results["baseline"]]
+    table = _by_column(results, names, shown_metrics(results), lambda *place: _p_entry(results, *place), "p, ")
     trials = f"{SAMPLES:,} resamples" if results["test"] == "paired_bs" else f"{TRIALS:,} trials"
     note = (
         f"p of the paired tests against the baseline {results['baseline']} ({trials}), corrected for the number of "
@@ -120,13 +126,8 @@ def noticed_by_people(results: Mapping[str, Any]) -> Section | None:
     shown = [metric for metric in shown_metrics(results) if metric in known]
     if not shown:
         return None
-    pairs = [(column, metric) for column in columns_of(results) for metric in shown]
-    columns = tuple(Column(metric_label(metric), column) for column, metric in pairs)
-    shares = {
-        name: [noticed_entry(one[column].get(metric)) for column, metric in pairs] for name, one in found.items()
-    }
     return noticed_section(
-        Table(("system",), columns, tuple(row_of(results, name, entries) for name, entries in shares.items()))
+        _by_column(results, found, shown, lambda name, column, metric: noticed_entry(found[name][column].get(metric)))
     )
 
 
@@ -228,7 +229,9 @@ def _part_tables(results: Mapping[str, Any], key: str, what: str) -> Iterator[Ta
         for place, metric in enumerate(shown_metrics(results)):
             columns = tuple(Column(f"{name or 'unnamed'} ({one['sentences']:,})") for name, one in parts.items())
             rows = tuple(
-                row_of(results, name, [plain_entry(one["scores"][name][metric], metric) for one in parts.values()])
+                row_of(
+                    results, name, [Entry(score_text(metric, one["scores"][name][metric])) for one in parts.values()]
+                )
                 for name in results["systems"]
             )
             title = f"{metric_label(metric)} by {what}, {direction}"
@@ -236,18 +239,18 @@ def _part_tables(results: Mapping[str, Any], key: str, what: str) -> Iterator[Ta
 
 
 def _document_tables(results: Mapping[str, Any]) -> Iterator[Table]:
+    metrics = shown_metrics(results)
     for direction, found in results["by_document"].items():
-        columns = tuple(Column(metric_label(metric)) for metric in shown_metrics(results))
+        columns = tuple(Column(metric_label(metric)) for metric in metrics)
         rows = tuple(
-            row_of(results, name, [_spread(scores[metric], metric) for metric in shown_metrics(results)])
+            row_of(
+                results,
+                name,
+                [Entry(score_text(m, scores[m]["mean"]), score_text(m, scores[m]["sd"])) for m in metrics],
+            )
             for name, scores in found["scores"].items()
         )
         yield Table(("system",), columns, rows, f"By document, {direction} ({found['documents']:,} documents)")
-
-
-def _spread(found: Mapping[str, float], metric: str) -> Entry:
-    look = metric_look(metric)
-    return Entry(number(found["mean"] * look.scale, look.digits), number(found["sd"] * look.scale, look.digits))
 
 
 def costs_section(results: Mapping[str, Any]) -> Section | None:
@@ -331,7 +334,6 @@ def score_entry(results: Mapping[str, Any], name: str, column: str, metric: str)
 
     The teacher takes no part in the best of a column, for it nearly always wins.
     """
-    look = metric_look(metric)
     everyone = {system: entry["scores"][column][metric] for system, entry in results["systems"].items()}
     value, baseline = everyone[name], results["baseline"]
     if value is None:
@@ -339,8 +341,8 @@ def score_entry(results: Mapping[str, Any], name: str, column: str, metric: str)
     rivals = [score for system, score in everyone.items() if score is not None and system != results["teacher"]]
     best = len(rivals) > 1 and name != results["teacher"] and value == best_of(metric, rivals)
     test = results["significance"].get(name, {}).get(column, {}).get(metric, {})
-    spread = number(test["ci"] * look.scale, look.digits) if test.get("ci") is not None else ""
-    shown = number(value * look.scale, look.digits)
+    spread = score_text(metric, test["ci"]) if test.get("ci") is not None else ""
+    shown = score_text(metric, value)
     if baseline is None or name == baseline or everyone[baseline] is None:
         return Entry(shown, spread, best=best)
     difference = value - everyone[baseline]
@@ -348,22 +350,16 @@ def score_entry(results: Mapping[str, Any], name: str, column: str, metric: str)
     return Entry(
         shown,
         spread,
-        mark=significance_mark(metric, difference, significant, look.digits),
-        small=number(difference * look.scale, look.digits, sign=True),
+        mark=significance_mark(metric, difference, significant, metric_look(metric).digits),
+        small=score_text(metric, difference, sign=True),
         best=best,
-        hint=hint_of(test, look),
+        hint=_hint(test, metric_look(metric).scale),
     )
 
 
-def hint_of(test: Mapping[str, Any], look: MetricLook) -> str:
+def _hint(test: Mapping[str, Any], scale: float) -> str:
     """Return what hovering over a score tells of its test."""
     if test.get("p") is None:
         return ""
-    low, high = (number(test[end] * look.scale, 2) for end in ("low", "high"))
+    low, high = (number(test[end] * scale, 2) for end in ("low", "high"))
     return f"95 % interval of the difference {low} to {high}, p = {test['p']:.4f}, corrected {test['p_holm']:.4f}"
-
-
-def plain_entry(value: float, metric: str) -> Entry:
-    """Return a score alone, as its metric is shown."""
-    look = metric_look(metric)
-    return Entry(number(value * look.scale, look.digits))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from llamafactory_sekd.evaluation.systems import BatchLimits
@@ -35,6 +36,13 @@ def batch_size(longest: int, *, new_tokens: int, beams: int, limits: BatchLimits
     """
     size = max(1, limits.tokens // (beams * (longest + new_tokens)))
     return size if limits.sentences is None else min(size, limits.sentences)
+
+
+def left_pad(prompts: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``input_ids`` and ``attention_mask``, both int64 ``[batch, longest]``, with the padding on the left."""
+    rows = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+    return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
 
 
 def can_share_cache(model: Any) -> bool:
@@ -227,15 +235,8 @@ class _Batch:
         They are int64 ``[rows, rest]`` and bool ``[rows, shared + rest]``.
         """
         shared = len(self._prefix)
-        width = max(map(len, prompts)) - shared
-        tokens = torch.full((len(prompts), width), self._pad_id, dtype=torch.long)
-        mask = torch.zeros((len(prompts), shared + width), dtype=torch.bool)
-        mask[:, :shared] = True
-        for row, prompt in enumerate(prompts):
-            start = width - len(prompt) + shared
-            tokens[row, start:] = torch.tensor(prompt[shared:])
-            mask[row, shared + start :] = True
-        return tokens.to(self._last.device), mask.to(self._last.device)
+        tokens, mask = left_pad([prompt[shared:] for prompt in prompts], self._pad_id)
+        return tokens.to(self._last.device), pad(mask.bool(), (shared, 0), value=True).to(self._last.device)
 
 
 class _Forward:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_sekd.errors import EvaluationError, suggestion
+from llamafactory_sekd.evaluation.evaluation_report import texts_table
 from llamafactory_sekd.evaluation.evaluation_results import SCHEMA_VERSION
-from llamafactory_sekd.evaluation.evaluation_settings import Settings, System, parse_settings
+from llamafactory_sekd.evaluation.evaluation_settings import Settings, System, integer_of, parse_settings, truth_of
 from llamafactory_sekd.files import read_json, write_json
 from llamafactory_sekd.reporting.document import NOTHING, Column, Document, Entry, Row, Section, Table, write_document
 from llamafactory_sekd.reporting.metric_labels import number
@@ -74,12 +75,8 @@ def parse_harness(config: Mapping[str, Any], origin: str) -> HarnessSettings:
         raise EvaluationError(
             f"`task` must name tasks of the harness, such as {PREFIX}hellaswag, not {given['task']!r}."
         )
-    shots = given.get("num_fewshot")
-    if shots is not None and (isinstance(shots, bool) or not isinstance(shots, int) or shots < 0):
-        raise EvaluationError(f"`num_fewshot` must be an integer of at least 0, not {shots!r}.")
-    chat = given.get("apply_chat_template", False)
-    if not isinstance(chat, bool):
-        raise EvaluationError(f"`apply_chat_template` must be true or false, not {chat!r}.")
+    shots = integer_of(given, "num_fewshot", 0) if "num_fewshot" in given else None
+    chat = "apply_chat_template" in given and truth_of(given, "apply_chat_template")
     # A direction is asked for by all other evaluations; here it says nothing.
     shared = {key: value for key, value in given.items() if key in _SHARED}
     settings = parse_settings({"directions": ["en-de"], "metrics": ["bleu"], **shared}, origin)
@@ -140,7 +137,11 @@ def build_harness_document(results: Mapping[str, Any]) -> Document:
     """Put the results into the words of the report: a column for each task and metric."""
     pairs = [(task, metric) for task, one in results["tasks"].items() for metric in one["metrics"]]
     rows = tuple(
-        Row((name,), tuple(_entry(results, name, *pair) for pair in pairs), _role(results, name))
+        Row(
+            (name,),
+            tuple(_entry(results, name, *pair) for pair in pairs),
+            "baseline" if name == results["baseline"] else "",
+        )
         for name in results["systems"]
     )
     columns = tuple(Column(_name(results, *pair), pair[0]) for pair in pairs)
@@ -155,13 +156,7 @@ def build_harness_document(results: Mapping[str, Any]) -> Document:
         (task, f"{one['samples']:,} examples, version {one['version']}") for task, one in results["tasks"].items()
     ]
     facts += [("shots", shots), ("chat template", "applied" if results["apply_chat_template"] else "none")]
-    versions = Table(
-        ("package",),
-        (Column("version", is_code=True),),
-        tuple(Row((name,), (Entry(text),)) for name, text in results["versions"].items()),
-        "Versions",
-        folded=True,
-    )
+    versions = texts_table("Versions", ("package",), list(results["versions"].items()))
     return Document(
         f"Evaluation on {', '.join(results['tasks'])}",
         tuple(facts),
@@ -170,10 +165,6 @@ def build_harness_document(results: Mapping[str, Any]) -> Document:
             Section("How this was made", tables=(versions,)),
         ),
     )
-
-
-def _role(results: Mapping[str, Any], name: str) -> str:
-    return "baseline" if name == results["baseline"] else ""
 
 
 def _name(results: Mapping[str, Any], task: str, metric: str) -> str:

@@ -7,7 +7,7 @@ import logging
 import platform
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
@@ -86,20 +86,21 @@ def _comet_checkpoint(name: str, comet: Any) -> Path:
         ) from None
 
 
-def _first_cause(error: BaseException) -> str:
-    """Return what went wrong first: comet itself turns everything into "not supported"."""
-    while error.__context__ is not None:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield what went wrong, the first cause last: comet itself turns everything into "not supported"."""
+    while error is not None:
+        yield error
         error = error.__context__
-    return f"{type(error).__name__}: {shorten(one_line(str(error)), 300, placeholder=' …').rstrip('.')}"
+
+
+def _first_cause(error: BaseException) -> str:
+    *_, first = _causes(error)
+    return f"{type(first).__name__}: {shorten(one_line(str(first)), 300, placeholder=' …').rstrip('.')}"
 
 
 def _why_not_downloaded(error: BaseException) -> str:
     """Return the cause in two words where it is the usual one."""
-    chain: list[BaseException] = [error]
-    while chain[-1].__context__ is not None:
-        chain.append(chain[-1].__context__)
-    kinds = [type(one).__name__ for one in chain]
-    unreachable = any(word in kind for kind in kinds for word in _NO_NETWORK)
+    unreachable = any(word in type(one).__name__ for one in _causes(error) for word in _NO_NETWORK)
     return "no network" if unreachable else _first_cause(error)
 
 
@@ -153,27 +154,22 @@ def _load_comet(checkpoint: Path) -> Any:
 
 
 def _comet_predictor(checkpoint: Path, reads_references: bool) -> Predict:
-    model = _load_comet(checkpoint)
-
-    def predict(texts: Texts) -> list[float]:
-        return _predict_comet(model, texts.sources, texts.hypotheses, texts.references if reads_references else None)
-
-    return predict
-
-
-def _predict_comet(
-    model: Any, sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[str] | None
-) -> list[float]:
     import torch
 
-    samples = [{"src": source, "mt": hypothesis} for source, hypothesis in zip(sources, hypotheses, strict=True)]
-    if references is not None:
-        samples = [{**sample, "ref": reference} for sample, reference in zip(samples, references, strict=True)]
+    model = _load_comet(checkpoint)
     gpus = 1 if torch.cuda.is_available() else 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        output = model.predict(samples, batch_size=COMET_BATCH, gpus=gpus, accelerator="auto" if gpus else "cpu")
-    return [float(score) for score in output.scores]
+
+    def predict(texts: Texts) -> list[float]:
+        sides = {"src": texts.sources, "mt": texts.hypotheses}
+        if reads_references and texts.references is not None:
+            sides["ref"] = texts.references
+        samples = [dict(zip(sides, row, strict=True)) for row in zip(*sides.values(), strict=True)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            output = model.predict(samples, batch_size=COMET_BATCH, gpus=gpus, accelerator="auto" if gpus else "cpu")
+        return [float(score) for score in output.scores]
+
+    return predict
 
 
 def _quiet_comet() -> None:
@@ -284,18 +280,16 @@ def _metricx_predictor(name: str, generation: int, reads_references: bool) -> Pr
 def _regress(model: Any, rows: list[list[int]]) -> list[float]:
     """Return the errors, in batches of like length."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     scores = [0.0] * len(rows)
     starts = range(0, len(order), METRICX_BATCH)
     for start in tqdm(starts, desc="MetricX", unit=" batches", leave=False):
         batch = order[start : start + METRICX_BATCH]
-        width = max(len(rows[index]) for index in batch)
-        ids = torch.zeros((len(batch), width), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for place, index in enumerate(batch):
-            ids[place, : len(rows[index])] = torch.tensor(rows[index])
-            mask[place, : len(rows[index])] = 1
+        tokens = [torch.tensor(rows[index], dtype=torch.long) for index in batch]
+        ids = pad_sequence(tokens, batch_first=True)
+        mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
         with torch.inference_mode():
             logits = model(
                 input_ids=ids.to(model.device),

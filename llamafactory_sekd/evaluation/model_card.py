@@ -17,7 +17,7 @@ from llamafactory_sekd.data.languages import base_code
 from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.files import read_json, write_atomic
 from llamafactory_sekd.reporting.document import escape_markdown
-from llamafactory_sekd.reporting.metric_labels import AVERAGE, metric_label, metric_look, number
+from llamafactory_sekd.reporting.metric_labels import AVERAGE, metric_label, score_text
 
 
 PAPER = (
@@ -111,10 +111,8 @@ def _score_lines(results: Mapping[str, Any], name: str) -> Iterable[str]:
 def _cell(results: Mapping[str, Any], name: str, value: float | None, column: str, metric: str) -> str:
     if value is None:
         return "–"
-    look = metric_look(metric)
     interval = results["significance"].get(name, {}).get(column, {}).get(metric, {}).get("ci")
-    spread = f" ± {number(interval * look.scale, look.digits)}" if interval is not None else ""
-    return number(value * look.scale, look.digits) + spread
+    return score_text(metric, value) + (f" ± {score_text(metric, interval)}" if interval is not None else "")
 
 
 def _renew(card: Path, mark: str, lines: Sequence[str], data: Mapping[str, Iterable[str]]) -> None:

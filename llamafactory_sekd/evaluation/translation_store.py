@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llamafactory_sekd.data.testsets import TestSet
 from llamafactory_sekd.errors import EvaluationError, one_line
 from llamafactory_sekd.evaluation.evaluation_settings import Settings
 from llamafactory_sekd.evaluation.systems import Translation
@@ -285,10 +286,10 @@ _CONFIGURATION = "evaluation.json"
 
 
 @contextmanager
-def open_workspace(settings: Settings, test_sets: Mapping[str, str]) -> Iterator[None]:
-    """Hold ``save_dir`` for the length of the block.
+def open_workspace(settings: Settings, test_sets: Mapping[Any, TestSet]) -> Iterator[None]:
+    """Hold ``save_dir`` for the length of the block; ``test_sets`` maps the directions to their test sets.
 
-    ``test_sets`` maps the directions to the fingerprints of their test sets. Systems and directions may be added to an
+    Systems and directions may be added to an
     evaluation; what all systems share may not change. Raises :class:`EvaluationError` when ``save_dir`` holds
     something else, when it was made with another configuration, or when another run is at work in it.
     """
@@ -297,11 +298,12 @@ def open_workspace(settings: Settings, test_sets: Mapping[str, str]) -> Iterator
     busy = f"Another evaluation is running in `save_dir` {folder}: wait for it to end."
     with locked(folder / ".lock", busy, error=EvaluationError):
         known = (read_json(folder / _CONFIGURATION) or {}).get("test_sets", {})
-        write_json(folder / _CONFIGURATION, {**_shared(settings), "test_sets": {**known, **test_sets}})
+        now = {str(direction): test_set.fingerprint for direction, test_set in test_sets.items()}
+        write_json(folder / _CONFIGURATION, {**_shared(settings), "test_sets": {**known, **now}})
         yield
 
 
-def check_workspace(settings: Settings, test_sets: Mapping[str, str]) -> None:
+def check_workspace(settings: Settings, test_sets: Mapping[Any, TestSet]) -> None:
     """Raise :class:`EvaluationError` when ``save_dir`` cannot take this evaluation."""
     folder = settings.save_dir
     if folder.exists() and not folder.is_dir():
@@ -315,8 +317,8 @@ def check_workspace(settings: Settings, test_sets: Mapping[str, str]) -> None:
     for key, value in _shared(settings).items():
         if before.get(key) != value:
             raise _other_configuration(folder, f"`{key}` {before.get(key)}", str(value))
-    for direction, fingerprint in test_sets.items():
-        if before["test_sets"].get(direction, fingerprint) != fingerprint:
+    for direction, test_set in test_sets.items():
+        if before["test_sets"].get(str(direction), test_set.fingerprint) != test_set.fingerprint:
             raise _other_configuration(folder, f"another {direction} test set", settings.task_dir.as_posix())
 
 

@@ -81,6 +81,21 @@ def finish(figure: Any, name: str, caption: str) -> Plot:
     return Plot(name, caption, png.getvalue(), svg.getvalue())
 
 
+def draw_band(
+    axes: Any,
+    xs: Sequence[float],
+    means: Sequence[float],
+    spread: Sequence[float],
+    look: Look,
+    alpha: float = 0.13,
+    **line: Any,
+) -> None:
+    """Draw a curve, with matplotlib's own keys in ``line``, and ± ``spread`` around it as a band."""
+    axes.plot(xs, means, **{"color": look.color, "marker": look.marker, "linestyle": look.line, **line})
+    low, high = ([mean + side * sd for mean, sd in zip(means, spread, strict=True)] for side in (-1, 1))
+    axes.fill_between(xs, low, high, color=look.color, alpha=alpha, linewidth=0)
+
+
 def name_below(figure: Any, looks: Mapping[str, Look]) -> None:
     """Write one legend (label to look) for all panels below them, for which the figure grows."""
     from matplotlib.lines import Line2D

@@ -104,6 +104,12 @@ def number(value: float, digits: int = 2, sign: bool = False) -> str:
     return f"{rounded:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
+def score_text(metric: str, value: float, sign: bool = False) -> str:
+    """Return a score, or a difference of scores, as its metric is shown."""
+    look = metric_look(metric)
+    return number(value * look.scale, look.digits, sign)
+
+
 def p_text(p: float | None) -> str:
     """Return p with three digits; the bootstrap of 1,000 samples knows nothing below 1/1001."""
     if p is None:

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,25 +211,19 @@ def _prepare(study: Study, devices: Sequence[str], console: Console, stop: threa
     environment = environments(1, devices)[0]
     # Several machines may run one study: who comes second waits, and finds everything prepared.
     lock = locked(study.spec.output_dir / ".prepare.lock", error=StudyError, wait=True)
-    with lock, View(console, 0, 0) as view, _in_one_line():
-        preparation = Preparation(study.spec, environment, view.preparing, stop)
-        preparation.run_commands()
-        preparation.make_texts(study.texts, study.evaluation)
-        inputs = find_inputs(study)
-        cached = [job for job in inputs.jobs if job.cell is not None and job.cell.reads_cache]
-        # A cache takes the teacher's time and much disk: not for a study that only has to be evaluated again.
-        if any(changed(job) is not None or not is_trained(job) for job in cached):
-            preparation.cache_teacher(study.cells, devices)
-    return inputs
-
-
-@contextmanager
-def _in_one_line() -> Iterator[None]:
-    """Without what comes first nothing can be run: say why, and end."""
     try:
-        yield
-    except ChildError as error:
+        with lock, View(console, 0, 0) as view:
+            preparation = Preparation(study.spec, environment, view.preparing, stop)
+            preparation.run_commands()
+            preparation.make_texts(study.texts, study.evaluation)
+            inputs = find_inputs(study)
+            cached = [job for job in inputs.jobs if job.cell is not None and job.cell.reads_cache]
+            # A cache takes the teacher's time and much disk: not for a study that only has to be evaluated again.
+            if any(changed(job) is not None or not is_trained(job) for job in cached):
+                preparation.cache_teacher(study.cells, devices)
+    except ChildError as error:  # without what comes first nothing can be run
         raise StudyError(f"`{printable(error.command)}` failed: {_words(error)}") from None
+    return inputs
 
 
 def _run(

@@ -197,9 +197,8 @@ def mark_resumed(job: Job, resumed: bool) -> None:
 def _make_room(job: Job, name: str) -> None:
     """Remove an evaluation that this one cannot continue: other decoding, another template, other test sets."""
     entry, folder = job.evaluations[name], job.folder / name
-    fingerprints = {direction: test_set.fingerprint for direction, test_set in entry.test_sets.items()}
     try:
-        check_workspace(_settings(entry.config, job.model, folder), fingerprints)
+        check_workspace(_settings(entry.config, job.model, folder), entry.test_sets)
     except EvaluationError:
         shutil.rmtree(folder)
 

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from llamafactory_sekd.checkpoints import find_checkpoints, share_of_training
-from llamafactory_sekd.children import host_command, printable, run_child, tool
+from llamafactory_sekd.children import cores, host_command, printable, run_child, tool
 from llamafactory_sekd.config import write_yaml
 from llamafactory_sekd.data.products import DATASET_INFO
 from llamafactory_sekd.errors import StudyError, one_line
@@ -240,7 +240,7 @@ def training_keys() -> frozenset[str]:
 
 
 # With more threads than this, small models get slower; large ones compute on GPUs.
-_MAX_THREADS = 4
+MAX_THREADS = 4
 # Of a job with a training, the part of the progress bar that the training gets.
 _TRAINING_PART = 0.85
 Report = Callable[[float], None]
@@ -338,14 +338,17 @@ def environments(jobs: int, devices: Sequence[str]) -> list[dict[str, str]]:
 
     Without devices each job sees what this process sees. What the user has set for the threads stays.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = {"OMP_NUM_THREADS": str(max(1, min(_MAX_THREADS, cores // jobs)))}
-    # Threads that spin while they wait run ten times slower where something else wants a core as well.
-    threads["OMP_WAIT_POLICY"] = "PASSIVE"
-    threads = {name: value for name, value in threads.items() if name not in os.environ}
+    threads = {name: value for name, value in few_threads(jobs).items() if name not in os.environ}
     if not devices:
         return [dict(threads) for _ in range(jobs)]
     return [{**threads, "CUDA_VISIBLE_DEVICES": ",".join(_share(worker, jobs, devices))} for worker in range(jobs)]
+
+
+def few_threads(jobs: int) -> dict[str, str]:
+    """Return the variables that give each of ``jobs`` at a time threads for its share of the cores."""
+    threads = max(1, min(MAX_THREADS, cores() // jobs))
+    # Threads that spin while they wait run ten times slower where something else wants a core as well.
+    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def _share(worker: int, jobs: int, devices: Sequence[str]) -> Sequence[str]:

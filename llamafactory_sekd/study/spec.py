@@ -12,21 +12,6 @@ from llamafactory_sekd.errors import StudyError, one_line, suggestion
 from llamafactory_sekd.evaluation.evaluation_settings import METRICS
 
 
-KEYS = (
-    "output_dir",
-    "prepare",
-    "train",
-    "evaluation",
-    "teacher_cache",
-    "overrides",
-    "systems",
-    "models",
-    "matrix",
-    "seeds",
-    "baseline",
-    "teacher",
-    "select",
-)
 BASE = "base"
 _REQUIRED = ("output_dir", "train", "systems")
 # What a cell gets from the study itself.
@@ -78,6 +63,9 @@ class Spec:
     baseline: str | None
     teacher: str | None
     select: Select | None
+
+
+KEYS = tuple(name for name in Spec.__dataclass_fields__ if name not in ("name", "effective"))
 
 
 def read_spec(path: Path, overrides: Sequence[str] = ()) -> Spec:

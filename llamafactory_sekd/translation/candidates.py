@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -65,17 +66,18 @@ def make_plan(
     if method not in METHODS:
         raise ArgumentError(f"`--method {method}`: use one of {', '.join(METHODS)}.")
     draws = method in ("sample", "mbr")
-    for option, value in (("--temperature", temperature), ("--top-p", top_p), ("--top-k", top_k)):
-        if value is not None and not draws:
-            raise ArgumentError(f"`{option}` has no effect on `--method {method}`: use sample or mbr, or remove it.")
-    if samples is not None and not draws:
-        raise ArgumentError(f"`--samples` has no effect on `--method {method}`: use sample or mbr, or remove it.")
-    if beams is not None and method != "beam":
-        raise ArgumentError(f"`--beams` has no effect on `--method {method}`: use beam, or remove it.")
-    if length_penalty != 1.0 and method != "beam":
-        raise ArgumentError(f"`--length-penalty` has no effect on `--method {method}`: use beam, or remove it.")
-    if metric is not None and method != "mbr":
-        raise ArgumentError(f"`--metric` has no effect on `--method {method}`: use mbr, or remove it.")
+    needs: dict[str, tuple[Any, str]] = {
+        "temperature": (temperature, "sample or mbr"),
+        "top-p": (top_p, "sample or mbr"),
+        "top-k": (top_k, "sample or mbr"),
+        "samples": (samples, "sample or mbr"),
+        "beams": (beams, "beam"),
+        "length-penalty": (None if length_penalty == 1.0 else length_penalty, "beam"),
+        "metric": (metric, "mbr"),
+    }
+    for option, (value, methods) in needs.items():
+        if value is not None and method not in methods.split(" or "):
+            raise ArgumentError(f"`--{option}` has no effect on `--method {method}`: use {methods}, or remove it.")
     if metric not in (None, "chrf", "comet"):
         raise ArgumentError(f"`--metric {metric}`: use chrf or comet.")
     if keep not in (None, "reference"):

@@ -110,18 +110,11 @@ def read_dataset(name: str, folder: Path, target: str | None) -> Texts:
     sentences = []
     for number, order, sentence, answer in data.records():
         direction = _direction_of(order, target)
-        plain = Sentence({"instruction": order, "input": sentence, "output": ""}, None, direction, None, "", 0)
-        sentences.append(
-            Sentence(
-                plain.record,
-                sentence or None,
-                direction,
-                answer or None,
-                path.name,
-                number,
-                _unusable(plain.message),
-            )
+        plain = Sentence(
+            {"instruction": order, "input": sentence, "output": ""}, None, direction, None, path.name, number
         )
+        problem = _unusable(plain.message)
+        sentences.append(replace(plain, source=sentence or None, reference=answer or None, problem=problem))
     if not sentences:
         raise DataError(f"{path} holds no records.")
     return Texts(sentences, {path.name: sha256_of(path)}, made_for or "that of the records")

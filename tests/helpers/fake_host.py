@@ -57,7 +57,7 @@ def evaluate(config: dict) -> None:
 
     out = Path(config["save_dir"])
     test_set = load_test_set(config["task"], config["task_dir"], "en-de")
-    with open_workspace(parse_settings(config, "eval.yaml"), {"en-de": test_set.fingerprint}):
+    with open_workspace(parse_settings(config, "eval.yaml"), {"en-de": test_set}):
         path = out / "hypotheses" / "model" / "en-de.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(f"{line.lower()}\n" for line in test_set.references))

@@ -7,11 +7,10 @@ from typing import Any
 
 from llamafactory_sekd.arguments import DistillationArguments
 from llamafactory_sekd.reporting.document import Plot
-from llamafactory_sekd.reporting.figures import BASELINE, INK, SOFT, Look, canvas, finish, name_below
+from llamafactory_sekd.reporting.figures import BASELINE, INK, SOFT, Look, canvas, draw_band, finish, name_below
 from llamafactory_sekd.reporting.metric_labels import metric_label, metric_look
 from llamafactory_sekd.study.report.cells import (
     Group,
-    Summary,
     is_number,
     short_names,
     shown,
@@ -169,11 +168,21 @@ def over_key(views: Views, key: str) -> Plot | None:
 
     with canvas(len(metrics), height=3.6) as (figure, panels):
         for axes, metric in zip(panels, metrics, strict=True):
+            scale = metric_look(metric).scale
             for system, own in curves.items():
-                points = [(group.value(key), group.scores(column, metric)) for group in own]
-                _curve(axes, points, metric_look(metric).scale, looks[system])
+                points = [
+                    (group.value(key), one) for group in own if (one := group.scores(column, metric)) is not None
+                ]
+                means, spread = (
+                    [scale * one.mean for _, one in points],
+                    [scale * (one.sd or 0.0) for _, one in points],
+                )
+                if points:
+                    draw_band(axes, [x for x, _ in points], means, spread, looks[system])
             for group in levels:
-                _level(axes, group.scores(column, metric), metric_look(metric).scale, looks[group.system])
+                summary, look = group.scores(column, metric), _level_look(looks[group.system])
+                if summary is not None:
+                    axes.axhline(scale * summary.mean, color=look.color, linestyle=look.line, linewidth=1.3)
             values = sorted({group.value(key) for own in curves.values() for group in own})
             axes.set(xlabel=_axis_name(key), ylabel=f"{metric_label(metric)}, {column}")
             _place_values(axes, values)
@@ -182,23 +191,6 @@ def over_key(views: Views, key: str) -> Plot | None:
         names = " and ".join(metric_label(metric) for metric in metrics)
         caption = f"{names} over {_axis_name(key)}, {column}; mean over seeds, the band is ± one standard deviation."
         return finish(figure, f"over_{key}", caption)
-
-
-def _curve(axes: Any, points: Sequence[tuple[float, Summary | None]], scale: float, look: Look) -> None:
-    known = [(x, summary) for x, summary in points if summary is not None]
-    if not known:
-        return
-    xs = [x for x, _ in known]
-    means = [scale * summary.mean for _, summary in known]
-    spread = [scale * (summary.sd or 0.0) for _, summary in known]
-    axes.plot(xs, means, color=look.color, marker=look.marker, linestyle=look.line)
-    low, high = zip(*((mean - sd, mean + sd) for mean, sd in zip(means, spread, strict=True)), strict=True)
-    axes.fill_between(xs, low, high, color=look.color, alpha=0.13, linewidth=0)
-
-
-def _level(axes: Any, summary: Summary | None, scale: float, look: Look) -> None:
-    if summary is not None:
-        axes.axhline(scale * summary.mean, color=look.color, linestyle=_level_look(look).line, linewidth=1.3)
 
 
 def _level_look(look: Look) -> Look:

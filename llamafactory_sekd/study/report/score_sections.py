@@ -24,6 +24,7 @@ from llamafactory_sekd.study.report.views import (
     Views,
     difference_table,
     entry,
+    leaders,
     mark_of,
     noticed_table,
     score_table,
@@ -241,10 +242,7 @@ def _validation(
 
 def _best(groups: Sequence[Group], name: str) -> list[Group]:
     means = {group: found.mean for group in groups if (found := group.validation(LAST_METRICS[name][0])) is not None}
-    if len(means) < 2:
-        return []
-    top = COMPARABLE[name](means.values())
-    return [group for group, mean in means.items() if mean == top]
+    return leaders(means, COMPARABLE[name])
 
 
 def _difference(group: Group, baseline: Group | None, metric: str) -> float | None:

@@ -14,6 +14,7 @@ from sacrebleu.metrics.base import Metric
 
 from llamafactory_sekd.data.languages import parse_direction
 from llamafactory_sekd.data.prompts import instruction
+from llamafactory_sekd.data.readers import read_json_records
 from llamafactory_sekd.data.testsets import TestSet, load_test_set
 from llamafactory_sekd.errors import DataError, EvaluationError
 from llamafactory_sekd.evaluation.scores import SURFACE_METRICS, segment_key, surface_metric
@@ -164,16 +165,11 @@ class PairedBootstrap:
         key = (id(cell), direction, metric)
         if key not in self._scores:
             statistics = self._texts.statistics(cell, direction, metric)
-            weights = self._weights_of(direction, len(statistics))
-            sums = weights @ statistics
+            if direction not in self._weights:
+                self._weights[direction] = bootstrap_weights(len(statistics), self._samples)
+            sums = self._weights[direction] @ statistics
             self._scores[key] = np.array([self._texts.score(row, direction, metric, len(statistics)) for row in sums])
         return self._scores[key]
-
-    def _weights_of(self, direction: str, sentences: int) -> np.ndarray:
-        """Return how often each resample holds each sentence, ``[samples, sentences]``; drawn as sacrebleu draws."""
-        if direction not in self._weights:
-            self._weights[direction] = bootstrap_weights(sentences, self._samples)
-        return self._weights[direction]
 
 
 def _p_value(samples: np.ndarray, observed: float) -> float:
@@ -300,25 +296,14 @@ def _training_records(group: Group) -> list[Mapping[str, Any]]:
     for name in str(config.get("dataset") or "").split(","):
         try:
             entry = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))[name.strip()]
-            text = (folder / entry["file_name"]).read_text(encoding="utf-8")
+            loaded = [record for _, record in read_json_records(folder / entry["file_name"])]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"The training text {name!r} cannot be read below {folder} ({error!r:.120}).") from None
         column = (entry.get("columns") or {}).get("response", "output")
-        loaded = _parsed(text)
         if not all(isinstance(record, dict) and isinstance(record.get(column), str) for record in loaded):
             raise DataError(f"The training text {name!r} has records without a text in {column!r}.")
         records += [{**record, "output": record[column]} for record in loaded]
     return records
-
-
-def _parsed(text: str) -> list[Any]:
-    """Read a JSON list, or one record per line."""
-    try:
-        lines = [line for line in text.split("\n") if line.strip()]  # `splitlines` would cut sentences at U+2028
-        content = json.loads(text) if text.lstrip().startswith("[") else list(map(json.loads, lines))
-    except ValueError:
-        return [None]
-    return content
 
 
 def _words(texts: Texts, records: Sequence[Mapping[str, Any]], direction: str) -> _Words:

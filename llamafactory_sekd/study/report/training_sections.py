@@ -12,7 +12,7 @@ from typing import Any
 from llamafactory_sekd.arguments import STAGE, TOKEN_TABLE
 from llamafactory_sekd.files import read_json
 from llamafactory_sekd.reporting.document import NOTHING, Column, Entry, Plot, Section
-from llamafactory_sekd.reporting.figures import BASELINE, Look, canvas, finish, name_below
+from llamafactory_sekd.reporting.figures import BASELINE, Look, canvas, draw_band, finish, name_below
 from llamafactory_sekd.reporting.metric_labels import number
 from llamafactory_sekd.study.report.cells import (
     Cell,
@@ -356,11 +356,8 @@ def _plot(name: str, caption: str, panels: Sequence[Panel], runs: Runs) -> Plot 
 def _draw(axes: Any, curve: Curve, factor: float, look: Look, lines: int) -> None:
     means = [factor * summary.mean for summary in curve.summaries]
     spread = [factor * (summary.sd or 0.0) for summary in curve.summaries]
-    dots = look.marker if len(means) < 12 else ""
-    axes.plot(curve.steps, means, color=look.color, linestyle=look.line, marker=dots, markersize=4, linewidth=1.5)
-    low = [mean - sd for mean, sd in zip(means, spread, strict=True)]
-    high = [mean + sd for mean, sd in zip(means, spread, strict=True)]
-    axes.fill_between(curve.steps, low, high, color=look.color, alpha=0.13 if lines < 5 else 0.06, linewidth=0)
+    how = {"marker": look.marker if len(means) < 12 else "", "markersize": 4, "linewidth": 1.5}
+    draw_band(axes, curve.steps, means, spread, look, alpha=0.13 if lines < 5 else 0.06, **how)
 
 
 def _point_looks(groups: Sequence[Group]) -> dict[Group, Look]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from rich.console import Console
 from rich.progress import track
@@ -203,8 +203,13 @@ def _best(study: Study, groups: Sequence[Group], column: str, metric: str) -> li
         for group in groups
         if group.system != study.teacher and (summary := group.scores(column, metric)) is not None
     }
-    top = best_of(metric, means.values()) if means else None
-    return [group for group, mean in means.items() if len(means) > 1 and mean == top]
+    return leaders(means, partial(best_of, metric))
+
+
+def leaders(means: Mapping[Group, float], best: Callable[[Collection[float]], float]) -> list[Group]:
+    """Return the groups with the ``best`` of several means; none of a single one."""
+    top = best(means.values()) if len(means) > 1 else None
+    return [group for group, mean in means.items() if mean == top]
 
 
 def difference_table(study: Study, groups: Sequence[Group], compare: Compare) -> Table | None:
