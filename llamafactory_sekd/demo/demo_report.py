@@ -34,9 +34,8 @@ from llamafactory_sekd.reporting.figures import BASELINE, INK, canvas, finish
 from llamafactory_sekd.reporting.metric_labels import number, p_text
 from llamafactory_sekd.reporting.terminal import print_document
 from llamafactory_sekd.study.matrix import expand
-from llamafactory_sekd.study.report.cells import Group, Study, read_study
+from llamafactory_sekd.study.report.cells import Difference, Group, Study, read_study
 from llamafactory_sekd.study.report.score_plots import differences_plot
-from llamafactory_sekd.study.report.text_statistics import Difference
 from llamafactory_sekd.study.report.training_sections import Histories, Runs, gate_plot
 from llamafactory_sekd.study.report.views import Views, score_table
 from llamafactory_sekd.study.spec import Spec

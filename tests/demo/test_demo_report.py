@@ -6,7 +6,7 @@ import numpy as np
 
 from llamafactory_sekd.demo import demo_report as report
 from llamafactory_sekd.demo.references import Difficulties, References
-from llamafactory_sekd.study.report.text_statistics import Difference
+from llamafactory_sekd.study.report.cells import Difference
 
 
 def test_a_comparison_says_above_below_or_that_it_cannot_tell():

@@ -19,9 +19,8 @@ from sacrebleu.metrics.bleu import BLEU
 from llamafactory_sekd.evaluation.evaluation_settings import parse_settings
 from llamafactory_sekd.evaluation.significance import noticed
 from llamafactory_sekd.reporting.document import Document, Section, Table
-from llamafactory_sekd.study.report.cells import read_study
+from llamafactory_sekd.study.report.cells import Difference, read_study
 from llamafactory_sekd.study.report.study_report import build_document, write
-from llamafactory_sekd.study.report.text_statistics import Difference
 from llamafactory_sekd.study.report.views import noticed_table
 
 

@@ -14,7 +14,7 @@ from helpers.study_results import RATES, SEEDS, SYSTEMS, without_select, write_s
 from llamafactory_sekd.reporting.figures import BASELINE
 from llamafactory_sekd.study.report import score_plots, training_sections, translation_sections
 from llamafactory_sekd.study.report.cells import read_study
-from llamafactory_sekd.study.report.text_statistics import word_recall
+from llamafactory_sekd.study.report.translation_sections import word_recall
 from llamafactory_sekd.study.report.views import Views
 
 

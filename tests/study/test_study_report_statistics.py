@@ -17,12 +17,9 @@ from sacrebleu.metrics.chrf import CHRF
 from llamafactory_sekd.evaluation.scores import surface_metric
 from llamafactory_sekd.evaluation.significance import PairedTests, corpus_statistics, holm
 from llamafactory_sekd.evaluation.translation_store import read_hypotheses
-from llamafactory_sekd.study.report.cells import Group, Study, read_study
-from llamafactory_sekd.study.report.text_statistics import (
+from llamafactory_sekd.study.report.cells import Difference, Group, PairedBootstrap, Study, Texts, read_study
+from llamafactory_sekd.study.report.translation_sections import (
     BUCKETS,
-    Difference,
-    PairedBootstrap,
-    Texts,
     by_difficulty,
     hard_sentences,
     judges,

@@ -1,4 +1,4 @@
-"""The study's cells, grouped: one system at one point of the matrix, over its seeds; and each at its best value."""
+"""What a study measured: cells, grouped by system and point of the matrix, their texts, and differences of groups."""
 
 from __future__ import annotations
 
@@ -10,8 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from sacrebleu.metrics.base import Metric
+
 from llamafactory_sekd.arguments import STAGE, DistillationArguments
-from llamafactory_sekd.reporting.metric_labels import AVERAGE, metric_label
+from llamafactory_sekd.data.testsets import TestSet, load_test_set
+from llamafactory_sekd.errors import EvaluationError
+from llamafactory_sekd.evaluation.scores import SURFACE_METRICS, segment_key, surface_metric
+from llamafactory_sekd.evaluation.significance import SAMPLES, bootstrap_weights, interval, is_significant, p_value
+from llamafactory_sekd.evaluation.translation_store import read_hypotheses
+from llamafactory_sekd.files import read_json
+from llamafactory_sekd.reporting.metric_labels import AVERAGE
 
 
 # Keys of the paper that have a letter.
@@ -225,59 +234,155 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A system at a point of the other keys, with the best value of ``key``.
+class Texts:
+    """Test sets, translations and their statistics per sentence: what the study's results point to, read once.
 
-    ``tried`` holds (value, validation metric as a mean over the seeds) of every value that was trained; it is empty
-    where the key has no effect on the system, and nothing was chosen.
+    Every method raises :class:`~llamafactory_sekd.errors.SekdError` for a file that is missing or does not fit.
     """
 
-    group: Group
-    key: str
-    tried: tuple[tuple[Any, float], ...] = ()
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._test_sets: dict[str, TestSet] = {}
+        self._metrics: dict[tuple[str, str], Metric] = {}
+        self._statistics: dict[tuple[str, str, str], np.ndarray] = {}
+
+    def test_set(self, direction: str) -> TestSet:
+        """Return the test set of a direction."""
+        if direction not in self._test_sets:
+            where = self._study.results["test_set"]
+            self._test_sets[direction] = load_test_set(where["task"], where["task_dir"], direction)
+        return self._test_sets[direction]
+
+    def hypotheses(self, cell: Cell, direction: str) -> list[str]:
+        """Return a cell's translations, one per sentence."""
+        path = self._path(cell["hypotheses"], direction)
+        return read_hypotheses(path, len(self.test_set(direction).sources))
+
+    def metric(self, name: str, direction: str) -> Any:
+        """Return sacrebleu's ``bleu`` or ``chrf`` that holds the references of the direction."""
+        if (name, direction) not in self._metrics:
+            test_set = self.test_set(direction)
+            tokenizer = self._study.results["test_set"].get("bleu_tokenizer")
+            metric = surface_metric(name, test_set.direction.target, tokenizer)
+            metric._ref_cache = metric._cache_references([list(texts) for texts in test_set.reference_sets])
+            self._metrics[name, direction] = metric
+        return self._metrics[name, direction]
+
+    def statistics(self, cell: Cell, direction: str, metric: str) -> np.ndarray:
+        """Return sacrebleu's sufficient statistics, ``[sentences, counts]`` float64.
+
+        For a metric that is a model these are the segment scores, ``[sentences, 1]``. What a corpus score is made of
+        are their sums.
+        """
+        path = self._path(cell["hypotheses"], direction)
+        key = (str(path), direction, metric)
+        if key not in self._statistics:
+            self._statistics[key] = np.asarray(self._extract(cell, direction, metric), dtype="float64")
+        return self._statistics[key]
+
+    def score(self, sums: np.ndarray, direction: str, metric: str, count: int) -> float:
+        """Return the corpus score of statistics that were summed over ``count`` sentences."""
+        if metric not in SURFACE_METRICS:
+            return float(sums[0]) / count
+        return float(self.metric(metric, direction)._compute_score_from_stats(sums.tolist()).score)
+
+    def _extract(self, cell: Cell, direction: str, metric: str) -> Any:
+        if metric in SURFACE_METRICS:
+            return self.metric(metric, direction)._extract_corpus_statistics(self.hypotheses(cell, direction), None)
+        path = self._path(cell["segment_scores"], segment_key(direction, metric))
+        content = read_json(path)
+        scores = content.get("scores") if isinstance(content, dict) else content
+        count = len(self.test_set(direction).sources)
+        if not isinstance(scores, list) or len(scores) != count:
+            raise EvaluationError(f"The segment scores {path} are not {count} numbers: evaluate that cell again.")
+        return [[score] for score in scores]
+
+    def _path(self, paths: Any, direction: str) -> Path:
+        if direction not in paths:
+            raise EvaluationError(f"results.json names no file for {direction}: evaluate that cell again.")
+        return self._study.root / paths[direction]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A system minus the baseline, on the metric's own scale.
+
+    Attributes:
+        seeds: the difference of each pair of seeds; ``value`` is their mean.
+        low, high: the 95 % interval over resamples (2.5 % and 97.5 % quantiles).
+        p: sacrebleu's: the share of resamples in which the size of the difference, less the mean size, passes the
+            observed size.
+        p_holm: p, corrected for the systems that are compared; None where that has not been done.
+    """
+
+    seeds: tuple[float, ...]
+    low: float
+    high: float
+    p: float
+    p_holm: float | None = None
 
     @property
-    def value(self) -> Any:
-        """Return the chosen value."""
-        return self.group.value(self.key)
+    def value(self) -> float:
+        """Return the mean difference over the pairs of seeds."""
+        return sum(self.seeds) / len(self.seeds)
 
     @property
-    def at_the_edge(self) -> bool:
-        """Tell whether the best value is the smallest or the largest tried: a better one may lie beyond."""
-        values = [value for value, _ in self.tried]
-        return len(values) > 1 and all(map(is_number, values)) and self.value in (min(values), max(values))
+    def significant(self) -> bool:
+        """Tell whether it deserves a mark."""
+        return is_significant(self.p_holm, self.low, self.high)
 
 
-def choices(study: Study) -> tuple[Choice, ...]:
-    """Return the choices in the study's order; none without `select`, and none whose best value has no scores yet."""
-    select = study.spec.get("select")
-    if not select:
-        return ()
-    rows = {_identity(row["system"], row["axes"]): row for row in study.results["selection"]}
-    chosen = []
-    for group in study.groups:
-        row = rows.get(_identity(group.system, {k: v for k, v in group.point if k != select["key"]}))
-        if select["key"] not in dict(group.point):
-            chosen.append(Choice(group, select["key"]))
-        elif row is not None and row["value"] is not None and row["value"] == group.value(select["key"]):
-            tried = tuple((one["value"], one["mean"]) for one in row["by_value"] if one["mean"] is not None)
-            chosen.append(Choice(group, select["key"], tried))
-    return tuple(chosen)
+class PairedBootstrap:
+    """Is a system better than the baseline, or lucky? A bootstrap over the sentences, with the seeds paired.
+
+    One resample draws sentences with replacement. Every seed of both systems is scored on the same resample, seeds are
+    paired with their like, and the difference is the mean over the pairs. With one seed this is sacrebleu's own paired
+    bootstrap, to the last digit of p. Seeds are not resampled: how far they move a system is what the ± over seeds
+    says.
+    """
+
+    def __init__(self, texts: Texts, directions: Sequence[str], samples: int = SAMPLES) -> None:
+        self._texts = texts
+        self._directions = tuple(directions)
+        self._samples = samples
+        self._weights: dict[str, np.ndarray] = {}
+        self._scores: dict[tuple[int, str, str], np.ndarray] = {}
+
+    def compare(self, group: Group, baseline: Group, column: str, metric: str) -> Difference | None:
+        """Return the difference in a direction or, with ``average``, in the mean over all of them.
+
+        None where no seed is in both or a score is missing.
+        """
+        pairs = paired_cells(group, baseline)
+        scores = [tuple(cell["scores"].get(column, {}).get(metric) for cell in pair) for pair in pairs]
+        if not pairs or any(score is None for pair in scores for score in pair):
+            return None
+        directions = self._directions if column == AVERAGE else (column,)
+        samples = np.mean(
+            [
+                self._resampled(one, d, metric) - self._resampled(other, d, metric)
+                for d in directions
+                for one, other in pairs
+            ],
+            axis=0,
+        )
+        seeds = tuple(one - other for one, other in scores)
+        return Difference(seeds, *interval(samples), _p_value(samples, abs(sum(seeds) / len(seeds))))
+
+    def _resampled(self, cell: Cell, direction: str, metric: str) -> np.ndarray:
+        """Return a cell's corpus score on every resample, ``[samples]``."""
+        key = (id(cell), direction, metric)
+        if key not in self._scores:
+            statistics = self._texts.statistics(cell, direction, metric)
+            if direction not in self._weights:
+                self._weights[direction] = bootstrap_weights(len(statistics), self._samples)
+            sums = self._weights[direction] @ statistics
+            self._scores[key] = np.array([self._texts.score(row, direction, metric, len(statistics)) for row in sums])
+        return self._scores[key]
 
 
-def chosen_baseline(study: Study, chosen: Sequence[Choice], group: Group) -> Group | None:
-    """Return the baseline at *its* best value, at ``group``'s point of the other keys."""
-    rivals = [choice.group for choice in chosen if choice.group.system == study.baseline]
-    return study.baseline_of(group, rivals, free=[choice.key for choice in chosen][:1])
-
-
-def _identity(system: str, axes: Mapping[str, Any]) -> str:
-    return json.dumps([system, axes], sort_keys=True)
-
-
-def selected_by(study: Study) -> str:
-    """Return how the choice was made, in words."""
-    row = study.results["selection"][0]
-    metric = metric_label(row["metric"])
-    return f"{'largest' if row['mode'] == 'max' else 'smallest'} {metric} on the validation set"
+def _p_value(samples: np.ndarray, observed: float) -> float:
+    if not samples.any():  # the same translations, for which sacrebleu's way of counting finds 1/1001
+        return 1.0
+    sizes = np.abs(samples)
+    return p_value(sizes - sizes.mean(), observed)

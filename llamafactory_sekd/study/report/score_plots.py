@@ -10,6 +10,7 @@ from llamafactory_sekd.reporting.document import Plot
 from llamafactory_sekd.reporting.figures import BASELINE, INK, SOFT, Look, canvas, draw_band, finish, name_below
 from llamafactory_sekd.reporting.metric_labels import metric_label, metric_look
 from llamafactory_sekd.study.report.cells import (
+    Difference,
     Group,
     is_number,
     short_names,
@@ -17,7 +18,6 @@ from llamafactory_sekd.study.report.cells import (
     summarize,
     symbol,
 )
-from llamafactory_sekd.study.report.text_statistics import Difference
 from llamafactory_sekd.study.report.views import Compare, Views, entry, mark_of
 
 

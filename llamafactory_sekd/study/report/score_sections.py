@@ -10,7 +10,7 @@ from llamafactory_sekd.evaluation.evaluation_tables import noticed_section
 from llamafactory_sekd.evaluation.significance import SAMPLES
 from llamafactory_sekd.reporting.document import NOTHING, Column, Entry, Row, Section, Table
 from llamafactory_sekd.reporting.metric_labels import AVERAGE, BETTER, MARKS, WORSE, metric_label, number
-from llamafactory_sekd.study.report.cells import Group, Study, paired_cells, selected_by, short_names, shown, symbol
+from llamafactory_sekd.study.report.cells import Group, Study, paired_cells, short_names, shown, symbol
 from llamafactory_sekd.study.report.score_plots import (
     differences_plot,
     over_key,
@@ -28,6 +28,7 @@ from llamafactory_sekd.study.report.views import (
     mark_of,
     noticed_table,
     score_table,
+    selected_by,
     summary_table,
 )
 
