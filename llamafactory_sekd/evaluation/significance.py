@@ -83,8 +83,8 @@ class Statistics:
 
 
 def corpus_statistics(metric: Metric, hypotheses: Sequence[str], *references: Sequence[str]) -> Statistics:
-    """Return sacrebleu's sufficient statistics."""
-    rows = metric._extract_corpus_statistics(list(hypotheses), [list(texts) for texts in references])
+    """Return sacrebleu's sufficient statistics; without ``references``, against those that ``metric`` holds."""
+    rows = metric._extract_corpus_statistics(list(hypotheses), [list(texts) for texts in references] or None)
     return Statistics(
         np.asarray(rows, dtype="float64"), lambda sums: float(metric._compute_score_from_stats(sums.tolist()).score)
     )
@@ -158,8 +158,7 @@ class PairedTests:
         observed = abs(float(np.mean(real)))
         if self._kind == "paired_ar":
             return p_value(np.abs(np.mean([self._shuffled(name, index) for index in directions], axis=0)), observed)
-        sizes = np.abs(differences)
-        return p_value(sizes - sizes.mean(), observed)
+        return bootstrap_p(differences, observed)
 
     def _shuffled(self, name: str, index: int) -> np.ndarray:
         """Return the differences of pseudo-systems, for which the translations of each sentence may change sides."""
@@ -183,6 +182,12 @@ def interval(differences: np.ndarray) -> tuple[float, float]:
 def p_value(samples: np.ndarray, observed: float) -> float:
     """Return the share of samples beyond what was observed, which counts as a sample itself."""
     return (int(np.sum(samples > observed)) + 1) / (len(samples) + 1)
+
+
+def bootstrap_p(differences: np.ndarray, observed: float) -> float:
+    """Return sacrebleu's p: the share of resamples whose size, less the mean size, passes the ``observed`` one."""
+    sizes = np.abs(differences)
+    return p_value(sizes - sizes.mean(), observed)
 
 
 def paired_signature(metric: Metric, kind: str) -> str:

@@ -123,7 +123,7 @@ def test_learning_curves_are_logged_values_and_differences_to_the_baseline(
     names = {group: group.system for group in views.groups}
     looks = {group: views.looks[group.system] for group in views.groups}
     baselines = {group: views.baseline_of(group) for group in views.groups}
-    runs = training_sections.Runs(names, baselines, looks, views.histories)
+    runs = training_sections.Runs(names, baselines, looks, training_sections.Histories(views.study.root))
     assert training_sections.learning_plot("", runs) == "learning"
     panels = {axes.get_title(loc="left"): axes for axes in drawn[0].axes}
     color = views.looks["Forward KD"].color

@@ -161,7 +161,7 @@ def test_comet_is_the_mean_of_paired_segment_differences(tmp_path: Path) -> None
     assert found is not None
     segments = np.mean(
         [
-            texts.statistics(one, "en-de", "comet")[:, 0] - texts.statistics(other, "en-de", "comet")[:, 0]
+            texts.statistics(one, "en-de", "comet").rows[:, 0] - texts.statistics(other, "en-de", "comet").rows[:, 0]
             for one, other in zip(pair[0].cells.values(), pair[1].cells.values(), strict=True)
         ],
         axis=0,

@@ -17,7 +17,16 @@ from llamafactory_sekd.arguments import STAGE, DistillationArguments
 from llamafactory_sekd.data.testsets import TestSet, load_test_set
 from llamafactory_sekd.errors import EvaluationError
 from llamafactory_sekd.evaluation.scores import SURFACE_METRICS, segment_key, surface_metric
-from llamafactory_sekd.evaluation.significance import SAMPLES, bootstrap_weights, interval, is_significant, p_value
+from llamafactory_sekd.evaluation.significance import (
+    SAMPLES,
+    Statistics,
+    bootstrap_p,
+    bootstrap_weights,
+    corpus_statistics,
+    interval,
+    is_significant,
+    segment_statistics,
+)
 from llamafactory_sekd.evaluation.translation_store import read_hypotheses
 from llamafactory_sekd.files import read_json
 from llamafactory_sekd.reporting.metric_labels import AVERAGE
@@ -244,7 +253,7 @@ class Texts:
         self._study = study
         self._test_sets: dict[str, TestSet] = {}
         self._metrics: dict[tuple[str, str], Metric] = {}
-        self._statistics: dict[tuple[str, str, str], np.ndarray] = {}
+        self._statistics: dict[tuple[str, str, str], Statistics] = {}
 
     def test_set(self, direction: str) -> TestSet:
         """Return the test set of a direction."""
@@ -268,34 +277,23 @@ class Texts:
             self._metrics[name, direction] = metric
         return self._metrics[name, direction]
 
-    def statistics(self, cell: Cell, direction: str, metric: str) -> np.ndarray:
-        """Return sacrebleu's sufficient statistics, ``[sentences, counts]`` float64.
-
-        For a metric that is a model these are the segment scores, ``[sentences, 1]``. What a corpus score is made of
-        are their sums.
-        """
-        path = self._path(cell["hypotheses"], direction)
-        key = (str(path), direction, metric)
+    def statistics(self, cell: Cell, direction: str, metric: str) -> Statistics:
+        """Return what a cell's corpus score is made of, sentence by sentence."""
+        key = (str(self._path(cell["hypotheses"], direction)), direction, metric)
         if key not in self._statistics:
-            self._statistics[key] = np.asarray(self._extract(cell, direction, metric), dtype="float64")
+            self._statistics[key] = self._extract(cell, direction, metric)
         return self._statistics[key]
 
-    def score(self, sums: np.ndarray, direction: str, metric: str, count: int) -> float:
-        """Return the corpus score of statistics that were summed over ``count`` sentences."""
-        if metric not in SURFACE_METRICS:
-            return float(sums[0]) / count
-        return float(self.metric(metric, direction)._compute_score_from_stats(sums.tolist()).score)
-
-    def _extract(self, cell: Cell, direction: str, metric: str) -> Any:
+    def _extract(self, cell: Cell, direction: str, metric: str) -> Statistics:
         if metric in SURFACE_METRICS:
-            return self.metric(metric, direction)._extract_corpus_statistics(self.hypotheses(cell, direction), None)
+            return corpus_statistics(self.metric(metric, direction), self.hypotheses(cell, direction))
         path = self._path(cell["segment_scores"], segment_key(direction, metric))
         content = read_json(path)
         scores = content.get("scores") if isinstance(content, dict) else content
         count = len(self.test_set(direction).sources)
         if not isinstance(scores, list) or len(scores) != count:
             raise EvaluationError(f"The segment scores {path} are not {count} numbers: evaluate that cell again.")
-        return [[score] for score in scores]
+        return segment_statistics(scores)
 
     def _path(self, paths: Any, direction: str) -> Path:
         if direction not in paths:
@@ -367,7 +365,9 @@ class PairedBootstrap:
             axis=0,
         )
         seeds = tuple(one - other for one, other in scores)
-        return Difference(seeds, *interval(samples), _p_value(samples, abs(sum(seeds) / len(seeds))))
+        # Of the same translations, sacrebleu's way of counting finds 1/1001.
+        p = bootstrap_p(samples, abs(sum(seeds) / len(seeds))) if samples.any() else 1.0
+        return Difference(seeds, *interval(samples), p)
 
     def _resampled(self, cell: Cell, direction: str, metric: str) -> np.ndarray:
         """Return a cell's corpus score on every resample, ``[samples]``."""
@@ -375,14 +375,6 @@ class PairedBootstrap:
         if key not in self._scores:
             statistics = self._texts.statistics(cell, direction, metric)
             if direction not in self._weights:
-                self._weights[direction] = bootstrap_weights(len(statistics), self._samples)
-            sums = self._weights[direction] @ statistics
-            self._scores[key] = np.array([self._texts.score(row, direction, metric, len(statistics)) for row in sums])
+                self._weights[direction] = bootstrap_weights(len(statistics.rows), self._samples)
+            self._scores[key] = statistics.scores(self._weights[direction])
         return self._scores[key]
-
-
-def _p_value(samples: np.ndarray, observed: float) -> float:
-    if not samples.any():  # the same translations, for which sacrebleu's way of counting finds 1/1001
-        return 1.0
-    sizes = np.abs(samples)
-    return p_value(sizes - sizes.mean(), observed)

@@ -189,8 +189,8 @@ def _sentence_chrf(texts: Texts, group: Group, direction: str) -> np.ndarray:
     """Return the sentences' chrF2, averaged over the seeds."""
     return np.mean(
         [
-            [texts.score(row, direction, "chrf", 1) for row in texts.statistics(cell, direction, "chrf")]
-            for cell in group.cells.values()
+            [statistics.score(row) for row in statistics.rows]
+            for statistics in (texts.statistics(cell, direction, "chrf") for cell in group.cells.values())
         ],
         axis=0,
     )
@@ -199,8 +199,8 @@ def _sentence_chrf(texts: Texts, group: Group, direction: str) -> np.ndarray:
 def _bleu(texts: Texts, cell: Cell, chosen: dict[str, np.ndarray]) -> float:
     scores = []
     for direction, half in chosen.items():
-        statistics = texts.statistics(cell, direction, "bleu")[half]
-        scores.append(texts.score(statistics.sum(0), direction, "bleu", len(statistics)))
+        found = texts.statistics(cell, direction, "bleu")
+        scores.append(found.score(found.rows[half].sum(0)))
     return float(np.mean(scores))
 
 
