@@ -155,6 +155,9 @@ def _our_trainer(
         distillation_stage = STAGE
 
     def build(**kwargs: Any) -> Any:
+        if kwargs["finetuning_args"] is not run.finetuning:  # of another run of this process, while ours goes on
+            return host_trainer(**kwargs)
+
         phases.note(LOADING, 1, LOADING_STEPS)
         cache = None
         if run.finetuning.teacher_cache:

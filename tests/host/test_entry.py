@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers.forks import forked
-from helpers.runs import base_config, command, write_yaml
+from helpers.runs import base_config, command, logged, write_yaml
 
 from llamafactory_sekd import autoload
 from llamafactory_sekd.host.patches import PATCHES
@@ -149,6 +149,25 @@ def test_the_hosts_own_trainer_refuses_a_run_of_our_stage(tiny_root, tmp_path):
     result = forked_python(code)
     assert "`stage: sekd` has reached the host's own trainer" in result.stderr
     assert result.returncode != 0
+
+
+def test_a_run_of_another_stage_that_starts_while_ours_goes_on_stays_what_it_is(tiny_root, tmp_path):
+    for stage, keys in (("sekd", {}), ("sft", {"stage": "sft", "teacher_model": None})):
+        write_yaml(
+            tmp_path / f"{stage}.yaml", base_config(tiny_root, output_dir=str(tmp_path / stage), max_steps=1, **keys)
+        )
+    code = (
+        "import yaml; from transformers import TrainerCallback; from llamafactory.train.tuner import run_exp\n"
+        "def start(stage, *callbacks):\n"
+        f"    run_exp(yaml.safe_load(open({str(tmp_path)!r} + f'/{{stage}}.yaml')), callbacks=[*callbacks])\n"
+        "class Inner(TrainerCallback):\n"
+        "    def on_train_begin(self, *args, **kwargs): start('sft')\n"
+        "start('sekd', Inner())"
+    )
+    result = forked_python(code)
+    assert result.returncode == 0, result.stderr
+    assert len(logged(tmp_path / "sft", "loss")) == len(logged(tmp_path / "sekd", "kd/ce")) == 1
+    assert not logged(tmp_path / "sft", "kd/ce")
 
 
 @pytest.mark.parametrize(
