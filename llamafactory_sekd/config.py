@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from llamafactory_sekd.errors import ArgumentError, SekdError, one_line, suggestion
+from llamafactory_sekd.errors import ArgumentError, SekdError, one_line
 from llamafactory_sekd.files import write_atomic
 
 
@@ -80,34 +80,6 @@ def peek(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return config if isinstance(config, dict) else {}
-
-
-def check_keys(
-    config: Mapping[str, Any], known: Sequence[str], required: Sequence[str], origin: object, error: type[SekdError]
-) -> None:
-    """Check that a file has the keys that it must have, and no others.
-
-    Raises:
-        SekdError: of the class ``error``: a key is unknown or missing; ``origin`` says where.
-    """
-    for key in config:
-        if key not in known:
-            raise error(f"{origin}: unknown key {key!r}{suggestion(str(key), known)}")
-    for key in required:
-        if key not in config:
-            raise error(f"{origin}: the key `{key}` is missing.")
-
-
-def text_of(config: Mapping[str, Any], key: str, error: type[SekdError]) -> str:
-    """Return a key's text.
-
-    Raises:
-        SekdError: of the class ``error``: it is something else, or empty.
-    """
-    value = config[key]
-    if not isinstance(value, str) or not value.strip():
-        raise error(f"`{key}` must be text, not {value!r}.")
-    return value
 
 
 def write_yaml(path: Path, config: dict[str, Any], comment: str) -> None:

@@ -87,7 +87,7 @@ def build_results(data: Evaluated) -> dict[str, Any]:
         "teacher": data.settings.teacher,
         "template": data.settings.template,
         "prompts": _prompts(data.settings),
-        "decoding": asdict(data.settings.decoding),
+        "decoding": data.settings.decoding.model_dump(),
         "test": data.settings.significance,
         "test_sets": {
             str(direction): {
@@ -158,7 +158,9 @@ def _prompts(settings: Settings) -> dict[str, dict[str, Any]]:
         model = system.model or {}
         entry: dict[str, Any] = {} if system.prompt == PARROT else {"prompt": system.prompt.text}
         entry |= {key: model[key] for key in ("default_system", "enable_thinking") if key in model}
-        entry |= {"examples": asdict(system.examples)} if system.examples is not None else {}
+        if (shown := system.examples) is not None:
+            nearest = shown.choose == "nearest"
+            entry["examples"] = {"origin": shown.origin, "number": shown.number, "nearest": nearest}
         entry |= {"document": system.document} if system.document else {}
         if entry:
             found[system.name] = entry

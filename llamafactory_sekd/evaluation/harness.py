@@ -10,13 +10,16 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, StrictBool, StrictInt
 
 from llamafactory_sekd.errors import EvaluationError, suggestion
 from llamafactory_sekd.evaluation.evaluation_report import texts_table
 from llamafactory_sekd.evaluation.evaluation_results import SCHEMA_VERSION
-from llamafactory_sekd.evaluation.evaluation_settings import Settings, System, integer_of, parse_settings, truth_of
+from llamafactory_sekd.evaluation.evaluation_settings import Settings, System, parse_settings
 from llamafactory_sekd.files import read_json, write_json
+from llamafactory_sekd.keys import Keys, check_keys, must
 from llamafactory_sekd.reporting.document import NOTHING, Column, Document, Entry, Row, Section, Table, write_document
 from llamafactory_sekd.reporting.metric_labels import number
 from llamafactory_sekd.reporting.terminal import print_document
@@ -27,8 +30,21 @@ logger = logging.getLogger(__name__)
 PREFIX = "lm_eval:"
 # What an evaluation by the harness reads; the other keys are about translation.
 _SHARED = ("task", "task_dir", "systems", "template", "baseline", "batch_size", "seed", "save_dir")
-_OWN = ("num_fewshot", "apply_chat_template")
 _DIGITS = 4
+
+
+class HarnessKeys(Keys):
+    """The keys that only an evaluation by the harness has."""
+
+    num_fewshot: Annotated[StrictInt, Field(ge=0), must("be an integer of at least 0")] | None = Field(
+        None, description="Of `lm_eval:…`: examples shown first."
+    )
+    apply_chat_template: Annotated[StrictBool, must("be true or false")] = Field(
+        False, description="Of `lm_eval:…`: ask by the tokenizer's template."
+    )
+
+
+_OWN = HarnessKeys.names()
 
 
 @dataclass(frozen=True)
@@ -75,15 +91,14 @@ def parse_harness(config: Mapping[str, Any], origin: str) -> HarnessSettings:
         raise EvaluationError(
             f"`task` must name tasks of the harness, such as {PREFIX}hellaswag, not {given['task']!r}."
         )
-    shots = integer_of(given, "num_fewshot", 0) if "num_fewshot" in given else None
-    chat = "apply_chat_template" in given and truth_of(given, "apply_chat_template")
+    own = check_keys(HarnessKeys, {key: given[key] for key in _OWN if key in given}, origin, EvaluationError)
     # A direction is asked for by all other evaluations; here it says nothing.
     shared = {key: value for key, value in given.items() if key in _SHARED}
     settings = parse_settings({"directions": ["en-de"], "metrics": ["bleu"], **shared}, origin)
     scored = next((system.name for system in settings.systems if system.model is None), None)
     if scored is not None:
         raise EvaluationError(f"`systems.{scored}`: the harness evaluates models, not `hypotheses`.")
-    return HarnessSettings(settings, tasks, shots, chat)
+    return HarnessSettings(settings, tasks, own.num_fewshot, own.apply_chat_template)
 
 
 def evaluate_by_harness(asked: HarnessSettings, harness: Harness) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -169,7 +169,7 @@ def _requests(system: System, direction: Direction, texts: Sequence[Sequence[str
 
 def _choose(examples: Examples, pool: TestSet, texts: Sequence[Sequence[str]]) -> Iterator[list[tuple[str, str]]]:
     """Yield the examples of each text, the nearest last; a sentence is never its own example."""
-    nearest = Nearest(pool.sources) if examples.nearest else None
+    nearest = Nearest(pool.sources) if examples.choose == "nearest" else None
     for lines in texts:
         own = set(map(same_text, lines))
         order = nearest.order(" ".join(lines)) if nearest is not None else range(len(pool.sources))
@@ -244,7 +244,7 @@ def system_fingerprint(
             "sources": [source_digests(source, system.name, digests) for source in description.sources],
             "arguments": arguments,
             "template": description.template,
-            "decoding": asdict(decoding),
+            "decoding": decoding.model_dump(),
             "messages": [[one.message, *one.examples] if one.examples else one.message for one in requests],
             "versions": versions,
         }

@@ -329,4 +329,4 @@ def _other_configuration(folder: Path, before: str, now: str) -> EvaluationError
 
 
 def _shared(settings: Settings) -> dict[str, Any]:
-    return {"task": settings.task, "template": settings.template, **asdict(settings.decoding)}
+    return {"task": settings.task, "template": settings.template, **settings.decoding.model_dump()}

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 import typer
+from pydantic.json_schema import GenerateJsonSchema
 
-from llamafactory_sekd.evaluation.evaluation_settings import BACKENDS, METRICS, OPTIONAL, TESTS, Decoding, Settings
-from llamafactory_sekd.evaluation.scores import TOKENIZERS
+from llamafactory_sekd.evaluation.evaluation_settings import Asking, EvaluationKeys, Scored
+from llamafactory_sekd.evaluation.harness import HarnessKeys
 from llamafactory_sekd.files import write_atomic
 from llamafactory_sekd.formula import DIVERGENCES, PARAMETERS, SIGNALS, TARGETS
+from llamafactory_sekd.keys import Keys
 from llamafactory_sekd.presets import PRESET_KEY, PRESETS
+from llamafactory_sekd.study.spec import BASE, StudyKeys
 
 
 app = typer.Typer(help="Write JSON schemas of the YAML files, for editors.", add_completion=False)
@@ -26,7 +29,6 @@ TRAINING, EVALUATION, STUDY = "training.json", "evaluation.json", "study.json"
 _PLAIN: dict[Any, str] = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
 _TEXT: Schema = {"type": "string"}
 _TEXTS: Schema = {"type": "array", "items": _TEXT, "minItems": 1, "uniqueItems": True}
-_COUNT: Schema = {"type": "integer", "minimum": 1}
 
 
 @app.command()
@@ -101,103 +103,55 @@ def evaluation_schema() -> Schema:
     """Return the schema of an evaluation file."""
     from llamafactory.hparams import ModelArguments
 
-    defaults = {field.name: field.default for cls in (Settings, Decoding) for field in fields(cls)}
-    examples = {"from": _TEXT, "number": _COUNT, "choose": {"enum": ["nearest", "first"]}}
-    prompt: Schema = {
-        "prompt": {**_TEXT, "description": "parrot, plain, or a text with {source} and other fields."},
-        "system_prompt": {**_TEXT, "description": "In place of the template's own."},
-        "examples": {**_object(examples), "description": "Translations to show before the sentence."},
-        "document": {
-            **_one_of([{"type": "boolean"}, {"type": "integer", "minimum": 2}]),
-            "description": "The sentences of a document together, or so many of them at most.",
-        },
-        "enable_thinking": {"type": "boolean", "description": "Of templates with thoughts."},
+    properties = _keys(EvaluationKeys)
+    own = {name: properties[name] for name in ("template", *Asking.names())}
+    properties["systems"]["additionalProperties"] = {
+        "type": "object",
+        "properties": {**dict(_properties(ModelArguments)), **_keys(Scored), **own},
     }
-    properties: Schema = {
-        "task": {
-            **_TEXT,
-            "description": "wmt22, wmt21_valid, a test set of sacrebleu, a folder of your own, or lm_eval:TASK,TASK.",
-        },
-        "task_dir": {**_TEXT, "description": "Folder of the test sets."},
-        "directions": {**_TEXTS, "description": "Such as [en-de, de-en]."},
-        "systems": {
-            "type": "object",
-            "minProperties": 1,
-            "additionalProperties": _system({**dict(_properties(ModelArguments)), **prompt}),
-            "description": "Name -> a model, or translations that are only scored.",
-        },
-        "template": {**_TEXT, "description": "A template of LLaMA-Factory; a system may name its own."},
-        "baseline": {**_TEXT, "description": "The system that differences and significance are against."},
-        "teacher": {**_TEXT, "description": "The system whose translations similarity is measured to."},
-        "metrics": {
-            **_TEXTS,
-            "items": {"enum": [*METRICS, *(f"{metric}?" for metric in OPTIONAL)]},
-            "description": "`comet?` is COMET where it can run, and a note where not.",
-        },
-        "comet": {**_one_of([_TEXT, _TEXTS]), "description": "COMET models of any kind: names on the Hub or paths."},
-        "comet_model": {**_TEXT, "description": "The only COMET model: a name on the Hub, a checkpoint, or a folder."},
-        "metricx": {**_one_of([_TEXT, _TEXTS]), "description": "MetricX models: names on the Hub or folders."},
-        "bleu_tokenizer": {
-            "anyOf": [{"enum": list(TOKENIZERS)}, _object_of({"enum": list(TOKENIZERS)})],
-            "description": "BLEU's tokenizer, or target language -> tokenizer.",
-        },
-        "significance": {"enum": list(TESTS), "description": "Paired bootstrap or approximate randomization."},
-        "language_names": {**_object_of(_TEXT), "description": "Code -> the language's name in the prompt."},
-        **prompt,
-        "num_beams": {**_COUNT, "description": "1 is greedy."},
-        "max_new_tokens": _COUNT,
-        "length_penalty": {"type": "number", "description": "For beam search."},
-        "repetition_penalty": {"type": "number", "exclusiveMinimum": 0},
-        "backend": {"enum": list(BACKENDS)},
-        "batch_tokens": {**_COUNT, "description": "Tokens of prompt and output decoded at a time, over all beams."},
-        "batch_size": {**_COUNT, "description": "A limit in sentences in addition to `batch_tokens`."},
-        "seed": {"type": "integer", "minimum": 0},
-        "num_fewshot": {
-            "type": "integer",
-            "minimum": 0,
-            "description": "Of `lm_eval:…`: examples shown first.",
-        },
-        "apply_chat_template": {"type": "boolean", "description": "Of `lm_eval:…`: ask by the tokenizer's template."},
-        "save_dir": {**_TEXT, "description": "Where everything goes."},
-    }
-    complete = {name: {**_or_null(entry), **_default(defaults.get(name))} for name, entry in properties.items()}
-    return _closed("An evaluation", complete, required=["task", "systems", "save_dir"])
+    # An evaluation by the harness names no directions.
+    return _closed("An evaluation", {**properties, **_keys(HarnessKeys)}, required=["task", "systems", "save_dir"])
 
 
 def study_schema(training_keys: list[str]) -> Schema:
     """Return the schema of a study file, whose systems, overrides and matrix hold keys of a training file."""
     keys = {key: _or_null({"$ref": f"{TRAINING}#/properties/{key}"}) for key in training_keys}
-    values = {key: {"type": "array", "minItems": 1, "items": entry} for key, entry in keys.items()}
-    model: Schema = {"type": ["object", "null"], "required": ["model_name_or_path"]}
-    cache = {"folder": _TEXT, "format": _TEXT, "k": _COUNT, "dtype": _TEXT, "batch_size": _COUNT}
-    properties: Schema = {
-        "base": {"anyOf": [_TEXT, _TEXTS], "description": "Other study files, whose keys come first."},
-        "output_dir": {**_TEXT, "description": "Where everything goes."},
-        "prepare": {"type": "array", "items": _TEXT, "description": "Commands that run once, before everything."},
-        "train": {**_TEXT, "description": "The training YAML that every run starts from."},
-        "evaluation": {**_TEXT, "description": "Test sets, metrics and decoding; without it, validation judges."},
-        "teacher_cache": {"anyOf": [_TEXT, _object(cache)], "description": "One pass of the teacher for all runs."},
-        "overrides": {"$ref": "#/definitions/keys"},
-        "systems": {
-            "type": "object",
-            "additionalProperties": {"$ref": "#/definitions/keys"},
-            "description": "Name -> keys in place of the training YAML's.",
-        },
-        "models": {"type": "object", "additionalProperties": model, "description": "Models that are only evaluated."},
-        "matrix": {**_object(values), "description": "Training key -> values; every combination runs."},
-        "seeds": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1, "uniqueItems": True},
-        "baseline": {**_TEXT, "description": "The system that differences and significance are against."},
-        "teacher": {**_TEXT, "description": "One of `models`: similarity is to its translations."},
-        "select": {
-            **_object({"key": _TEXT, "metric": _TEXT, "mode": {"enum": ["min", "max"]}, "evaluation": _TEXT}),
-            "required": ["key"],
-            "description": "Each system at its own best value of a key of the matrix, by a validation metric.",
-        },
-    }
-    definitions = {"keys": {**_object({"train": _TEXT, **_WHOSE_TEXT, **keys}), "type": ["object", "null"]}}
+    cell: Schema = {"$ref": "#/definitions/keys"}
+    base = {"anyOf": [_TEXT, _TEXTS], "description": "Other study files, whose keys come first."}
+    properties = {BASE: _or_null(base), **_keys(StudyKeys), "overrides": _or_null(cell)}
+    cache = properties["teacher_cache"]
+    properties["teacher_cache"] = {"anyOf": [_TEXT, cache], "description": cache.pop("description")}
+    properties["systems"]["additionalProperties"] = cell
+    properties["models"]["additionalProperties"] = {"type": ["object", "null"], "required": ["model_name_or_path"]}
+    properties["matrix"] |= _object({key: {"type": "array", "minItems": 1, "items": keys[key]} for key in keys})
+    properties["matrix"]["type"] = ["object", "null"]
+    properties["select"]["required"] = ["key"]
     return {
-        **_closed("A study", {name: _or_null(entry) for name, entry in properties.items()}),
-        "definitions": definitions,
+        **_closed("A study", properties),
+        "definitions": {"keys": _or_null(_object({"train": _TEXT, **_WHOSE_TEXT, **keys}))},
+    }
+
+
+class _Readable(GenerateJsonSchema):
+    """Pydantic's schema without titles, and without null, which :func:`_or_null` adds to every key."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+    def nullable_schema(self, schema: Any) -> Schema:
+        return self.generate_inner(schema["schema"])
+
+    def default_schema(self, schema: Any) -> Schema:
+        entry = super().default_schema(schema)
+        return {**{key: entry[key] for key in entry if key != "default"}, **_default(entry.get("default"))}
+
+
+def _keys(kind: type[Keys]) -> dict[str, Schema]:
+    """Return the schema of each key of a file."""
+    found = kind.model_json_schema(schema_generator=_Readable)
+    nested = {f"#/$defs/{name}": _object(entry["properties"]) for name, entry in found.get("$defs", {}).items()}
+    return {
+        name: _or_null(nested.get(entry.pop("$ref", ""), {}) | entry) for name, entry in found["properties"].items()
     }
 
 
@@ -208,15 +162,6 @@ def _closed(title: str, properties: Mapping[str, Schema], required: list[str] | 
 
 def _object(properties: Mapping[str, Schema]) -> Schema:
     return {"type": "object", "properties": dict(properties), "additionalProperties": False}
-
-
-def _object_of(values: Schema) -> Schema:
-    return {"type": "object", "additionalProperties": values}
-
-
-def _system(model_keys: dict[str, Schema]) -> Schema:
-    keys = {"hypotheses": {**_TEXT, "description": "Folder of <src>-<tgt>.txt files."}, "template": _TEXT}
-    return {"type": "object", "properties": {**model_keys, **keys}}
 
 
 def _properties(cls: type) -> Iterator[tuple[str, Schema]]:
@@ -263,11 +208,13 @@ def _one_of(schemas: list[Schema]) -> Schema:
 
 def _or_null(entry: Schema) -> Schema:
     """Return a schema that takes null as well: a key that is null is as good as absent."""
+    if "enum" in entry:
+        entry = {**entry, "enum": [*entry["enum"], *([None] if None not in entry["enum"] else [])]}
     if "type" in entry:
         known = entry["type"] if isinstance(entry["type"], list) else [entry["type"]]
         return {**entry, "type": [*known, *(["null"] if "null" not in known else [])]}
     if "enum" in entry:
-        return {**entry, "enum": [*entry["enum"], None]}
+        return entry
     if "anyOf" in entry:
         return {**entry, "anyOf": [*entry["anyOf"], {"type": "null"}]}
     return {"anyOf": [entry, {"type": "null"}]}

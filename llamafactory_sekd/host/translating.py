@@ -180,7 +180,7 @@ def _translate(
         "method": plan.method,
         "candidates": plan.count,
         "n_best": plan.choice.n_best,
-        "decoding": asdict(plan.decoding),
+        "decoding": plan.decoding.model_dump(),
         "drawing": asdict(plan.drawing) | {"seed": settings.seed} if plan.drawing else None,
         "chosen_by": signature(plan.choice, scorer),
         "keep": "reference" if plan.choice.closest else None,
@@ -268,7 +268,7 @@ def _settings(
     if weights.adapter is not None:
         model["adapter_name_or_path"] = weights.adapter
     model |= read_overrides(weights.overrides)
-    return Settings(
+    return Settings.model_construct(
         task="translate",
         directions=(),
         systems=(System(_NAME, model=model),),

@@ -3,69 +3,207 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from llamafactory_sekd.config import check_keys, read_config, text_of
-from llamafactory_sekd.errors import StudyError, one_line, suggestion
+from pydantic import AfterValidator, BeforeValidator, Field, StrictInt, ValidationInfo, model_validator
+
+from llamafactory_sekd.config import read_config
+from llamafactory_sekd.errors import StudyError
 from llamafactory_sekd.evaluation.evaluation_settings import METRICS
+from llamafactory_sekd.keys import Folder, Keys, Text, check_keys, must
 
 
 BASE = "base"
-_REQUIRED = ("output_dir", "train", "systems")
 # What a cell gets from the study itself.
 RESERVED = ("output_dir", "overwrite_output_dir", "seed", "resume_from_checkpoint")
-_SELECT_KEYS = ("key", "metric", "mode", "evaluation")
-_CACHE_KEYS = ("folder", "format", "k", "dtype", "batch_size")
 
 
-@dataclass(frozen=True)
-class TeacherCache:
+def _named(value: Any, info: ValidationInfo) -> dict[str, dict[Any, Any]]:
+    key = info.field_name
+    if not isinstance(value, Mapping):
+        raise ValueError(f"must map names to keys and values, not {value!r}.")
+    kept = {name: entry for name, entry in value.items() if entry is not None}
+    for name, entry in kept.items():
+        if not isinstance(name, str) or not name.strip():
+            raise StudyError(f"`{key}`: {name!r} cannot be a name: write it in quotes.")
+        if not isinstance(entry, Mapping):
+            raise StudyError(f"`{key}.{name}` must hold keys and values ({{}} for none), not {entry!r}.")
+    return {name: dict(entry) for name, entry in kept.items()}
+
+
+def _systems(value: Any, info: ValidationInfo) -> dict[str, dict[str, Any]]:
+    systems = _named(value, info)
+    if not systems:
+        raise ValueError("must name at least one system.")
+    return {name: _cell_keys(entry, f"systems.{name}") for name, entry in systems.items()}
+
+
+def _models(value: Any, info: ValidationInfo) -> dict[str, dict[Any, Any]]:
+    models = _named(value, info)
+    for name, entry in models.items():
+        if not isinstance(entry.get("model_name_or_path"), str):
+            raise StudyError(f"`models.{name}` needs `model_name_or_path`, a path or a hub id.")
+    return models
+
+
+def _cell_keys(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise StudyError(f"`{place}` must hold keys and values, not {value!r}.")
+    taken = next((key for key in RESERVED if key in value), None)
+    if taken is not None:
+        remedy = "use `seeds`" if taken == "seed" else "the study sets it for every cell"
+        raise StudyError(f"`{place}.{taken}` cannot be set: {remedy}.")
+    return {str(key): entry for key, entry in value.items()}
+
+
+def _matrix(value: Any) -> dict[str, list[Any]]:
+    matrix = _cell_keys(value, "matrix")
+    for key, values in matrix.items():
+        if key in ("train", "text", "mix"):
+            raise StudyError(f"`matrix.{key}` cannot be varied: write a system with its own `{key}` for each value.")
+        if not isinstance(values, list) or not values:
+            raise StudyError(f"`matrix.{key}` must be a list of values, not {values!r}.")
+        repeated = next((item for index, item in enumerate(values) if _same_in(item, values[:index])), None)
+        if repeated is not None:
+            raise StudyError(f"`matrix.{key}` names {repeated!r} twice.")
+    return matrix
+
+
+def _same_in(item: Any, others: list[Any]) -> bool:
+    return any(item == other and isinstance(item, bool) == isinstance(other, bool) for other in others)
+
+
+def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"names a seed twice: {list(seeds)}.")
+    return seeds
+
+
+# Text of digits as well: it goes to a command line.
+_Count = Annotated[int, Field(ge=1), must("be an integer of at least 1")]
+
+
+class TeacherCache(Keys):
     """One pass of the teacher for all cells: its folder, and the options of ``sekd cache``."""
 
-    folder: Path
-    options: Mapping[str, Any]
+    folder: Folder
+    format: Text | None = None
+    k: _Count | None = None
+    dtype: Text | None = None
+    batch_size: _Count | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that are given."""
+        return self.model_dump(exclude={"folder"}, exclude_none=True)
 
 
-@dataclass(frozen=True)
-class Select:
+class Select(Keys):
     """The key of the matrix whose best value is chosen per system, by which validation metric, ``min`` or ``max``.
 
     ``evaluation`` is the YAML of a validation set, where the metric is one of an evaluation's: BLEU, chrF2, COMET.
     """
 
-    key: str
-    metric: str
-    mode: str
-    evaluation: Path | None = None
+    key: Text
+    metric: Text = "nll"
+    mode: Literal["min", "max"] = "min"
+    evaluation: Folder | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_mode(cls, given: Any) -> Any:
+        usual = isinstance(given, Mapping) and given.get("metric") in METRICS and given.get("mode") is None
+        return {**given, "mode": "max"} if usual else given
+
+    @model_validator(mode="after")
+    def _judged(self) -> Select:
+        if self.metric in METRICS and self.evaluation is None:
+            raise StudyError(
+                f"`select.metric: {self.metric}` needs `select.evaluation`, the evaluation YAML of a validation set, "
+                "such as examples/yamls/eval_wmt21.yaml."
+            )
+        if self.metric not in METRICS and self.evaluation is not None:
+            metrics = ", ".join(METRICS)
+            raise StudyError(f"`select.evaluation` has no effect on `metric: {self.metric}`: use {metrics}.")
+        return self
 
 
-@dataclass(frozen=True)
-class Spec:
-    """A checked study file. ``effective`` is all of it as plain values, its base and the overrides merged in.
+class StudyKeys(Keys):
+    """A study's YAML file, its base merged in.
 
     Without an ``evaluation`` the validation metrics of the trainings are the judge.
     """
 
+    output_dir: Folder = Field(description="Where everything goes.")
+    prepare: Annotated[tuple[Text, ...], must("be a list of commands such as [sekd demo --prepare]")] = Field(
+        (), description="Commands that run once, before everything."
+    )
+    train: Folder = Field(description="The training YAML that every run starts from.")
+    evaluation: Folder | None = Field(
+        None, description="Test sets, metrics and decoding; without it, validation judges."
+    )
+    teacher_cache: (
+        Annotated[
+            TeacherCache,
+            BeforeValidator(lambda value: {"folder": value} if isinstance(value, str) else value),
+            must("be a folder, or {folder: …, format: …}"),
+        ]
+        | None
+    ) = Field(None, description="One pass of the teacher for all runs.")
+    overrides: Annotated[dict[str, Any], BeforeValidator(lambda value: _cell_keys(value, "overrides"))] = Field({})
+    systems: Annotated[dict[str, dict[str, Any]], BeforeValidator(_systems)] = Field(
+        description="Name -> keys in place of the training YAML's."
+    )
+    models: Annotated[dict[str, dict[Any, Any]], BeforeValidator(_models)] = Field(
+        {}, description="Models that are only evaluated."
+    )
+    matrix: Annotated[dict[str, list[Any]], BeforeValidator(_matrix)] = Field(
+        {}, description="Training key -> values; every combination runs."
+    )
+    seeds: Annotated[
+        tuple[Annotated[StrictInt, Field(ge=0)], ...],
+        Field(min_length=1, json_schema_extra={"uniqueItems": True}),
+        AfterValidator(_distinct),
+        must("be a list of integers such as [42, 1, 2]"),
+    ] = (42,)
+    baseline: Text | None = Field(None, description="The system that differences and significance are against.")
+    teacher: Text | None = Field(None, description="One of `models`: similarity is to its translations.")
+    select: Annotated[Select, must("be {key: …, metric: nll, mode: min}")] | None = Field(
+        None, description="Each system at its own best value of a key of the matrix, by a validation metric."
+    )
+
+    @model_validator(mode="after")
+    def _names(self) -> StudyKeys:
+        both = next((name for name in self.models if name in self.systems), None)
+        if both is not None:
+            raise StudyError(f"`models.{both}` has the name of a system: choose another one.")
+        if self.models and self.evaluation is None:
+            raise StudyError(
+                "`models` are only evaluated, so they need `evaluation`, the YAML of an evaluation; without one the "
+                "validation metrics of the trainings are compared."
+            )
+        for key, where, names in (
+            ("baseline", "`systems` and `models`", [*self.systems, *self.models]),
+            ("teacher", "`models`", list(self.models)),
+        ):
+            name = getattr(self, key)
+            if name is not None and name not in names:
+                known = ", ".join(names) or "there are none"
+                raise StudyError(f"`{key}` is {name!r}, which is not among {where}: {known}.")
+        if self.select is not None and self.select.key not in self.matrix:
+            raise StudyError(f"`select.key` is {self.select.key!r}, which is not a key of `matrix`.")
+        return self
+
+
+KEYS = tuple(StudyKeys.names())
+
+
+class Spec(StudyKeys):
+    """A checked study file. ``effective`` is all of it as plain values, its base and the overrides merged in."""
+
     name: str
     effective: Mapping[str, Any]
-    output_dir: Path
-    prepare: tuple[str, ...]
-    train: Path
-    evaluation: Path | None
-    teacher_cache: TeacherCache | None
-    overrides: Mapping[str, Any]
-    systems: Mapping[str, Mapping[str, Any]]
-    models: Mapping[str, Mapping[str, Any]]
-    matrix: Mapping[str, Sequence[Any]]
-    seeds: tuple[int, ...]
-    baseline: str | None
-    teacher: str | None
-    select: Select | None
-
-
-KEYS = tuple(name for name in Spec.__dataclass_fields__ if name not in ("name", "effective"))
 
 
 def read_spec(path: Path, overrides: Sequence[str] = ()) -> Spec:
@@ -97,147 +235,6 @@ def _lineage(path: Path, above: tuple[Path, ...]) -> list[Path]:
 
 def parse_spec(config: Mapping[str, Any], path: Path) -> Spec:
     """Check the keys of a study and return them typed; ``path`` is named in messages."""
-    try:
-        return _parse_spec(config, path)
-    except StudyError as error:  # it quotes keys and values of the user's, line breaks and all
-        raise StudyError(one_line(str(error))) from None
-
-
-def _parse_spec(config: Mapping[str, Any], path: Path) -> Spec:
-    check_keys(config, KEYS, _REQUIRED, path, StudyError)
-    systems = _mappings(config, "systems")
-    models = _mappings(config, "models") if "models" in config else {}
-    matrix = _matrix(config.get("matrix", {}))
-    _check_names(systems, models)
-    if "evaluation" not in config and models:
-        raise StudyError(
-            "`models` are only evaluated, so they need `evaluation`, the YAML of an evaluation; without one the "
-            "validation metrics of the trainings are compared."
-        )
-    return Spec(
-        name=path.stem,
-        effective={**config, "systems": systems, **({"models": models} if models else {})},
-        output_dir=Path(text_of(config, "output_dir", StudyError)),
-        prepare=tuple(_commands(config.get("prepare", []))),
-        train=Path(text_of(config, "train", StudyError)),
-        evaluation=Path(text_of(config, "evaluation", StudyError)) if "evaluation" in config else None,
-        teacher_cache=_teacher_cache(config.get("teacher_cache")),
-        overrides=_cell_keys(config.get("overrides", {}), "overrides"),
-        systems={name: _cell_keys(entry, f"systems.{name}") for name, entry in systems.items()},
-        models=models,
-        matrix=matrix,
-        seeds=tuple(_seeds(config.get("seeds", [42]))),
-        baseline=_among(config, "baseline", [*systems, *models]),
-        teacher=_among(config, "teacher", list(models)),
-        select=_select(config.get("select"), matrix),
-    )
-
-
-def _mappings(config: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
-    value = config[key]
-    if not isinstance(value, Mapping):
-        raise StudyError(f"`{key}` must map names to keys and values, not {value!r}.")
-    kept = {name: entry for name, entry in value.items() if entry is not None}
-    if not kept and key == "systems":
-        raise StudyError("`systems` must name at least one system.")
-    for name, entry in kept.items():
-        if not isinstance(name, str) or not name.strip():
-            raise StudyError(f"`{key}`: {name!r} cannot be a name: write it in quotes.")
-        if not isinstance(entry, Mapping):
-            raise StudyError(f"`{key}.{name}` must hold keys and values ({{}} for none), not {entry!r}.")
-    return {name: dict(entry) for name, entry in kept.items()}
-
-
-def _check_names(systems: Mapping[str, Any], models: Mapping[str, Any]) -> None:
-    both = next((name for name in models if name in systems), None)
-    if both is not None:
-        raise StudyError(f"`models.{both}` has the name of a system: choose another one.")
-    for name, entry in models.items():
-        if not isinstance(entry.get("model_name_or_path"), str):
-            raise StudyError(f"`models.{name}` needs `model_name_or_path`, a path or a hub id.")
-
-
-def _cell_keys(value: Any, place: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise StudyError(f"`{place}` must hold keys and values, not {value!r}.")
-    taken = next((key for key in RESERVED if key in value), None)
-    if taken is not None:
-        remedy = "use `seeds`" if taken == "seed" else "the study sets it for every cell"
-        raise StudyError(f"`{place}.{taken}` cannot be set: {remedy}.")
-    return {str(key): entry for key, entry in value.items()}
-
-
-def _matrix(value: Any) -> dict[str, list[Any]]:
-    matrix = _cell_keys(value, "matrix")
-    for key, values in matrix.items():
-        if key in ("train", "text", "mix"):
-            raise StudyError(f"`matrix.{key}` cannot be varied: write a system with its own `{key}` for each value.")
-        if not isinstance(values, list) or not values:
-            raise StudyError(f"`matrix.{key}` must be a list of values, not {values!r}.")
-        repeated = next((item for index, item in enumerate(values) if _same_in(item, values[:index])), None)
-        if repeated is not None:
-            raise StudyError(f"`matrix.{key}` names {repeated!r} twice.")
-    return matrix
-
-
-def _same_in(item: Any, others: list[Any]) -> bool:
-    return any(item == other and isinstance(item, bool) == isinstance(other, bool) for other in others)
-
-
-def _seeds(value: Any) -> list[int]:
-    if not isinstance(value, list) or not value or not all(type(seed) is int and seed >= 0 for seed in value):
-        raise StudyError(f"`seeds` must be a list of integers such as [42, 1, 2], not {value!r}.")
-    if len(set(value)) < len(value):
-        raise StudyError(f"`seeds` names a seed twice: {value!r}.")
-    return value
-
-
-def _commands(value: Any) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(command, str) and command.strip() for command in value):
-        raise StudyError(f"`prepare` must be a list of commands such as [sekd demo --prepare], not {value!r}.")
-    return value
-
-
-def _among(config: Mapping[str, Any], key: str, names: list[str]) -> str | None:
-    value = config.get(key)
-    if value is not None and value not in names:
-        where = "`models`" if key == "teacher" else "`systems` and `models`"
-        raise StudyError(f"`{key}` is {value!r}, which is not among {where}: {', '.join(names) or 'there are none'}.")
-    return value
-
-
-def _teacher_cache(value: Any) -> TeacherCache | None:
-    if value is None:
-        return None
-    options = {"folder": value} if isinstance(value, str) else value
-    if not isinstance(options, Mapping) or not isinstance(options.get("folder"), str):
-        raise StudyError(f"`teacher_cache` must be a folder, or {{folder: …, format: …}}, not {value!r}.")
-    unknown = next((key for key in options if key not in _CACHE_KEYS), None)
-    if unknown is not None:
-        raise StudyError(f"`teacher_cache.{unknown}` is unknown{suggestion(str(unknown), _CACHE_KEYS)}")
-    kept = {key: option for key, option in options.items() if key != "folder" and option is not None}
-    return TeacherCache(Path(options["folder"]), kept)
-
-
-def _select(value: Any, matrix: Mapping[str, Any]) -> Select | None:
-    if value is None:
-        return None
-    if not isinstance(value, Mapping) or set(value) - set(_SELECT_KEYS) or "key" not in value:
-        raise StudyError(f"`select` must be {{key: …, metric: nll, mode: min}}, not {value!r}.")
-    metric = value.get("metric", "nll")
-    translated = metric in METRICS
-    mode = value.get("mode", "max" if translated else "min")
-    if translated != ("evaluation" in value):
-        if translated:
-            raise StudyError(
-                f"`select.metric: {metric}` needs `select.evaluation`, the evaluation YAML of a validation set, such "
-                "as examples/yamls/eval_wmt21.yaml."
-            )
-        raise StudyError(f"`select.evaluation` has no effect on `metric: {metric}`: use {', '.join(METRICS)}.")
-    evaluation = Path(text_of(value, "evaluation", StudyError)) if translated else None
-    select = Select(value["key"], metric, mode, evaluation)
-    if select.key not in matrix:
-        raise StudyError(f"`select.key` is {select.key!r}, which is not a key of `matrix`.")
-    if select.mode not in ("min", "max"):
-        raise StudyError(f"`select.mode` must be min or max, not {select.mode!r}.")
-    return select
+    keys = check_keys(StudyKeys, config, path, StudyError)
+    effective = {**config, "systems": keys.systems, **({"models": keys.models} if keys.models else {})}
+    return Spec.model_construct(**dict(keys), name=path.stem, effective=effective)

@@ -88,7 +88,8 @@ def make_plan(
         raise ArgumentError("`--backend vllm` knows no beam search here: use hf, or another method.")
     drawing = _drawing(temperature, top_p, top_k) if draws else None
     count, width = _counts(method, samples, beams, n_best, keep is not None)
-    decoding = Decoding(backend=backend, num_beams=width, max_new_tokens=max_new_tokens, length_penalty=length_penalty)
+    keys = {"num_beams": width, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty}
+    decoding = Decoding.model_validate({"backend": backend, **keys})
     choice = Choice((metric or "chrf") if method == "mbr" else None, keep is not None, n_best)
     return Plan(method, decoding, count, drawing, choice)
 

@@ -26,7 +26,7 @@ def test_absent_and_null_keys_take_their_defaults() -> None:
     assert settings.template == "parrot"
     assert settings.baseline is None
     assert settings.metrics == ("bleu", "chrf", "comet")
-    assert settings.decoding == Decoding("hf", num_beams=1, max_new_tokens=256)
+    assert settings.decoding == Decoding(backend="hf", num_beams=1, max_new_tokens=256)
 
 
 def test_the_keys_of_a_system_reach_the_host_as_they_are() -> None:
@@ -78,7 +78,8 @@ def test_a_question_mark_makes_comet_optional(metrics: list[str], expected: tupl
         ({"document": 1}, "`document` must be true, false, or a number of sentences, not 1."),
         ({"enable_thinking": "no"}, "`enable_thinking` must be true or false, not 'no'."),
         ({"examples": {"from": "x"}}, "`examples` must be like {from: FOLDER, number: 3, choose: nearest}"),
-        ({"examples": {"from": "x", "number": 0}}, "`number` must be an integer of at least 1"),
+        ({"examples": {"from": "x", "number": 0}}, "`examples.number` must be an integer of at least 1, not 0."),
+        ({"examples": {"from": "x", "numbers": 3}}, "`examples.numbers` is unknown: did you mean 'number'?"),
         ({"language_names": ["nds"]}, "`language_names` must map codes to names"),
         ({"metrics": ["comet", "comet?"]}, "`metrics` names comet twice."),
         ({"metrics": ["bleu?"]}, "`metrics`: unknown metric 'bleu?'"),
@@ -86,12 +87,12 @@ def test_a_question_mark_makes_comet_optional(metrics: list[str], expected: tupl
         ({"num_beams": True}, "`num_beams` must be an integer of at least 1, not True."),
         ({"batch_size": "8"}, "`batch_size` must be an integer of at least 1, not '8'."),
         ({"length_penalty": "long"}, "`length_penalty` must be a number, not 'long'."),
-        ({"repetition_penalty": 0}, "`repetition_penalty` must be above 0, not 0.0."),
+        ({"repetition_penalty": 0}, "`repetition_penalty` must be a number above 0, not 0."),
         ({"backend": "sglang"}, "`backend` must be hf or vllm, not 'sglang'."),
         ({"backend": "vllm", "num_beams": 4}, "`num_beams` must be 1, not 4."),
         ({"baseline": "sft"}, "`baseline` is 'sft', which is not among the systems: sekd, online."),
         ({"teacher": "big"}, "`teacher` is 'big', which is not among the systems: sekd, online."),
-        ({"systems": {}}, "`systems` must map at least one name to its model or its hypotheses."),
+        ({"systems": {}}, "`systems` must map at least one name to its model or its hypotheses, not {}."),
         ({"systems": {"a": None}}, "`systems.a` must hold `model_name_or_path` or `hypotheses`, not None."),
         (
             {"systems": {"a": {"modle_name_or_path": "m"}}},

@@ -34,7 +34,9 @@ class Engine:
 def test_answers_keep_their_places_and_the_keys_reach_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
     engine = Engine()
-    translate = vllm_translate(engine, [2, 7], Decoding("vllm", max_new_tokens=9, repetition_penalty=1.1), "adapter")
+    translate = vllm_translate(
+        engine, [2, 7], Decoding(backend="vllm", max_new_tokens=9, repetition_penalty=1.1), "adapter"
+    )
     groups = list(translate([[number, 5] for number in range(700)], BatchLimits(1)))
     found = dict(entry for group in groups for entry in group)
     assert found == {number: Translation(f"Satz\n{number}", 3, bool(number % 2)) for number in range(700)}
@@ -54,7 +56,7 @@ def test_each_sample_brings_its_own_seed_and_stays_one_line(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
     engine = Engine()
     drawing = Drawing(temperature=0.8, top_p=0.9, top_k=0)
-    candidates = vllm_candidates(engine, [2], Decoding("vllm", max_new_tokens=9), drawing)
+    candidates = vllm_candidates(engine, [2], Decoding(backend="vllm", max_new_tokens=9), drawing)
     requests = [SeededPrompt([number, 5], 1000 + number) for number in range(700)]
     found = dict(entry for group in candidates(requests, BatchLimits(1)) for entry in group)
     assert found == {number: [Translation(f"Satz {number}", 3, bool(number % 2))] for number in range(700)}
@@ -62,5 +64,5 @@ def test_each_sample_brings_its_own_seed_and_stays_one_line(monkeypatch: pytest.
     assert [sampling.seed for sampling in sampled] == [request.seed for request in requests]
     assert {(s.temperature, s.top_p, s.top_k, s.max_tokens) for s in sampled} == {(0.8, 0.9, -1, 9)}
 
-    greedy = vllm_candidates(Engine(), [2], Decoding("vllm", max_new_tokens=9), None)
+    greedy = vllm_candidates(Engine(), [2], Decoding(backend="vllm", max_new_tokens=9), None)
     assert dict(entry for group in greedy(requests, BatchLimits(1)) for entry in group) == found

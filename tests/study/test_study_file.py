@@ -253,6 +253,11 @@ def test_bases_come_first_and_the_command_line_last():
             "`select.evaluation` has no effect on `metric: nll`: use bleu, chrf, chrf++, spbleu, ter, comet, metricx.",
         ),
         ({"teacher_cache": {"folder": "x", "kind": 1}}, "`teacher_cache.kind` is unknown"),
+        (
+            {"teacher_cache": {"folder": "x", "formats": 1}},
+            "`teacher_cache.formats` is unknown: did you mean 'format'?",
+        ),
+        ({"teacher_cache": {"folder": "x", "k": 0}}, "`teacher_cache.k` must be an integer of at least 1, not 0."),
         ({"teacher_cache": 3}, "`teacher_cache` must be a folder"),
         ({"prepare": "sekd demo"}, "`prepare` must be a list of commands"),
         ({"output_dir": 3}, "`output_dir` must be text, not 3."),
