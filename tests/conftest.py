@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -44,3 +45,14 @@ def tiny_root(tmp_path_factory) -> Path:
     tiny.save_llama(root / "student", seed=2)
     tiny.save_dataset(root / "data")
     return root
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """What our code logs as warnings; `warning_once` forgets what earlier tests made it say."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.warning_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("llamafactory_sekd"), "propagate", True)
+    return caplog

@@ -125,10 +125,11 @@ def _look(console: Console, keys: dict[str, Any], count: int) -> None:
 
 def _count_cut_text(console: Console, parsed: HostArguments) -> bool:
     """Print what is cut, or why it is not known; return whether the data could be read."""
+    from llamafactory_sekd.host.run_names import made_for_another_template
     from llamafactory_sekd.host.tokenizing import UNREADABLE, cut_text_of
 
     lines = cut_text_of(parsed)
-    for line in lines:
+    for line in [*made_for_another_template(parsed), *lines]:
         console.print(f"Data: {line}", highlight=False, markup=False, soft_wrap=True)
     return not any(line.startswith(UNREADABLE) for line in lines)
 

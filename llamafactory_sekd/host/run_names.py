@@ -8,8 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from llamafactory_sekd.arguments import SELF
 from llamafactory_sekd.data.alma import command_for
+from llamafactory_sekd.data.prompts import PARROT, prompt_in_manifest
 from llamafactory_sekd.errors import ArgumentError, DataError, SekdError, one_line, suggestion
 from llamafactory_sekd.files import read_json
 from llamafactory_sekd.host.run_arguments import HostArguments
@@ -18,13 +21,15 @@ from llamafactory_sekd.host.templates import check_template
 from llamafactory_sekd.teacher.compatibility import check_adapter_files, check_model_files, check_teacher_files
 
 
+logger = logging.get_logger(__name__)
+
 _INFO = "dataset_info.json"
 # What transformers and the host read a model's weights from.
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.index.json")
 
 
 def check_names(run: HostArguments) -> None:
-    """Check the names in a YAML of our stage, before anything is loaded.
+    """Check the names in a YAML of our stage, before anything is loaded; warn of data made for another template.
 
     Raises:
         ArgumentError: the template is unknown, or the student's folder does not exist or holds no model.
@@ -34,6 +39,30 @@ def check_names(run: HostArguments) -> None:
     for name in _data_sets(run):
         _check_data_set(name, run.data.dataset_dir, planned=False)
     _check_student_files(run)
+    for line in made_for_another_template(run) if run.is_first_rank else ():
+        logger.warning(line)
+
+
+def made_for_another_template(run: HostArguments) -> list[str]:
+    """Return a line for each of our data sets whose prompt belongs to another template.
+
+    The manifest next to a data set tells with which prompt it was made; of data without one nothing is known.
+    """
+    template, folder, lines = run.data.template, run.data.dataset_dir, []
+    for name in _data_sets(run) if isinstance(folder, str) else ():
+        entry = (read_json(Path(folder) / _INFO) or {}).get(name)
+        file_name = entry.get("file_name") if isinstance(entry, Mapping) else None
+        made_with = prompt_in_manifest(Path(folder, file_name)) if isinstance(file_name, str) else None
+        if made_with is None or (made_with == PARROT.name) == (template == PARROT.name):
+            continue
+        text = "Parrot's prompt" if made_with == PARROT.name else f"the prompt {made_with!r}"
+        remedy = (
+            "a chat template"
+            if template == PARROT.name
+            else "`template: parrot`, or make it again with `sekd data pairs --plain`"
+        )
+        lines.append(f"Data set {name!r} was made with {text}, and `template` is {template}: use {remedy}.")
+    return lines
 
 
 def wrong_names(run: HostArguments) -> tuple[list[str], list[str]]:

@@ -12,10 +12,12 @@ import pytest
 import torch  # noqa: F401  (registers the plug-in, as in every process of the host)
 import typer
 from helpers.runs import base_config, train, write_yaml
+from typer.testing import CliRunner
 
 from llamafactory_sekd.errors import ArgumentError, DataError, EvaluationError, SekdError
 from llamafactory_sekd.host.cache import tokenized
 from llamafactory_sekd.host.corpus import read_with
+from llamafactory_sekd.host.data_command import app as data_app
 from llamafactory_sekd.host.evaluate import build_host
 from llamafactory_sekd.host.run_names import wrong_names
 
@@ -166,3 +168,29 @@ def test_other_stages_get_the_hosts_own_words(root):
     with pytest.raises(ValueError, match="Undefined dataset tinny") as caught:
         train(config)
     assert not isinstance(caught.value, SekdError)
+
+
+@pytest.mark.parametrize(
+    ("made_with", "template", "remedy"),
+    [
+        ("parrot", "qwen", "`template: parrot`"),
+        ("plain", "parrot", "a chat template"),
+        ("parrot", "parrot", None),
+        ("plain", "qwen", None),
+    ],
+)
+def test_data_made_for_another_template_get_a_line_in_a_run_and_in_its_plan(
+    root, capsys, said, made_with, template, remedy
+):
+    (root / "x.tsv").write_text("".join(f"Sentence {n}.\tSatz {n}.\n" for n in range(8)))
+    made = ["pairs", "--tsv", str(root / "x.tsv"), "--from", "en", "--to", "de", "--name", "mine"]
+    made += ["--out", str(root / "data"), *(["--plain"] if made_with == "plain" else [])]
+    assert CliRunner().invoke(data_app, made).exit_code == 0
+    keys = {"dataset": "mine", "template": template, "output_dir": str(root / "out"), "max_steps": 1}
+    train(base_config(root, **keys))
+    told = [line for line in said.messages if "'mine' was made with" in line]
+    capsys.readouterr()
+    _doctor(base_config(root, **keys), root)
+    planned = [line for line in capsys.readouterr().out.splitlines() if "'mine' was made with" in line]
+    assert len(told) == len(planned) == (remedy is not None)
+    assert all(remedy in line and f"`template` is {template}" in line for line in [*told, *planned])
