@@ -364,15 +364,17 @@ def test_a_teacher_whose_head_says_not_all_is_kept_as_topk_only(tiny_root, tmp_p
     session.close()
 
 
-def test_duplicates_are_computed_once(tiny_root, tmp_path):
+def test_duplicates_are_computed_once_and_the_count_says_so(tiny_root, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     records = json.loads((tiny_root / "data" / "tiny.json").read_text())[:5]
     (data / "twice.json").write_text(json.dumps(records * 2))
     (data / "dataset_info.json").write_text(json.dumps({"twice": {"file_name": "twice.json"}}))
     config = base_config(tiny_root, output_dir=str(tmp_path / "out"), dataset="twice", dataset_dir=str(data))
+    told: list[str] = []
     with counted_forwards() as forwards:
-        cache = build(config, tmp_path / "cache")
+        cache = build(config, tmp_path / "cache", say=told.append)
     assert sum(forwards) == 5
+    assert "holds 5 examples (the data sets have 10; equal ones count once)" in told[-1]
     train(from_cache(config, cache))
     assert len(content(cache)) == 5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,20 @@ import torch
 from helpers.runs import train
 
 
-def build(config: dict[str, Any], directory: Path, *, batch_size: int | None = None, **settings: Any) -> Path:
+def build(
+    config: dict[str, Any],
+    directory: Path,
+    *,
+    batch_size: int | None = None,
+    say: Callable[[str], object] = lambda _: None,
+    **settings: Any,
+) -> Path:
     """Build a cache over the data sets of a training configuration."""
     from llamafactory_sekd.host.cache import build_cache
     from llamafactory_sekd.teacher.cache.cache_manifest import Settings
 
     with patch.dict(os.environ):  # transformers leaves the precision of a run there for the next one
-        build_cache(config, directory, Settings(**settings), batch_size=batch_size, say=lambda _: None)
+        build_cache(config, directory, Settings(**settings), batch_size=batch_size, say=say)
 
     return directory
 

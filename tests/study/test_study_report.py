@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import re
 import shutil
 import statistics
@@ -14,6 +15,7 @@ from xml.etree import ElementTree
 import pytest
 from helpers.latex_tables import faults_of
 from helpers.study_results import SEEDS, SYSTEMS, without_select, write_study
+from rich.console import Console
 from sacrebleu.metrics.bleu import BLEU
 
 from llamafactory_sekd.evaluation.evaluation_settings import parse_settings
@@ -235,6 +237,18 @@ def test_cost_is_told_against_the_baseline_without_interrupted_runs(results: dic
     assert rows["SFT"][:2] == ["35.5", "1.00 ×"]
     assert rows["Self-Evolution KD"][:2] == ["49.5", f"{49.5 / 35.5:.2f} ×"]
     assert "interrupted are left out (3)" in costs.note
+
+
+def test_the_main_table_is_printed_with_every_system(results: dict[str, Any], folder: Path) -> None:
+    printed = io.StringIO()
+    write(results, folder, console=Console(width=200, file=printed))
+    assert "BLEU" in printed.getvalue()
+    assert [name for name in SYSTEMS if name not in printed.getvalue()] == []
+
+
+@pytest.mark.parametrize(("name", "title"), [("table1", "Study table1"), ("study", "study"), ("Study 2", "Study 2")])
+def test_the_title_names_the_study_once(results: dict[str, Any], folder: Path, name: str, title: str) -> None:
+    assert build_document(read_study({**results, "study": name}, folder)).title == title
 
 
 def test_both_reports_and_all_plots_are_written_the_same_each_time(

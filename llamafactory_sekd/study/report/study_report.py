@@ -47,7 +47,7 @@ def write(
 
 def build_document(study: Study) -> Document:
     """Return all sections that the study has something for."""
-    views = Views(study)
+    views, name = Views(study), study.results["study"]
     sections = [
         _missing(study),
         *(score_sections(views) if study.directions else validation_sections(views)),
@@ -56,7 +56,7 @@ def build_document(study: Study) -> Document:
         _settings(views),
     ]
     return Document(
-        title=f"Study {study.results['study']}",
+        title=name if name.lower().startswith("study") else f"Study {name}",
         facts=tuple(_facts(views)),
         sections=tuple(section for section in sections if section is not None),
     )
