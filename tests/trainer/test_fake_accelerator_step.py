@@ -18,7 +18,7 @@ from llamafactory_sekd.trainer.token_difficulty import TokenSums
 
 
 # The rows that predict a response token are taken by a mask: of the labels, and of either model's hidden states.
-ALWAYS = {"positions.response_positions": 1, "lm_head.selected": 2}
+ALWAYS = {"loss_module.response_positions": 1, "lm_head.selected": 2}
 MAPPING = {
     "target": "teacher",
     "gate": {"signal": "teacher_probability", "below": "mean"},
