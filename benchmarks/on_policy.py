@@ -212,14 +212,14 @@ def step(student: Path, teacher: Path, pairs: Sequence[Any], arguments: argparse
 
     times = in_turns(
         arguments.rounds,
-        whole=lambda: on_policy(1),
+        each=lambda: on_policy(1),
         four=lambda: on_policy(4),
         sft=lambda: sft(made),
         teacher=lambda: their_head(ask(made)),
         generation=lambda: our_samples(model, prompts),
     )
-    ratios = [w / (a + b + c) for w, _, a, b, c in zip(*times.values(), strict=True)]
-    used = [four / 4 / whole for whole, four in zip(times["whole"], times["four"], strict=True)]
+    ratios = [step / (a + b + c) for step, _, a, b, c in zip(*times.values(), strict=True)]
+    used = [four / 4 / each for each, four in zip(times["each"], times["four"], strict=True)]
     return {"ratio": statistics.median(ratios), "four_uses": statistics.median(used), "seconds": times}
 
 
